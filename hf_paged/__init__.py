@@ -1,0 +1,15 @@
+"""Paged attention for Hugging Face Transformers: keys and values in pages, read in place by FlexAttention.
+
+Importing this package registers `attn_implementation="paged_flex"` with Transformers; nothing else is changed.
+"""
+
+from hf_paged.attention import register
+from hf_paged.cache import PagedCache
+from hf_paged.errors import OutOfPagesError
+from hf_paged.pool import PagePool
+from hf_paged.stats import MemoryStats
+
+__version__ = "0.1.0"
+__all__ = ["MemoryStats", "OutOfPagesError", "PagePool", "PagedCache"]
+
+register()

@@ -1,0 +1,177 @@
+"""Who holds which page. No torch here: pages are integers."""
+
+import threading
+from array import array
+from collections import deque
+from collections.abc import Sequence
+
+from hf_paged.errors import OutOfPagesError
+
+
+class PageAllocator:
+    """A free list with reference counts. Every operation takes constant time per page; threads may share it.
+
+    Args:
+        num_pages: pages that exist; `grow` adds more.
+        watermark: pages that `allocate(..., admit=True)` leaves free for the rows that are already running.
+    """
+
+    def __init__(self, num_pages: int, watermark: int = 0) -> None:
+        if num_pages < 0 or watermark < 0:
+            raise ValueError(f"num_pages={num_pages} and watermark={watermark} were asked for; both must be >= 0.")
+        self.watermark = watermark
+        self._ref_counts = array("i", bytes(4 * num_pages))
+        self._free: list[int] = []  # released pages, a stack
+        self._num_touched = 0  # pages from here on have never been handed out
+        self._num_shared = 0
+        self._lock = threading.Lock()
+        self._dropped: deque[Sequence[int]] = deque()
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that exist."""
+        return len(self._ref_counts)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        with self._lock:
+            self._collect()
+            return self._count_free()
+
+    @property
+    def num_active(self) -> int:
+        """Pages that somebody holds."""
+        with self._lock:
+            self._collect()
+            return self.num_pages - self._count_free()
+
+    @property
+    def num_shared(self) -> int:
+        """Pages with more than one holder."""
+        with self._lock:
+            self._collect()
+            return self._num_shared
+
+    def ref_count(self, page: int) -> int:
+        """Number of holders of `page`."""
+        return self._ref_counts[page]
+
+    def allocate(self, count: int, *, admit: bool = False) -> list[int]:
+        """Take `count` free pages, each with one holder.
+
+        Args:
+            count: pages to take.
+            admit: the pages are for rows that hold nothing yet; the watermark stays free.
+
+        Raises:
+            OutOfPagesError: if there are fewer; nothing is taken.
+        """
+        with self._lock:
+            self._collect()
+            num_free = self._count_free()
+            held_back = self.watermark if admit else 0
+            if count > num_free - held_back:
+                kept = f" ({held_back} of them held back for running rows)" if held_back else ""
+                raise OutOfPagesError(
+                    f"This step needs {count} more pages, but {num_free} of {self.num_pages} are free{kept}. "
+                    "Raise num_pages, or free pages: reset() or delete caches that are done."
+                )
+            reused = min(count, len(self._free))
+            pages = self._free[len(self._free) - reused :][::-1]
+            del self._free[len(self._free) - reused :]
+            pages.extend(range(self._num_touched, self._num_touched + count - reused))
+            self._num_touched += count - reused
+            for page in pages:
+                self._ref_counts[page] = 1
+            return pages
+
+    def retain(self, pages: Sequence[int], times: int = 1) -> None:
+        """Add `times` holders to each of `pages`.
+
+        Raises:
+            ValueError: if a page has no holder yet; nothing is retained.
+        """
+        with self._lock:
+            counts = self._ref_counts
+            for page in pages:
+                if counts[page] < 1:
+                    raise ValueError(f"Page {page} has no holder, so it can't be shared.")
+            for page in pages:
+                self._num_shared += counts[page] == 1
+                counts[page] += times
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Drop one holder from each of `pages`; a page without holders is free at once.
+
+        Raises:
+            ValueError: if a page has no holder; nothing is released.
+        """
+        with self._lock:
+            self._release(pages)
+
+    def release_later(self, pages: Sequence[int]) -> None:
+        """Like `release`, at the next operation. For finalisers, which may run while this thread holds the lock."""
+        self._dropped.append(pages)
+
+    def grow(self, num_pages: int) -> None:
+        """Let there be `num_pages` pages, if there are fewer."""
+        with self._lock:
+            self._ref_counts.extend([0] * (num_pages - self.num_pages))
+
+    def shrink(self) -> int:
+        """Forget the free pages behind the last held one; return how many pages remain."""
+        with self._lock:
+            self._collect()
+            remaining = self._num_touched
+            while remaining and self._ref_counts[remaining - 1] == 0:
+                remaining -= 1
+            del self._ref_counts[remaining:]
+            self._num_touched = remaining
+            self._free = sorted((page for page in self._free if page < remaining), reverse=True)
+            return remaining
+
+    def check_integrity(self, holders: dict[int, int]) -> None:
+        """Compare with an independent count; raise RuntimeError where the books don't balance.
+
+        Args:
+            holders: page to number of holders, for every page that somebody holds.
+        """
+        with self._lock:
+            self._collect()
+            counted = {page: count for page, count in enumerate(self._ref_counts) if count}
+            if counted != holders:
+                wrong = {page for page in counted.keys() | holders.keys() if counted.get(page) != holders.get(page)}
+                raise RuntimeError(f"Reference counts differ from the holders at pages {sorted(wrong)[:10]}.")
+            free = [*self._free, *range(self._num_touched, self.num_pages)]
+            if len(set(free)) != len(free) or set(free) & counted.keys() or len(free) + len(counted) != self.num_pages:
+                raise RuntimeError(
+                    f"{len(free)} free and {len(counted)} held pages don't make {self.num_pages} pages."
+                )
+            if self._num_shared != sum(count > 1 for count in counted.values()):
+                raise RuntimeError(f"{self._num_shared} pages are said to be shared, which is not so.")
+
+    def _count_free(self) -> int:
+        return len(self._free) + self.num_pages - self._num_touched
+
+    def _collect(self) -> None:
+        while self._dropped:
+            self._release(self._dropped.popleft())
+
+    def _release(self, pages: Sequence[int]) -> None:
+        counts = self._ref_counts
+        freed = []
+        num_unshared = 0
+        for done, page in enumerate(pages):
+            count = counts[page]
+            if count < 1:
+                for undone in pages[:done]:
+                    counts[undone] += 1
+                raise ValueError(f"Page {page} was released more often than it was held.")
+            counts[page] = count - 1
+            if count == 1:
+                freed.append(page)
+            elif count == 2:
+                num_unshared += 1
+        self._free.extend(freed)
+        self._num_shared -= num_unshared

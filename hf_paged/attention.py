@@ -1,0 +1,201 @@
+"""The attention implementation `"paged_flex"`: mask function, attention function, registration."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from hf_paged import kernel
+from hf_paged.lengths import PlannedLength
+from hf_paged.step import Step, View
+from hf_paged.tiles import Tiles, Tiling
+
+NAME = "paged_flex"
+
+
+class PagedMask(BlockMask):
+    """The mask of one step over pages, which Transformers hands from the mask function to every layer.
+
+    A `BlockMask`, since Transformers passes these through untouched, made when the attention function says how many
+    query heads share a key/value head.
+
+    Args:
+        step: the forward pass.
+        tiling: makes the block lists of the step's rows.
+        visible: `(num_rows, num_new, max_tokens)` bool, what each query sees of its row; None for causal attention.
+    """
+
+    def __init__(self, step: Step, tiling: Tiling, visible: np.ndarray[Any, np.dtype[np.bool_]] | None) -> None:
+        self.step = step
+        self._tiling = tiling
+        self._visible = visible
+        self._tiles: dict[tuple[int, int, torch.device], Tiles] = {}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(num_rows, 1, num_new, num_columns)`, the mask as Transformers would see it."""
+        return self.step.num_rows, 1, self.step.num_new, self.step.num_columns
+
+    def tiles(self, group: int, max_tile_rows: int, device: torch.device) -> Tiles:
+        """Block lists for `group` query heads on each key/value head, made once for all layers."""
+        if self.step.is_cancelled:
+            raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
+        key = (group, max_tile_rows, device)
+        if key not in self._tiles:
+            if self._visible is None:
+                self._tiles[key] = self._tiling.causal(self.step.limits, group, max_tile_rows, device)
+            else:
+                self._tiles[key] = self._tiling.dense(self._visible, group, max_tile_rows, device)
+        return self._tiles[key]
+
+    def contiguous(self) -> "PagedMask":
+        """Return itself: `generate()` calls this on every mask that it prepares."""
+        return self
+
+    def to(self, device: torch.device | str) -> "PagedMask":
+        """Return itself: block lists are made on the device of the layer that reads them."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"PagedMask(shape={self.shape})"
+
+    __str__ = __repr__
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse to be used as a tensor."""
+        raise TypeError(
+            f"{getattr(func, '__name__', func)} was called with a mask of attn_implementation={NAME!r}: this model "
+            "computes attention by itself instead of through Transformers' attention interface. Load it with "
+            'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
+        )
+
+
+def paged_flex_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
+) -> Tensor | PagedMask | None:
+    """Plan the step and make its mask; called by Transformers once per forward pass and mask type.
+
+    Args:
+        batch_size: rows.
+        q_length: new columns.
+        kv_length: columns afterwards; of type `PlannedLength` if the cache is a `PagedCache`.
+        q_offset: columns before.
+        kv_offset: 0 for a `PagedCache`.
+        mask_function: as in Transformers, over columns.
+        attention_mask: `(batch_size, kv_length)`, 0 for padding; None without padding.
+        config: of the decoder.
+        **kwargs: passed on to Transformers' `sdpa_mask`.
+
+    Returns:
+        A `PagedMask`; for an empty or another kind of cache what `sdpa_mask` returns.
+
+    Raises:
+        OutOfPagesError: if the step does not fit into the pool.
+        ValueError: if the mask does not fit the cache.
+    """
+
+    def dense(**changes: Any) -> Tensor | None:
+        arguments = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function, **kwargs, **changes}
+        mask: Tensor | None = sdpa_mask(
+            batch_size, q_length, int(kv_length), attention_mask=attention_mask, config=config, **arguments
+        )
+        return mask
+
+    if not isinstance(kv_length, PlannedLength):
+        return dense()
+    cache = kv_length.cache
+    step: Step = cache.plan(batch_size, q_length, attention_mask)
+    if step.is_first and getattr(config, "attn_logit_softcapping", None) is None:
+        # The new keys and values are all there is, and contiguous: SDPA reads them faster than any paged kernel.
+        step.view = View.NEW
+        return dense()
+    step.view = View.PAGES
+    if mask_function is causal_mask_function and step.past_is_visible:
+        return PagedMask(step, cache.tiling, None)
+    mask = dense(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    assert mask is not None  # both ways to skip it are closed
+    return PagedMask(step, cache.tiling, step.by_token(mask))
+
+
+def paged_flex_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | PagedMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over pages; without a `PagedMask`, scaled dot-product attention.
+
+    Args:
+        module: the attention layer.
+        query: `(num_rows, num_heads, num_queries, head_dim)`.
+        key: with a `PagedMask` the storage of the layer, `(1, num_kv_heads, num_slots, head_dim)`; otherwise
+            `(num_rows, num_kv_heads, num_columns, head_dim)`.
+        value: like `key`.
+        attention_mask: what the mask function returned.
+        scaling: factor on the scores; None for `head_dim ** -0.5`.
+        dropout: must be 0.
+        softcap: bound of the scores; None without.
+        s_aux: attention sinks; not supported over pages.
+        position_bias: additive bias; not supported over pages.
+        **kwargs: passed on to SDPA.
+
+    Returns:
+        `(num_rows, num_queries, num_heads, head_dim)` and no weights.
+
+    Raises:
+        ValueError: for what the kernel can't do.
+    """
+    if dropout > 0:
+        raise ValueError(
+            f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before generating."
+        )
+    for name, given in (("attention sinks (s_aux)", s_aux), ("position_bias", position_bias)):
+        if given is not None:
+            raise ValueError(
+                f"{NAME!r} can't compute attention with {name}. Load the model with "
+                'attn_implementation="eager"; PagedCache works with it.'
+            )
+    if not isinstance(attention_mask, PagedMask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
+        )
+    step = attention_mask.step
+    if query.shape[0] != step.num_rows or query.shape[2] != step.num_new or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"Queries of shape {tuple(query.shape)} don't fit a step of {step.num_rows} rows and {step.num_new} new "
+            f"tokens over {key.shape[1]} key/value heads."
+        )
+    tiles = attention_mask.tiles(
+        query.shape[1] // key.shape[1], kernel.max_tile_rows(query.dtype, query.device), query.device
+    )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return kernel.paged_attention(query, key, value, tiles, step.table.pool.page_size, scale, softcap), None
+
+
+def register() -> None:
+    """Make `attn_implementation="paged_flex"` known to Transformers."""
+    AttentionInterface.register(NAME, paged_flex_attention)
+    # Without a mask function of the same name Transformers would pass no mask at all, silently.
+    AttentionMaskInterface.register(NAME, paged_flex_mask)

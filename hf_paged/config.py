@@ -1,0 +1,59 @@
+"""What the cache needs to know of a model's configuration."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+PAGE_SIZES = (16, 32, 64, 128)
+"""Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
+
+_WINDOWED = ("sliding_attention", "reference_sliding_attention", "chunked_attention")
+_STORING = ("full_attention", *_WINDOWED)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer as the cache sees it.
+
+    Attributes:
+        kind: the layer type as Transformers names it, or `"dummy"` for a layer that stores nothing of its own.
+        window: tokens that a query sees, itself included; None without a bound.
+    """
+
+    kind: str
+    window: int | None = None
+
+    @property
+    def stores(self) -> bool:
+        """Whether the layer stores keys and values."""
+        return self.kind != "dummy"
+
+
+def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
+    """Read the layers of a decoder from its configuration.
+
+    Raises:
+        ValueError: if a layer keeps a state that is not keys and values per token.
+    """
+    kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    for index, kind in enumerate(kinds):
+        if kind not in _STORING and kind != "dummy":
+            raise ValueError(
+                f"PagedCache stores keys and values, but layer {index} of this {config.model_type!r} model is a "
+                f"{kind!r} layer, which keeps another state. Use Transformers' DynamicCache(config=model.config)."
+            )
+    return [
+        LayerSpec(kind, argument.get("sliding_window") if kind in _WINDOWED else None)
+        for kind, argument in zip(kinds, arguments, strict=True)
+    ]
+
+
+def check_page_size(page_size: int) -> int:
+    """Return `page_size` if the kernel can take it, else raise ValueError."""
+    if page_size not in PAGE_SIZES:
+        raise ValueError(
+            f"page_size={page_size!r} was asked for, but a page must be a tile that the kernel can take: "
+            f"choose one of {', '.join(map(str, PAGE_SIZES))}."
+        )
+    return page_size

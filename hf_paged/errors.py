@@ -1,0 +1,8 @@
+"""Errors that a caller may want to catch by name."""
+
+
+class OutOfPagesError(RuntimeError):
+    """A step needs more pages than the pool may hold.
+
+    Raised before anything is written: the cache holds what it held and goes on working once pages are free.
+    """

@@ -1,0 +1,213 @@
+"""FlexAttention over a pool of pages, compiled."""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from hf_paged.tiles import Tiles
+
+_TILE_ROWS = 128
+# From 64 rows on the CPU kernel repacks the whole pool for 16-bit types, used or not.
+_TILE_ROWS_CPU_16_BIT = 63
+
+
+# Sizes that change without a recompilation, for each argument of the kernel: tiles, their rows, slots, pages.
+_DYNAMIC_SIZES = ((0, 2), (2,), (2,), (0,), (0, 3), (0,), (0, 3), (0,), (0, 1, 2))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a compiled kernel is specialised for, sizes aside.
+
+    Attributes:
+        device: device type.
+        dtype: of queries, keys and values.
+        num_kv_heads: key/value heads.
+        group: query heads on one key/value head.
+        head_dims: head size of the keys and of the values.
+        page_size: tokens per page.
+        scale: factor on the scores.
+        softcap: bound of the scores, `softcap * tanh(score / softcap)`; None without.
+        is_dense: whether the mask is given token by token.
+    """
+
+    device: str
+    dtype: torch.dtype
+    num_kv_heads: int
+    group: int
+    head_dims: tuple[int, int]
+    page_size: int
+    scale: float
+    softcap: float | None
+    is_dense: bool
+
+
+def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
+    """Stacked queries that one tile may have."""
+    return _TILE_ROWS_CPU_16_BIT if device.type == "cpu" and dtype.itemsize == 2 else _TILE_ROWS
+
+
+def paged_attention(
+    query: Tensor, keys: Tensor, values: Tensor, tiles: Tiles, page_size: int, scale: float, softcap: float | None
+) -> Tensor:
+    """Attend to the pages of each row.
+
+    Args:
+        query: `(num_rows, num_heads, num_queries, head_dim)`.
+        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; read where `tiles` says.
+        values: `(1, num_kv_heads, num_slots, value_head_dim)`.
+        tiles: the pages to read, for `num_queries` queries and `num_heads // num_kv_heads` as group.
+        page_size: tokens per page.
+        scale: factor on the scores.
+        softcap: bound of the scores; None without.
+
+    Returns:
+        `(num_rows, num_queries, num_heads, value_head_dim)`. Queries that see nothing give 0.
+
+    Source:
+        FlexAttention: Dong et al., 2024. Paged through its block mask: Joshi et al., 2025.
+    """
+    variant = Variant(
+        device=query.device.type,
+        dtype=query.dtype,
+        num_kv_heads=keys.shape[1],
+        group=tiles.group,
+        head_dims=(keys.shape[3], values.shape[3]),
+        page_size=page_size,
+        scale=scale,
+        softcap=softcap,
+        is_dense=tiles.seen.ndim == 3,
+    )
+    kernel = _build(variant) if torch.compiler.is_compiling() else _compile(variant)
+    stacked = _stack(query, tiles)
+    lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
+    arguments = (stacked, keys, values, *lists)
+    if not torch.compiler.is_compiling():
+        _mark_dynamic(arguments)
+    output: Tensor = kernel(*arguments)
+    return _unstack(output, tiles, query.shape[0], query.shape[2])
+
+
+def _stack(query: Tensor, tiles: Tiles) -> Tensor:
+    """`(num_rows, num_heads, num_queries, head_dim)` to `(num_tiles, num_kv_heads, tile_rows, head_dim)`."""
+    num_rows, num_heads, num_queries, head_dim = query.shape
+    group, num_kv_heads = tiles.group, num_heads // tiles.group
+    if num_queries == 1:
+        return query.reshape(num_rows, num_kv_heads, group, head_dim)
+    missing = tiles.tiles_per_row * tiles.tile_length - num_queries
+    padded = torch.nn.functional.pad(query, (0, 0, 0, missing)) if missing else query
+    return (
+        padded.view(num_rows, num_kv_heads, group, tiles.tiles_per_row, tiles.tile_length, head_dim)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(num_rows * tiles.tiles_per_row, num_kv_heads, tiles.tile_length * group, head_dim)
+    )
+
+
+def _unstack(output: Tensor, tiles: Tiles, num_rows: int, num_queries: int) -> Tensor:
+    """`(num_tiles, num_kv_heads, tile_rows, head_dim)` to `(num_rows, num_queries, num_heads, head_dim)`."""
+    num_kv_heads, head_dim = output.shape[1], output.shape[3]
+    num_heads = num_kv_heads * tiles.group
+    if num_queries == 1:
+        return output.reshape(num_rows, 1, num_heads, head_dim)
+    return (
+        output.view(num_rows, tiles.tiles_per_row, num_kv_heads, tiles.tile_length, tiles.group, head_dim)
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(num_rows, tiles.tiles_per_row * tiles.tile_length, num_heads, head_dim)[:, :num_queries]
+    )
+
+
+@functools.cache
+def _compile(variant: Variant) -> Callable[..., Tensor]:
+    kernel = _build(variant)
+    # Dynamo counts recompilations by code object: each variant gets one of its own, so that the fifth head layout of
+    # a process is not the one that finds the limit reached.
+    name = f"paged_attention_{variant.num_kv_heads}x{variant.group}x{variant.head_dims[0]}"
+    own = types.FunctionType(
+        kernel.__code__.replace(co_name=name), kernel.__globals__, name, None, kernel.__closure__
+    )  # fmt: skip
+    # Only our own and torch's globals would be guarded, at half of what a lookup costs.
+    options: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, options=options)
+    return compiled
+
+
+def _build(variant: Variant) -> Callable[..., Tensor]:
+    page_size, group, softcap = variant.page_size, variant.group, variant.softcap
+    # A tile is one query block, however many rows it has.
+    query_block = max(_TILE_ROWS, -(-group // _TILE_ROWS) * _TILE_ROWS)
+    kernel_options = _kernel_options(variant)
+
+    # The names matter. The CPU template of FlexAttention (seen in torch 2.13) substitutes the symbols of its tile
+    # sizes, ks0 to ks5, as text, and so breaks the symbols of other sizes whose number begins with that digit. Dynamo
+    # derives the number from the argument's name; these give numbers that begin with 6 to 9.
+    def attend(
+        paged_query: Tensor,
+        paged_keys: Tensor,
+        paged_values: Tensor,
+        paged_num_full: Tensor,
+        paged_full_pages: Tensor,
+        tile_num_partial: Tensor,
+        paged_partial: Tensor,
+        paged_page_index: Tensor,
+        paged_seen: Tensor,
+    ) -> Tensor:
+        def mask_mod(tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+            token = paged_page_index[slot // page_size] * page_size + slot % page_size
+            if variant.is_dense:
+                return paged_seen[tile, row // group, token]
+            return token < paged_seen[tile, row]
+
+        def cap(score: Tensor, tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+            assert softcap is not None
+            return softcap * torch.tanh(score / softcap)
+
+        block_mask = BlockMask(
+            (paged_query.shape[2], paged_keys.shape[2]),
+            tile_num_partial,
+            paged_partial,
+            paged_num_full,
+            paged_full_pages,
+            None,
+            None,
+            None,
+            None,
+            BLOCK_SIZE=(query_block, page_size),
+            mask_mod=mask_mod,
+        )
+        output: Tensor = flex_attention(
+            paged_query,
+            paged_keys,
+            paged_values,
+            score_mod=None if softcap is None else cap,
+            block_mask=block_mask,
+            scale=variant.scale,
+            kernel_options=kernel_options,
+        )
+        return output
+
+    return attend
+
+
+def _mark_dynamic(arguments: tuple[Tensor, ...]) -> None:
+    for tensor, sizes in zip(arguments, _DYNAMIC_SIZES, strict=True):
+        if not hasattr(tensor, "_dynamo_dynamic_indices"):
+            shape = tensor.shape
+            for size in sizes:
+                # A size of 1 can't be symbolic: broadcasting would not know it.
+                if size < len(shape) and shape[size] > 1:
+                    torch._dynamo.mark_dynamic(tensor, size)
+
+
+def _kernel_options(variant: Variant) -> Any:
+    if variant.device == "cpu":
+        # The flash-decoding template splits the pool, not the row, into partitions: it would walk over every page.
+        return {"PARTITION_SIZE": 1}
+    # A kernel tile must not span two pages.
+    return {"BLOCK_N": min(variant.page_size, 64)}

@@ -1,0 +1,123 @@
+"""Keys and values of one layer, for every page of the pool."""
+
+import math
+import threading
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes, a cache line
+
+
+class LayerStorage:
+    """Two tensors `(num_slots, num_kv_heads, head_dim)`, one row per token slot.
+
+    Token-major: a page is one contiguous piece, a new page is appended, and FlexAttention still sees
+    `(1, num_kv_heads, num_slots, head_dim)` as a view.
+
+    Args:
+        keys: `(batch, num_kv_heads, num_tokens, head_dim)`; gives the head count, head size, dtype and device.
+        values: like `keys`; the head size may differ.
+        num_pages: pages to hold.
+        page_size: tokens per page.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.device = keys.device
+        self.dtype = keys.dtype
+        self.key_shape = (keys.shape[1], keys.shape[3])
+        self.value_shape = (values.shape[1], values.shape[3])
+        self._keys = self._zeros(self.key_shape, num_pages)
+        self._values = self._zeros(self.value_shape, num_pages)
+        self._expose()
+        # Growth replaces the tensors; a write by another thread must land before the copy or in the new ones.
+        self._lock = threading.Lock()
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that fit."""
+        return self._keys.shape[0] // self.page_size
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        elements = self.key_shape[0] * self.key_shape[1] + self.value_shape[0] * self.value_shape[1]
+        return elements * self.dtype.itemsize
+
+    def mismatch(self, keys: Tensor, values: Tensor) -> str | None:
+        """Say in words how new keys and values differ from what is stored here; None if they fit."""
+        found = ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]), keys.dtype, keys.device)
+        held = (self.key_shape, self.value_shape, self.dtype, self.device)
+        names = ("key heads and head size", "value heads and head size", "dtype", "device")
+        for name, new, old in zip(names, found, held, strict=True):
+            if new != old:
+                return f"{name} {new}, but this cache holds {old}"
+        if values.dtype != self.dtype or values.device != self.device:
+            return f"values in {values.dtype} on {values.device}, but keys in {self.dtype} on {self.device}"
+        return None
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Store tokens in their slots.
+
+        Args:
+            keys: `(num_tokens, num_kv_heads, head_dim)`, rotary embedding applied.
+            values: like `keys`.
+            slots: `(num_tokens,)` int64, distinct, all in pages with one holder.
+        """
+        with self._exclusive():
+            self._keys.index_copy_(0, slots, keys)
+            self._values.index_copy_(0, slots, values)
+
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Read tokens: keys and values, each `(num_tokens, num_kv_heads, head_dim)`, of `slots` `(num_tokens,)`."""
+        return self._keys.index_select(0, slots), self._values.index_select(0, slots)
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole pages; both `(num_copies,)` int64."""
+        with self._exclusive():
+            for tensor in (self._keys, self._values):
+                pages = self._by_page(tensor)
+                pages.index_copy_(0, targets, pages.index_select(0, sources))
+
+    def clear_values(self, pages: Tensor) -> None:
+        """Zero the values in `pages` `(num_pages,)` int64."""
+        with self._exclusive():
+            self._by_page(self._values).index_fill_(0, pages, 0)
+
+    def resize(self, num_pages: int) -> None:
+        """Hold `num_pages` pages from now on, keeping the content of those that remain."""
+        with self._exclusive():
+            kept = min(num_pages, self.num_pages) * self.page_size
+            keys, values = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
+            keys[:kept].copy_(self._keys[:kept])
+            values[:kept].copy_(self._values[:kept])
+            self._keys, self._values = keys, values
+            self._expose()
+
+    def _expose(self) -> None:
+        self.keys = self._keys.transpose(0, 1).unsqueeze(0)
+        """`(1, num_kv_heads, num_slots, head_dim)`, a view."""
+        self.values = self._values.transpose(0, 1).unsqueeze(0)
+        """Like `keys`."""
+
+    def _by_page(self, tensor: Tensor) -> Tensor:
+        return tensor.view(-1, self.page_size * tensor.shape[1] * tensor.shape[2])
+
+    def _zeros(self, head_shape: tuple[int, int], num_pages: int) -> Tensor:
+        shape = (num_pages * self.page_size, *head_shape)
+        # Not an inference tensor, so that caches filled under inference_mode go on working outside of it.
+        with torch.inference_mode(False):
+            if self.device.type != "cpu":
+                return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            # Memory that the operating system zeroes when it is touched, and does not back before: torch.zeros would
+            # touch all of it.
+            num_bytes = math.prod(shape) * self.dtype.itemsize
+            memory = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
+            start = -memory.ctypes.data % _ALIGNMENT
+            return torch.from_numpy(memory[start : start + num_bytes]).view(self.dtype).view(shape)
+
+    def _exclusive(self) -> AbstractContextManager[object]:
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
