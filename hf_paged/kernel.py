@@ -1,6 +1,8 @@
 """FlexAttention over a pool of pages, compiled."""
 
-import functools
+import logging
+import re
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hf_paged.tiles import Tiles
+
+logger = logging.getLogger(__name__)
 
 _TILE_ROWS = 128
 # From 64 rows on the CPU kernel repacks the whole pool for 16-bit types, used or not.
@@ -85,13 +90,13 @@ def paged_attention(
         softcap=softcap,
         is_dense=tiles.seen.ndim == 3,
     )
-    kernel = _build(variant) if torch.compiler.is_compiling() else _compile(variant)
     stacked = _stack(query, tiles)
     lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
     arguments = (stacked, keys, values, *lists)
-    if not torch.compiler.is_compiling():
-        _mark_dynamic(arguments)
-    output: Tensor = kernel(*arguments)
+    if torch.compiler.is_compiling():
+        output = _build(variant)(*arguments)
+    else:
+        output = _specialization(variant, arguments)(*arguments)
     return _unstack(output, tiles, query.shape[0], query.shape[2])
 
 
@@ -123,19 +128,70 @@ def _unstack(output: Tensor, tiles: Tiles, num_rows: int, num_queries: int) -> T
     )
 
 
-@functools.cache
-def _compile(variant: Variant) -> Callable[..., Tensor]:
-    kernel = _build(variant)
-    # Dynamo counts recompilations by code object: each variant gets one of its own, so that the fifth head layout of
-    # a process is not the one that finds the limit reached.
-    name = f"paged_attention_{variant.num_kv_heads}x{variant.group}x{variant.head_dims[0]}"
-    own = types.FunctionType(
-        kernel.__code__.replace(co_name=name), kernel.__globals__, name, None, kernel.__closure__
-    )  # fmt: skip
-    # Only our own and torch's globals would be guarded, at half of what a lookup costs.
-    options: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
-    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, options=options)
-    return compiled
+def num_specializations() -> int:
+    """Kernels compiled in this process."""
+    return len(_specializations)
+
+
+_specializations: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+_compile_lock = threading.RLock()
+
+
+def _specialization(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    # What a compiled kernel does not adapt to: a size of 1, which broadcasts, and the number of threads.
+    (num_tiles, _, tile_rows, _), page_index, seen = arguments[0].shape, arguments[-2], arguments[-1]
+    ones = num_tiles == 1, tile_rows == 1, seen.shape[1] == 1, len(page_index) == 1
+    key = (variant, ones, torch.get_num_threads())
+    kernel = _specializations.get(key)
+    if kernel is None:
+        with _compile_lock:
+            kernel = _specializations.get(key)
+            if kernel is None:
+                logger.info("Compiling FlexAttention for %s; this takes 5 to 30 seconds, once.", variant)
+                kernel = _specializations[key] = _compile(variant, arguments)
+    return kernel
+
+
+def _compile(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """Compile for arguments like these.
+
+    Dynamo finds the kernel by looking at hundreds of guards. Between two layers' weights nothing of them is left in
+    the processor's caches, and the look takes several times as long as the attention of a short row. What the guards
+    would find out is in the key of `_specialization`, so the kernel is called without them.
+    """
+    captured: list[tuple[Any, list[str]]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        # Read before inductor takes the graph apart: where dynamo has each input from, as an expression over L.
+        sources = [node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder"]
+        compiled: Any = compile_fx(graph, inputs)
+        captured.append((compiled, sources))
+        return compiled
+
+    attend = _build(variant)
+    # Dynamo counts recompilations by code object and gives up at a limit: each specialisation gets one of its own.
+    code = attend.__code__.replace(co_name=f"paged_attention_{len(_specializations)}")
+    own = types.FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
+    for tensor, sizes in zip(arguments, _DYNAMIC_SIZES, strict=True):
+        for size in sizes:
+            if size < tensor.ndim and tensor.shape[size] > 1:
+                torch._dynamo.mark_dynamic(tensor, size)
+    with torch.no_grad():
+        torch.compile(own, backend=backend, fullgraph=True)(*arguments)
+    ((compiled, sources),) = captured
+    inputs = eval(f"lambda {', '.join(code.co_varnames[: code.co_argcount])}: ({_expression(sources)})")
+
+    def kernel(*arguments: Tensor) -> Tensor:
+        output: Tensor
+        (output,) = compiled(*inputs(*arguments))
+        return output
+
+    return kernel
+
+
+def _expression(sources: list[str]) -> str:
+    """Turn `["L['keys']", "L['keys'].size()[2]"]` into `"keys, keys.size()[2],"`."""
+    return "".join(re.sub(r"L\['(\w+)'\]", r"\1", source) + ", " for source in sources)
 
 
 def _build(variant: Variant) -> Callable[..., Tensor]:
@@ -193,16 +249,6 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
         return output
 
     return attend
-
-
-def _mark_dynamic(arguments: tuple[Tensor, ...]) -> None:
-    for tensor, sizes in zip(arguments, _DYNAMIC_SIZES, strict=True):
-        if not hasattr(tensor, "_dynamo_dynamic_indices"):
-            shape = tensor.shape
-            for size in sizes:
-                # A size of 1 can't be symbolic: broadcasting would not know it.
-                if size < len(shape) and shape[size] > 1:
-                    torch._dynamo.mark_dynamic(tensor, size)
 
 
 def _kernel_options(variant: Variant) -> Any:

@@ -104,10 +104,10 @@ class Step:
             values: like `keys`.
         """
         slots = _on(self._slots, storage.device)
-        keys, values = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (keys, values))
+        keys, values = keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
         if self._token_index is not None:
             token_index = _on(self._token_index, storage.device)
-            keys, values = keys.index_select(0, token_index), values.index_select(0, token_index)
+            keys, values = keys.index_select(1, token_index), values.index_select(1, token_index)
         storage.write(keys, values, slots)
 
     def read(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,9 +147,9 @@ def gather_columns(
     gathered = []
     for tensor in storage.gather(slots.to(storage.device)):
         if whole.real is not None:
-            padding = torch.from_numpy(~whole.real).reshape(-1, 1, 1).to(storage.device)
+            padding = torch.from_numpy(~whole.real).reshape(1, -1, 1).to(storage.device)
             tensor.masked_fill_(padding, 0)
-        gathered.append(tensor.view(*shape, *tensor.shape[1:]).transpose(1, 2))
+        gathered.append(tensor.view(tensor.shape[0], *shape, -1).transpose(0, 1))
     return gathered[0], gathered[1]
 
 
