@@ -70,7 +70,8 @@ class PagedMask(BlockMask):
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse to be used as a tensor."""
-        raise TypeError(
+        # Not a TypeError: an operator would take it for "not implemented" and say less.
+        raise ValueError(
             f"{getattr(func, '__name__', func)} was called with a mask of attn_implementation={NAME!r}: this model "
             "computes attention by itself instead of through Transformers' attention interface. Load it with "
             'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
@@ -118,18 +119,18 @@ def paged_flex_mask(
 
     if not isinstance(kv_length, PlannedLength):
         return dense()
-    cache = kv_length.cache
-    step: Step = cache.plan(batch_size, q_length, attention_mask)
+    batch = kv_length.batch
+    step: Step = batch.plan(batch_size, q_length, attention_mask)
     if step.is_first and getattr(config, "attn_logit_softcapping", None) is None:
         # The new keys and values are all there is, and contiguous: SDPA reads them faster than any paged kernel.
         step.view = View.NEW
         return dense()
     step.view = View.PAGES
     if mask_function is causal_mask_function and step.past_is_visible:
-        return PagedMask(step, cache.tiling, None)
+        return PagedMask(step, batch.tiling, None)
     mask = dense(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     assert mask is not None  # both ways to skip it are closed
-    return PagedMask(step, cache.tiling, step.by_token(mask))
+    return PagedMask(step, batch.tiling, step.by_token(mask))
 
 
 def paged_flex_attention(

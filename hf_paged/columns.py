@@ -12,14 +12,16 @@ class Columns:
     """The padded view that Transformers has of a batch whose padding is never stored.
 
     Transformers counts in columns: every row of a batch is as wide as the widest. The pages hold tokens only. This
-    record says which is which; it is None as long as there is no padding.
+    record says which is which. It does not change; the next step has the next record.
+
+    Args:
+        count: columns so far, padding included: what Transformers calls the sequence length of the cache.
+        real: `(num_rows, count)`, True where a row has a token; None: everywhere.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        """Columns so far, padding included: what Transformers calls the sequence length of the cache."""
-        self.real: BoolMatrix | None = None
-        """`(num_rows, count)`: True where a row has a token. None: everywhere."""
+    def __init__(self, count: int = 0, real: BoolMatrix | None = None) -> None:
+        self.count = count
+        self.real = None if real is None or real.all() else real
 
     def split(self, mask: BoolMatrix | None, num_rows: int, num_new: int) -> tuple[BoolMatrix | None, bool]:
         """Compare a 2-D attention mask with the record.
@@ -60,13 +62,11 @@ class Columns:
 
     def extended(self, new: BoolMatrix | None, num_rows: int, num_new: int) -> "Columns":
         """Return the record with `num_new` columns appended; `new` is as returned by `split`."""
-        longer = Columns()
-        longer.count = self.count + num_new
-        if new is not None or self.real is not None:
-            past = np.ones((num_rows, self.count), dtype=bool) if self.real is None else self.real
-            added = np.ones((num_rows, num_new), dtype=bool) if new is None else new
-            longer.real = np.concatenate([past, added], axis=1)
-        return longer
+        if new is None and self.real is None:
+            return Columns(self.count + num_new)
+        past = np.ones((num_rows, self.count), dtype=bool) if self.real is None else self.real
+        added = np.ones((num_rows, num_new), dtype=bool) if new is None else new
+        return Columns(self.count + num_new, np.concatenate([past, added], axis=1))
 
     def num_tokens_after(self, column: int, num_rows: int) -> npt.NDArray[np.int64]:
         """`(num_rows,)` tokens of each row from `column` on."""
@@ -75,15 +75,10 @@ class Columns:
         counts: npt.NDArray[np.int64] = self.real[:, column:].sum(axis=1, dtype=np.int64)
         return counts
 
-    def truncate(self, count: int) -> None:
-        """Keep the first `count` columns."""
-        self.count = count
-        if self.real is not None:
-            kept = self.real[:, :count]
-            self.real = None if kept.all() else kept
+    def truncated(self, count: int) -> "Columns":
+        """Return the record of the first `count` columns."""
+        return Columns(count, None if self.real is None else self.real[:, :count])
 
-    def select(self, indices: Sequence[int]) -> None:
-        """Let row `i` be what row `indices[i]` was."""
-        if self.real is not None:
-            kept = self.real[list(indices)]
-            self.real = None if kept.all() else kept
+    def selected(self, indices: Sequence[int]) -> "Columns":
+        """Return the record where row `i` is what row `indices[i]` is here."""
+        return Columns(self.count, None if self.real is None else self.real[list(indices)])

@@ -4,18 +4,18 @@ Transformers passes the length of a cache on as an `int`; neither the mask funct
 sees the cache itself. An `int` with a memory is the way to reach it that patches nothing.
 """
 
-from typing import Any
+from hf_paged.batch import Batch
 
 
 class PlannedLength(int):
-    """What `get_mask_sizes` returns as key/value length: it carries the cache to the mask function."""
+    """What `get_mask_sizes` returns as key/value length: it carries the rows to the mask function."""
 
-    cache: Any
+    batch: Batch
 
-    def __new__(cls, value: int, cache: Any) -> "PlannedLength":
-        """Make `value` carry `cache`."""
+    def __new__(cls, value: int, batch: Batch) -> "PlannedLength":
+        """Make `value` carry `batch`."""
         length = super().__new__(cls, value)
-        length.cache = cache
+        length.batch = batch
         return length
 
 

@@ -193,6 +193,8 @@ class PageTable:
 
     def _append(self, missing: Counts, pages: list[int]) -> None:
         rows = self._rows
+        if not pages:
+            return
         width = int((rows.num_pages + missing).max(initial=0))
         if width > rows.block_table.shape[1]:
             wider = np.zeros((rows.count, max(width, 2 * rows.block_table.shape[1])), dtype=np.int32)

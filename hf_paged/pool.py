@@ -123,8 +123,6 @@ class PagePool:
 
     def place(self, pages: Sequence[int], indices: Sequence[int]) -> None:
         """Note that each page is the page number `index` of its row."""
-        if not pages:
-            return
         with self._lock:
             self._page_index.numpy()[pages] = indices
             for device, mirror in self._page_index_on.items():
@@ -152,7 +150,7 @@ class PagePool:
         A masked slot has weight 0, but what is left in it takes part all the same, and 0 times NaN is NaN.
         """
         for storage in filter(None, self._storages):
-            storage.clear_values(torch.tensor(pages, device=storage.device))
+            storage.clear_values(torch.tensor(pages, dtype=torch.int64, device=storage.device))
 
     def trim(self) -> None:
         """Give memory back: drop the free pages behind the last held one. Only an unbounded pool can shrink."""

@@ -1,0 +1,77 @@
+"""Tiny random models, and the plain path that the paged one is compared with."""
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+
+def tiny_llama(num_heads=6, num_kv_heads=2, head_dim=16, num_layers=2, dtype=torch.float32) -> LlamaForCausalLM:
+    return tiny_model(
+        LlamaForCausalLM,
+        LlamaConfig,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        num_hidden_layers=num_layers,
+    ).to(dtype)
+
+
+def tiny_model(model_class, config_class, **changes) -> PreTrainedModel:
+    """A random model whose logits lie far enough apart for its greedy tokens to be well defined."""
+    sizes = {
+        "vocab_size": 200,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    return model_class(config_class(**(sizes | changes))).eval()
+
+
+def random_ids(num_rows: int, num_columns: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 200, (num_rows, num_columns), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(num_columns: int, lengths: list[int]) -> Tensor:
+    mask = torch.zeros(len(lengths), num_columns, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, num_columns - length :] = 1
+    return mask
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, cache: Cache, ids: Tensor, splits: list[int], mask: Tensor | None = None) -> Tensor:
+    """Logits of all columns, `(num_rows, num_columns, vocab_size)`, computed in passes of `splits` columns."""
+    assert sum(splits) == ids.shape[1]
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    logits, start = [], 0
+    for size in splits:
+        stop = start + size
+        output = model(
+            ids[:, start:stop],
+            past_key_values=cache,
+            attention_mask=None if mask is None else mask[:, :stop],
+            position_ids=None if positions is None else positions[:, start:stop],
+        )
+        logits.append(output.logits)
+        start = stop
+    return torch.cat(logits, dim=1)
+
+
+def plain(model: PreTrainedModel, ids: Tensor, splits: list[int], mask: Tensor | None = None) -> Tensor:
+    """The same with `DynamicCache` and `sdpa`."""
+    model.set_attn_implementation("sdpa")
+    return run(model, DynamicCache(config=model.config), ids, splits, mask)
+
+
+def generate(model: PreTrainedModel, attention: str, cache: Cache, ids: Tensor, **arguments) -> Tensor:
+    """Greedy tokens."""
+    model.set_attn_implementation(attention)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
+    return model.generate(ids, past_key_values=cache, **(settings | arguments))

@@ -1,0 +1,247 @@
+"""`paged_flex` gives what `sdpa` over a DynamicCache gives."""
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from hf_paged import PagedCache, PagePool
+from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama, tiny_model
+
+FP32 = {"atol": 2e-4, "rtol": 1e-4}
+
+
+def paged(model, ids, splits, mask=None, page_size=16):
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=page_size)
+    logits = run(model, cache, ids, splits, mask)
+    cache.pool.check_integrity()
+    return logits
+
+
+def test_both_functions_are_registered():
+    assert "paged_flex" in AttentionInterface()
+    assert "paged_flex" in AttentionMaskInterface()
+
+
+@pytest.mark.parametrize("prompt", [1, 15, 16, 17, 31, 32, 33, 48])
+def test_decoding_matches_across_page_edges(prompt):
+    model, ids = tiny_llama(), random_ids(1, prompt + 20)
+    splits = [prompt] + [1] * 20
+    torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+def test_any_page_size_gives_the_same(page_size):
+    model, ids = tiny_llama(), random_ids(2, 150)
+    splits = [120, 1, 1, 1, 1, 1, 1, 1, 1, 1, 12, 1, 1, 7]
+    torch.testing.assert_close(paged(model, ids, splits, page_size=page_size), plain(model, ids, splits), **FP32)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(
+    "splits", [[5, 1, 16, 1, 17, 60], [1, 1, 98], [16, 16, 16, 16, 16, 16, 4], [3, 2, 2, 2, 91]], ids=str
+)
+def test_many_queries_over_a_cache_that_is_not_empty(splits, num_rows):
+    model, ids = tiny_llama(), random_ids(num_rows, 100)
+    torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize(
+    "kind",
+    ["left", "right", "holes"],
+)
+def test_padding_is_not_seen_and_not_stored(kind, page_size):
+    model, ids = tiny_llama(), random_ids(4, 90)
+    if kind == "left":
+        mask = left_padded(90, [90, 61, 42, 57])
+    elif kind == "right":
+        mask = torch.ones(4, 90, dtype=torch.long)
+        for row, length in enumerate((33, 17, 32, 1)):
+            mask[row, length:40] = 0  # padding inside of the first pass, then more tokens
+    else:
+        mask = (torch.rand(4, 90, generator=torch.Generator().manual_seed(1)) > 0.3).long()
+    splits = [40, 1, 1, 1, 20, 1, 26]
+    expected = plain(model, ids, splits, mask)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=page_size)
+    actual = run(model, cache, ids, splits, mask)
+    real = mask.bool()
+    torch.testing.assert_close(actual[real], expected[real], **FP32)
+    lengths = real.sum(1).tolist()
+    assert cache.lengths == lengths
+    assert cache.stats().num_active_pages == sum(-(-length // page_size) for length in lengths)
+
+
+def test_a_ragged_batch_generates_the_same_tokens():
+    model, ids = tiny_llama(), random_ids(5, 40)
+    mask = left_padded(40, [40, 3, 17, 31, 16])
+    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, attention_mask=mask)
+    cache = PagedCache.from_model(model, page_size=16)
+    assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_any_other_attention_gives_the_same_tokens(attention):
+    model, ids = tiny_llama(), random_ids(3, 21)
+    mask = left_padded(21, [21, 9, 16])
+    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, attention_mask=mask)
+    cache = PagedCache.from_model(model, page_size=16)
+    assert torch.equal(generate(model, attention, cache, ids, attention_mask=mask), expected)
+
+
+def test_a_cache_filled_by_one_attention_is_continued_by_another():
+    model, ids = tiny_llama(), random_ids(2, 60)
+    mask = left_padded(60, [60, 41])
+    expected = plain(model, ids, [30, 10, 20], mask)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    run(model, cache, ids[:, :30], [30], mask[:, :30])
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        model.set_attn_implementation("sdpa")
+        second = model(
+            ids[:, 30:40], past_key_values=cache, attention_mask=mask[:, :40], position_ids=positions[:, 30:40]
+        ).logits
+        model.set_attn_implementation("paged_flex")
+        third = model(ids[:, 40:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, 40:]).logits
+    torch.testing.assert_close(second, expected[:, 30:40], **FP32)
+    torch.testing.assert_close(third, expected[:, 40:], **FP32)
+
+
+@pytest.mark.parametrize("num_rows", [2, 16, 64])
+def test_batches_of_any_size_share_a_kernel(num_rows):
+    model, ids = tiny_llama(), random_ids(num_rows, 36)
+    splits = [20] + [1] * 16
+    torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 1), (8, 2)], ids=["MHA", "MQA", "GQA"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_head_layouts(num_heads, num_kv_heads, num_rows):
+    model, ids = tiny_llama(num_heads, num_kv_heads), random_ids(num_rows, 50)
+    splits = [20] + [1] * 10 + [20]
+    torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
+
+
+@pytest.mark.parametrize("head_dim", [24, 80, 96, 256])
+def test_head_sizes_need_not_be_powers_of_two(head_dim):
+    model, ids = tiny_llama(head_dim=head_dim), random_ids(2, 50)
+    splits = [20] + [1] * 10 + [20]
+    torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_logits_are_as_close_to_fp32_as_those_of_sdpa(dtype):
+    ids, splits = random_ids(2, 190), [100] + [1] * 20 + [70]
+    exact = plain(tiny_llama(), ids, splits)
+    expected = plain(tiny_llama(dtype=dtype), ids, splits)
+    actual = paged(tiny_llama(dtype=dtype), ids, splits)
+    assert (actual - exact).abs().mean() < 1.2 * (expected - exact).abs().mean()
+    assert (actual - exact).abs().max() < 1.5 * (expected - exact).abs().max()
+
+
+def test_a_sliding_window_is_respected():
+    model, ids = tiny_model(MistralForCausalLM, MistralConfig, sliding_window=24), random_ids(3, 100)
+    mask = left_padded(100, [100, 71, 90])
+    splits = [40] + [1] * 12 + [48]
+    real = mask.bool()
+    torch.testing.assert_close(paged(model, ids, splits, mask)[real], plain(model, ids, splits, mask)[real], **FP32)
+
+
+def test_softcap_and_two_kinds_of_layers():
+    model, ids = tiny_model(Gemma2ForCausalLM, Gemma2Config, sliding_window=24), random_ids(2, 70)
+    splits = [40] + [1] * 10 + [20]
+    actual = paged(model, ids, splits)
+    model.set_attn_implementation("eager")
+    expected = run(model, DynamicCache(config=model.config), ids, splits)
+    torch.testing.assert_close(actual, expected, **FP32)
+
+
+def test_a_cached_token_can_be_hidden_later():
+    model, ids = tiny_llama(), random_ids(2, 41)
+    mask = torch.ones(2, 41, dtype=torch.long)
+    mask[0, 3:20] = 0
+    caches = {"sdpa": DynamicCache(config=model.config), "paged_flex": PagedCache.from_model(model, page_size=16)}
+    logits = {}
+    for attention, cache in caches.items():
+        model.set_attn_implementation(attention)
+        run(model, cache, ids[:, :40], [40])
+        with torch.no_grad():
+            logits[attention] = model(ids[:, 40:], past_key_values=cache, attention_mask=mask).logits
+    torch.testing.assert_close(logits["paged_flex"], logits["sdpa"], **FP32)
+
+
+def test_a_4d_mask_is_respected():
+    model, ids = tiny_llama(), random_ids(2, 30)
+    mask = torch.tril(torch.ones(30, 30, dtype=torch.bool)).repeat(2, 1, 1, 1)
+    mask[0, :, 9:, 4:7] = False
+    caches = {"sdpa": DynamicCache(config=model.config), "paged_flex": PagedCache.from_model(model, page_size=16)}
+    logits = {}
+    for attention, cache in caches.items():
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache, attention_mask=mask[:, :, :20, :20])
+            logits[attention] = model(ids[:, 20:], past_key_values=cache, attention_mask=mask[:, :, 20:]).logits
+    torch.testing.assert_close(logits["paged_flex"], logits["sdpa"], **FP32)
+
+
+def test_without_a_paged_cache_it_is_sdpa():
+    model, ids = tiny_llama(), random_ids(2, 30)
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        expected = model(ids, use_cache=False).logits
+        model.set_attn_implementation("paged_flex")
+        assert torch.equal(model(ids, use_cache=False).logits, expected)
+    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids)
+    assert torch.equal(generate(model, "paged_flex", DynamicCache(config=model.config), ids), expected)
+
+
+def test_the_placement_of_pages_changes_no_bit():
+    model, ids = tiny_llama(), random_ids(3, 80)
+    model.set_attn_implementation("paged_flex")
+    splits, results = [33] + [1] * 20 + [27], []
+    for seed in range(3):
+        pool = PagePool(model.config, num_pages=24, page_size=16)
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(seed)).tolist()
+        pages = pool.take(24)
+        pool.allocator.release([pages[index] for index in order])
+        results.append(run(model, PagedCache(pool=pool), ids, splits))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_what_another_sequence_left_in_a_page_is_not_seen():
+    model, ids = tiny_llama(), random_ids(1, 40)
+    model.set_attn_implementation("paged_flex")
+    pool = PagePool(model.config, num_pages=4, page_size=16)
+    expected = run(model, PagedCache(pool=pool), ids, [20] + [1] * 20)
+    for layer in range(2):
+        pool.storage(layer).keys.fill_(float("nan"))
+        pool.storage(layer).values.fill_(float("nan"))
+    assert torch.equal(run(model, PagedCache(pool=pool), ids, [20] + [1] * 20), expected)
+
+
+def test_a_growing_pool_keeps_what_it_holds():
+    model, ids = tiny_llama(), random_ids(2, 700)
+    splits = [20] + [1] * 10 + [300, 1, 369]
+    torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
+
+
+def test_a_cache_filled_in_inference_mode_works_outside_of_it():
+    model, ids = tiny_llama(), random_ids(2, 40)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    with torch.inference_mode():
+        first = model(ids[:, :30], past_key_values=cache).logits
+    second = run(model, cache, ids[:, 30:], [1, 1, 8])
+    expected = plain(model, ids, [30, 1, 1, 8])
+    torch.testing.assert_close(torch.cat([first, second], dim=1), expected, **FP32)
