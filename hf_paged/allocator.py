@@ -55,6 +55,9 @@ class PageAllocator:
 
     def ref_count(self, page: int) -> int:
         """Number of holders of `page`."""
+        if self._dropped:
+            with self._lock:
+                self._collect()
         return self._ref_counts[page]
 
     def allocate(self, count: int, *, admit: bool = False) -> list[int]:

@@ -15,7 +15,7 @@ from hf_paged.allocator import PageAllocator
 from hf_paged.config import check_page_size, layer_specs
 from hf_paged.errors import OutOfPagesError
 from hf_paged.stats import MemoryStats
-from hf_paged.storage import LayerStorage
+from hf_paged.storage import LayerStorage, disagreement
 
 _FIRST_PAGES = 16  # an unbounded pool starts with as many
 
@@ -85,20 +85,24 @@ class PagePool:
         """Return the storage of a layer, made on the first call for keys and values like these.
 
         Raises:
-            ValueError: if head counts, head sizes, dtype or device differ from what the layer holds.
+            ValueError: if keys and values don't belong together, or head counts, head sizes, dtype or device differ
+                from what the layer holds.
         """
         storage = self._storages[layer]
+        difference = disagreement(keys, values)
+        if difference is None and storage is not None:
+            difference = storage.mismatch(keys, values)
+        if difference is not None:
+            raise ValueError(
+                f"Layer {layer} was given {difference}. One pool serves one model on one device in one dtype: "
+                "make a new PagedCache for this model."
+            )
         if storage is None:
             with self._lock:
                 storage = self._storages[layer]
                 if storage is None:
                     storage = LayerStorage(keys, values, self.num_pages, self.page_size)
                     self._storages[layer] = storage
-        elif (difference := storage.mismatch(keys, values)) is not None:
-            raise ValueError(
-                f"Layer {layer} was given {difference}. One pool serves one model on one device in one dtype: "
-                "make a new PagedCache for this model."
-            )
         return storage
 
     def take(self, count: int, *, admit: bool = False) -> list[int]:
@@ -134,7 +138,8 @@ class PagePool:
             return self._page_index
         with self._lock:
             if device not in self._page_index_on:
-                self._page_index_on[device] = self._page_index.to(device)
+                with torch.inference_mode(False):  # it must be writable outside of inference mode too
+                    self._page_index_on[device] = self._page_index.clone().to(device)
             return self._page_index_on[device]
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -210,8 +215,8 @@ class PagePool:
         for storage in filter(None, self._storages):
             if storage.num_pages != num_pages:
                 storage.resize(num_pages)
-        page_index = torch.zeros(num_pages, dtype=torch.int32)
+        page_index = np.zeros(num_pages, dtype=np.int32)
         kept = min(num_pages, len(self._page_index))
-        page_index[:kept] = self._page_index[:kept]
-        self._page_index = page_index
+        page_index[:kept] = self._page_index.numpy()[:kept]
+        self._page_index = torch.from_numpy(page_index)
         self._page_index_on.clear()

@@ -11,6 +11,15 @@ from torch import Tensor
 _ALIGNMENT = 64  # bytes, a cache line
 
 
+def disagreement(keys: Tensor, values: Tensor) -> str | None:
+    """Say in words why keys and values can't belong to the same tokens; None if they can."""
+    if (keys.shape[0], keys.shape[2]) != (values.shape[0], values.shape[2]):
+        return f"values of shape {tuple(values.shape)} for keys of shape {tuple(keys.shape)}"
+    if (keys.dtype, keys.device) != (values.dtype, values.device):
+        return f"values in {values.dtype} on {values.device}, but keys in {keys.dtype} on {keys.device}"
+    return None
+
+
 class LayerStorage:
     """Two tensors `(1, num_kv_heads, num_slots, head_dim)`, as FlexAttention reads them.
 
@@ -52,13 +61,11 @@ class LayerStorage:
         """Say in words how new keys and values differ from what is stored here; None if they fit."""
         found = ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]), keys.dtype, keys.device)
         held = (self.key_shape, self.value_shape, self.dtype, self.device)
+        if found == held:
+            return None
         names = ("key heads and head size", "value heads and head size", "dtype", "device")
-        for name, new, old in zip(names, found, held, strict=True):
-            if new != old:
-                return f"{name} {new}, but this cache holds {old}"
-        if values.dtype != self.dtype or values.device != self.device:
-            return f"values in {values.dtype} on {values.device}, but keys in {self.dtype} on {self.device}"
-        return None
+        differences = zip(names, found, held, strict=True)
+        return next(f"{name} {new}, but this cache holds {old}" for name, new, old in differences if new != old)
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Store tokens in their slots.

@@ -1,0 +1,90 @@
+"""SmolLM2-135M-Instruct, a real `LlamaForCausalLM`, generates the same over pages."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_paged import OutOfPagesError, PagedCache
+from hf_paged.packaged import load_packaged_model, prompts
+
+pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
+
+LENGTHS = [5, 16, 17, 31, 64, 100, 127, 128, 129, 40, 75, 200, 90, 33, 150, 8, 55, 111, 180, 22]
+NUM_NEW = 64
+
+
+@pytest.fixture(name="smollm2", scope="module")
+def loaded_model():
+    return load_packaged_model()
+
+
+def batches(tokenizer):
+    rows = prompts(tokenizer, LENGTHS)
+    for start in range(0, len(rows), 8):
+        yield tokenizer.pad({"input_ids": rows[start : start + 8]}, return_tensors="pt")
+
+
+def greedy(model, attention, cache, inputs):
+    model.set_attn_implementation(attention)
+    return model.generate(
+        **inputs, past_key_values=cache, do_sample=False, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW
+    )
+
+
+@pytest.fixture(name="contiguous", scope="module")
+def contiguous_tokens(smollm2):
+    model, tokenizer = smollm2
+    return [greedy(model, "sdpa", DynamicCache(config=model.config), inputs) for inputs in batches(tokenizer)]
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_20_prompts_in_ragged_batches_of_8_give_the_same_tokens(smollm2, contiguous, page_size):
+    model, tokenizer = smollm2
+    for inputs, expected in zip(batches(tokenizer), contiguous, strict=True):
+        cache = PagedCache.from_model(model, page_size=page_size)
+        assert torch.equal(greedy(model, "paged_flex", cache, inputs), expected)
+        # The last token is never fed back, so it is not cached.
+        lengths = [length + NUM_NEW - 1 for length in inputs["attention_mask"].sum(1).tolist()]
+        num_pages = sum(-(-length // page_size) for length in lengths)
+        stats = cache.stats()
+        assert stats.num_active_pages == num_pages
+        assert stats.num_tokens == sum(lengths)
+        assert stats.overhead == pytest.approx(num_pages * page_size / sum(lengths) - 1)
+        config = model.config
+        token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        assert stats.minimum_bytes == sum(lengths) * token_bytes
+        cache.pool.check_integrity()
+
+
+def test_bf16_logits_are_as_close_to_fp32_as_those_of_sdpa(smollm2):
+    exact_model, tokenizer = smollm2
+    ids = torch.tensor(prompts(tokenizer, [200]))
+    model, _ = load_packaged_model(dtype=torch.bfloat16)
+
+    def logits(model, attention, cache):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            parts = [model(part, past_key_values=cache).logits.float() for part in ids.split([150, 1, 1, 1, 1, 46], 1)]
+        return torch.cat(parts, dim=1)
+
+    exact = logits(exact_model, "sdpa", DynamicCache(config=model.config))
+    expected = logits(model, "sdpa", DynamicCache(config=model.config))
+    actual = logits(model, "paged_flex", PagedCache.from_model(model))
+    assert (actual - exact).abs().mean() < 1.1 * (expected - exact).abs().mean()
+    assert (actual - exact).abs().max() < 1.5 * (expected - exact).abs().max()
+
+
+def test_a_pool_one_page_too_small_raises_and_generates_once_pages_are_free(smollm2):
+    model, tokenizer = smollm2
+    model.set_attn_implementation("paged_flex")
+    ids = torch.tensor(prompts(tokenizer, [100]))
+    arguments = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30}
+    cache = PagedCache.from_model(model, num_pages=8, page_size=16)
+    with pytest.raises(OutOfPagesError, match="needs 1 more pages, but 0 of 8 are free"):
+        model.generate(ids, past_key_values=cache, **arguments)
+    assert cache.lengths == [128]
+    cache.crop(-128)
+    tokens = model.generate(ids, past_key_values=cache, **(arguments | {"max_new_tokens": 29, "min_new_tokens": 29}))
+    model.set_attn_implementation("sdpa")
+    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **arguments)
+    assert torch.equal(tokens, expected[:, :129])
