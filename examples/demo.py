@@ -4,26 +4,30 @@ Why: a contiguous cache pads every row of a batch to the longest, and so stores 
 exist. A paged cache stores real tokens only, wherever a page is free. This script puts the two side by side on a real
 model: the same tokens, their speed, and their bytes.
 
-How: `make demo`, or `python examples/demo.py --max-new-tokens 64 --page-size 128 --rounds 3`. It needs no network
-and no GPU. The first run converts the packaged model (about half a minute); every run compiles FlexAttention once.
+How: `make demo`, or `python examples/demo.py --max-new-tokens 32 --page-size 128 --rounds 3`. It needs no network
+and no GPU. The first run converts the packaged model (about half a minute) and compiles FlexAttention (about as long);
+later runs find both on disk.
 """
 
 import argparse
+import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 
 import torch
 import transformers
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria
 
 import hf_paged
 from hf_paged import PagedCache
 from hf_paged.packaged import load_packaged_model, prompts
 
 QUESTION = "Why do operating systems use paged memory? Answer in two sentences."
-PROMPT_LENGTHS = (40, 80, 120, 170, 230, 310, 430, 600)
+PROMPT_LENGTHS = (20, 40, 60, 85, 115, 155, 215, 300)
 
 
 def main() -> None:
@@ -31,22 +35,37 @@ def main() -> None:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     transformers.utils.logging.disable_progress_bar()
-    print(
-        f"hf-paged {hf_paged.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {torch.get_num_threads()} threads"
-    )
+    setting = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "num_threads": torch.get_num_threads(),
+        "versions": {
+            "hf-paged": hf_paged.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    print(", ".join(f"{name} {version}" for name, version in setting["versions"].items()))
+    print(f"{setting['machine']}, {setting['num_threads']} threads")
     print("Loading SmolLM2-135M-Instruct in float32 ...")
     model, tokenizer = load_packaged_model()
     answer_question(model, tokenizer, args)
-    compare_ragged_batch(model, tokenizer, args)
+    results = compare_ragged_batch(model, tokenizer, args)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(setting | {"ragged_batch": results}, file, indent=2)
+            file.write("\n")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="generated per row (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="generated per row (default: %(default)s)")
     parser.add_argument("--page-size", type=int, default=128, help="tokens per page (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each cache (default: %(default)s)")
     parser.add_argument("--num-threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures of the batch to FILE")
     return parser.parse_args()
 
 
@@ -54,69 +73,98 @@ def answer_question(model, tokenizer, args) -> None:
     """One chat question, with both caches."""
     messages = [{"role": "user", "content": QUESTION}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    lengths = {"max_new_tokens": args.max_new_tokens}
+    lengths = {"max_new_tokens": 2 * args.max_new_tokens}
 
-    print("\nThe first paged call compiles FlexAttention: 15 to 40 seconds, once ...")
+    print("\nThe first paged decoding step compiles FlexAttention, once per machine ...")
     cache = PagedCache.from_model(model, page_size=args.page_size)
-    paged, seconds = timed_generate(model, "paged_flex", inputs, cache, lengths)
+    paged, clock = timed_generate(model, "paged_flex", inputs, cache, lengths)
     contiguous, _ = timed_generate(model, "sdpa", inputs, DynamicCache(config=model.config), lengths)
 
-    print(f"took {seconds:.1f} s\n\nQ: {QUESTION}")
+    print(f"took {clock.seconds:.1f} s\n\nQ: {QUESTION}")
     print(f"A: {tokenizer.decode(paged[0, inputs['input_ids'].shape[1] :], skip_special_tokens=True)}\n")
     require_same_tokens(paged, contiguous)
 
 
-def compare_ragged_batch(model, tokenizer, args) -> None:
+def compare_ragged_batch(model, tokenizer, args) -> dict:
     """Prompts of very different lengths in one batch: speed and bytes of both caches."""
     batch = {"input_ids": prompts(tokenizer, PROMPT_LENGTHS)}
     inputs = tokenizer.pad(batch, return_tensors="pt")
     # No row may stop early: both caches shall do the same work.
     lengths = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.max_new_tokens}
-    num_new_tokens = len(PROMPT_LENGTHS) * args.max_new_tokens
+    print(f"\nA batch of {len(PROMPT_LENGTHS)} prompts of {PROMPT_LENGTHS} tokens, {args.max_new_tokens} new each")
     cache = PagedCache.from_model(model, page_size=args.page_size)
+    clocks = {"paged_flex": [], "sdpa": []}
+    for turn in range(args.rounds + 1):  # the first is a warm-up
+        tokens = {}
+        for attention in clocks:
+            cache.reset()
+            dynamic = DynamicCache(config=model.config)
+            used = cache if attention == "paged_flex" else dynamic
+            tokens[attention], clock = timed_generate(model, attention, inputs, used, lengths)
+            clocks[attention].append(clock)
+            if attention == "paged_flex":
+                stats, picture = cache.stats(), cache.memory_map()
+        print(f"round {turn} of {args.rounds}: " + ("warm-up" if turn == 0 else "timed"))
+        require_same_tokens(tokens["paged_flex"], tokens["sdpa"])
 
-    print(
-        f"\nA batch of {len(PROMPT_LENGTHS)} prompts of {PROMPT_LENGTHS} tokens, {args.max_new_tokens} new tokens each"
-    )
-    paged, paged_seconds = timed_generate(model, "paged_flex", inputs, cache, lengths)
-    dynamic = DynamicCache(config=model.config)
-    contiguous, contiguous_seconds = timed_generate(model, "sdpa", inputs, dynamic, lengths)
-    print(f"Warm-up: paged {paged_seconds:.1f} s, with compilation; contiguous {contiguous_seconds:.1f} s")
-    require_same_tokens(paged, contiguous)
+    def median(attention: str, figure: str) -> float:
+        return statistics.median(getattr(clock, figure) for clock in clocks[attention][1:])
 
-    paged_speeds, contiguous_speeds = [], []
-    for _ in range(args.rounds):
-        cache.reset()
-        _, seconds = timed_generate(model, "paged_flex", inputs, cache, lengths)
-        paged_speeds.append(num_new_tokens / seconds)
-        dynamic = DynamicCache(config=model.config)
-        _, seconds = timed_generate(model, "sdpa", inputs, dynamic, lengths)
-        contiguous_speeds.append(num_new_tokens / seconds)
-    print_comparison(
-        cache, dynamic, statistics.median(paged_speeds), statistics.median(contiguous_speeds), args.rounds
-    )
-
-
-def print_comparison(cache, dynamic, paged_speed: float, contiguous_speed: float, rounds: int) -> None:
-    stats = cache.stats()
     contiguous_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dynamic.layers)
-    print(f"\n{'':36}{'paged_flex':>14}{'DynamicCache':>14}{'ratio':>8}")
-    rows = [
-        (f"new tokens/s, median of {rounds}", paged_speed, contiguous_speed, ".1f"),
-        ("KV cache, MiB", stats.active_bytes / 2**20, contiguous_bytes / 2**20, ".1f"),
+    table = [
+        ("first token, s", median("paged_flex", "to_first_token"), median("sdpa", "to_first_token")),
+        ("ms per decoding step", median("paged_flex", "ms_per_step"), median("sdpa", "ms_per_step")),
+        ("new tokens/s, decoding", *(1e3 * len(PROMPT_LENGTHS) / median(name, "ms_per_step") for name in clocks)),
+        ("KV cache, MiB", stats.active_bytes / 2**20, contiguous_bytes / 2**20),
     ]
-    for name, ours, theirs, form in rows:
-        print(f"{name:36}{ours:>14{form}}{theirs:>14{form}}{ours / theirs:>8.2f}")
-    print(f"\nReal tokens alone need {stats.minimum_bytes / 2**20:.1f} MiB; paging adds {stats.overhead:.1%}.\n")
-    print(cache.memory_map())
+    print(f"\n{'medians of ' + str(args.rounds):28}{'PagedCache':>14}{'DynamicCache':>14}{'ratio':>8}")
+    for name, ours, theirs in table:
+        print(f"{name:28}{ours:>14.2f}{theirs:>14.2f}{ours / theirs:>8.2f}")
+    print(f"\nReal tokens alone need {stats.minimum_bytes / 2**20:.1f} MiB; pages add {stats.overhead:.1%}.\n")
+    print(picture)
+    return {
+        "prompt_lengths": PROMPT_LENGTHS,
+        "num_new_tokens": args.max_new_tokens,
+        "page_size": args.page_size,
+        "rounds": args.rounds,
+        "same_tokens": True,
+        "minimum_MiB": round(stats.minimum_bytes / 2**20, 2),
+        "overhead": round(stats.overhead, 4),
+        "PagedCache": {name: round(ours, 3) for name, ours, _ in table},
+        "DynamicCache": {name: round(theirs, 3) for name, _, theirs in table},
+    }
 
 
-def timed_generate(model, attn_implementation, inputs, cache, lengths) -> tuple[torch.Tensor, float]:
-    """Generate greedily; give the tokens, and the seconds with prefill."""
+class Clock(StoppingCriteria):
+    """Looks at the time after each new token; never stops anything."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def seconds(self) -> float:
+        return self.times[-1] - self.times[0]
+
+    @property
+    def to_first_token(self) -> float:
+        return self.times[1] - self.times[0]
+
+    @property
+    def ms_per_step(self) -> float:
+        steps = [1e3 * (after - before) for before, after in zip(self.times[1:], self.times[2:], strict=False)]
+        return statistics.median(steps)
+
+
+def timed_generate(model, attn_implementation, inputs, cache, lengths) -> tuple[torch.Tensor, Clock]:
+    """Generate greedily; give the tokens, and a clock that ran along."""
     model.set_attn_implementation(attn_implementation)
-    start = time.perf_counter()
-    tokens = model.generate(**inputs, past_key_values=cache, do_sample=False, **lengths)
-    return tokens, time.perf_counter() - start
+    clock = Clock()
+    tokens = model.generate(**inputs, past_key_values=cache, do_sample=False, stopping_criteria=[clock], **lengths)
+    return tokens, clock
 
 
 def require_same_tokens(paged: torch.Tensor, contiguous: torch.Tensor) -> None:
@@ -124,6 +172,22 @@ def require_same_tokens(paged: torch.Tensor, contiguous: torch.Tensor) -> None:
     print(f"same tokens: {'yes' if same else 'no'}")
     if not same:
         sys.exit(1)
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 if __name__ == "__main__":

@@ -93,12 +93,14 @@ class PageAllocator:
         """Add `times` holders to each of `pages`.
 
         Raises:
-            ValueError: if a page has no holder yet; nothing is retained.
+            ValueError: if a page has no holder yet, or `times` is below 1; nothing is retained.
         """
+        if times < 1:
+            raise ValueError(f"times={times} holders were to be added; at least 1 is needed.")
         with self._lock:
             counts = self._ref_counts
             for page in pages:
-                if counts[page] < 1:
+                if not 0 <= page < len(counts) or counts[page] < 1:
                     raise ValueError(f"Page {page} has no holder, so it can't be shared.")
             for page in pages:
                 self._num_shared += counts[page] == 1
@@ -166,7 +168,7 @@ class PageAllocator:
         freed = []
         num_unshared = 0
         for done, page in enumerate(pages):
-            count = counts[page]
+            count = counts[page] if 0 <= page < len(counts) else 0
             if count < 1:
                 for undone in pages[:done]:
                     counts[undone] += 1

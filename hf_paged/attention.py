@@ -35,18 +35,21 @@ class PagedMask(BlockMask):
         self.step = step
         self._tiling = tiling
         self._visible = visible
-        self._tiles: dict[tuple[int, int, torch.device], Tiles] = {}
+        self._tiles: dict[tuple[int, int, torch.device, int], Tiles] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`(num_rows, 1, num_new, num_columns)`, the mask as Transformers would see it."""
         return self.step.num_rows, 1, self.step.num_new, self.step.num_columns
 
-    def tiles(self, group: int, max_tile_rows: int, device: torch.device) -> Tiles:
-        """Block lists for `group` query heads on each key/value head, made once for all layers."""
+    def tiles(self, group: int, max_tile_rows: int, device: torch.device, num_slots: int) -> Tiles:
+        """Block lists for `group` query heads on each key/value head, made once for all layers.
+
+        They are made anew when another thread lets the pool grow between two layers, to `num_slots` slots.
+        """
         if self.step.is_cancelled:
             raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
-        key = (group, max_tile_rows, device)
+        key = (group, max_tile_rows, device, num_slots)
         if key not in self._tiles:
             if self._visible is None:
                 self._tiles[key] = self._tiling.causal(self.step.limits, group, max_tile_rows, device)
@@ -188,9 +191,8 @@ def paged_flex_attention(
             f"Queries of shape {tuple(query.shape)} don't fit a step of {step.num_rows} rows and {step.num_new} new "
             f"tokens over {key.shape[1]} key/value heads."
         )
-    tiles = attention_mask.tiles(
-        query.shape[1] // key.shape[1], kernel.max_tile_rows(query.dtype, query.device), query.device
-    )
+    group, max_tile_rows = query.shape[1] // key.shape[1], kernel.max_tile_rows(query.dtype, query.device)
+    tiles = attention_mask.tiles(group, max_tile_rows, query.device, key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return kernel.paged_attention(query, key, value, tiles, step.table.pool.page_size, scale, softcap), None
 

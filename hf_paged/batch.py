@@ -64,7 +64,9 @@ class Batch:
         self.settle()
         num_rows, _, num_new, _ = keys.shape
         step = self.step
-        if step is None:
+        if step is None or not any(self._written[index] for index in self._layers):
+            if step is not None and (num_rows, num_new) == (step.num_rows, step.num_new):
+                return step
             # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
             self._check_rows(num_rows, num_new)
             return self._begin(num_rows, num_new, None, True)
@@ -162,6 +164,8 @@ class Batch:
         """
         self.rest()
         num_rows = self.table.num_rows
+        if self.columns.count == 0:
+            return  # as for Transformers' own caches
         wrong = [index for index in indices if not -num_rows <= index < num_rows]
         if wrong:
             raise ValueError(f"Rows {wrong} were asked for, but this cache holds {num_rows} rows.")
@@ -179,9 +183,9 @@ class Batch:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """`(num_rows,)` tokens of each row, padding excluded."""
+        """`(num_rows,)` tokens of each row, padding excluded, without those of a pass under way."""
         self.settle()
-        return self.table.lengths
+        return self.table.lengths if self.columns.count else self.table.lengths[:0]
 
     def gather(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy a layer into the padded layout; `(None, None)` when empty.

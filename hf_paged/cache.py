@@ -78,8 +78,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 "Keys that require gradients were given to a PagedCache, which writes in place and can't be "
                 "differentiated. Run the model under torch.no_grad() or torch.inference_mode()."
             )
-        step = self._batch.step_for(self.index, key_states)
         storage = self._batch.pool.open_storage(self.index, key_states, value_states)
+        step = self._batch.step_for(self.index, key_states)
         step.write(storage, key_states, value_states)
         result = step.read(storage, key_states, value_states)
         self._batch.note_written(self.index)
@@ -259,9 +259,19 @@ class PagedCache(Cache):
         self._batch.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows that `indices` or a bool mask names."""
+        """Keep the rows that `indices`, or a bool mask over all rows, names.
+
+        Raises:
+            ValueError: if a row does not exist, or the mask has another length; nothing has changed.
+        """
         indices = torch.as_tensor(indices)
-        self._batch.select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+        if indices.dtype == torch.bool:
+            if self.lengths and len(indices) != len(self.lengths):
+                raise ValueError(
+                    f"A mask over {len(indices)} rows was given, but this cache holds {len(self.lengths)} rows."
+                )
+            indices = indices.nonzero().flatten()
+        self._batch.select(indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, sharing its pages."""

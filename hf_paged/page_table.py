@@ -123,7 +123,7 @@ class PageTable:
 
     def truncate(self, lengths: Counts) -> None:
         """Shorten the rows to `lengths` and release the pages behind them."""
-        self._rows.lengths = lengths
+        self._rows.lengths = lengths.copy()
         self._tails_may_be_shared = True
         self.rollback()
 

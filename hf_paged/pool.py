@@ -63,7 +63,7 @@ class PagePool:
         self._holders: WeakSet[PageHolder] = WeakSet()
         self._storages: list[LayerStorage | None] = [None] * len(self.layers)
         # The place of a page in its row. Rows that share a page have it at the same place, so one entry is enough.
-        self._page_index = torch.zeros(num_pages or 0, dtype=torch.int32)
+        self._page_index = torch.from_numpy(np.zeros(max(1, self.num_pages), dtype=np.int32))
         self._page_index_on: dict[torch.device, Tensor] = {}
         self._lock = threading.RLock()
 
@@ -90,19 +90,17 @@ class PagePool:
         """
         storage = self._storages[layer]
         difference = disagreement(keys, values)
-        if difference is None and storage is not None:
-            difference = storage.mismatch(keys, values)
-        if difference is not None:
-            raise ValueError(
-                f"Layer {layer} was given {difference}. One pool serves one model on one device in one dtype: "
-                "make a new PagedCache for this model."
-            )
-        if storage is None:
+        if storage is None and difference is None:
             with self._lock:
                 storage = self._storages[layer]
                 if storage is None:
                     storage = LayerStorage(keys, values, self.num_pages, self.page_size)
                     self._storages[layer] = storage
+        if storage is None or (difference := difference or storage.mismatch(keys, values)) is not None:
+            raise ValueError(
+                f"Layer {layer} was given {difference}. One pool serves one model on one device in one dtype: "
+                "make a new PagedCache for this model."
+            )
         return storage
 
     def take(self, count: int, *, admit: bool = False) -> list[int]:
@@ -134,9 +132,9 @@ class PagePool:
 
     def page_index(self, device: torch.device) -> Tensor:
         """`(num_pages,)` int32: the place of every held page in its row."""
-        if device.type == "cpu":
-            return self._page_index
-        with self._lock:
+        with self._lock:  # not in the middle of a growth
+            if device.type == "cpu":
+                return self._page_index
             if device not in self._page_index_on:
                 with torch.inference_mode(False):  # it must be writable outside of inference mode too
                     self._page_index_on[device] = self._page_index.clone().to(device)
@@ -213,10 +211,10 @@ class PagePool:
 
     def _resize(self, num_pages: int) -> None:
         for storage in filter(None, self._storages):
-            if storage.num_pages != num_pages:
+            if storage.num_pages != max(1, num_pages):
                 storage.resize(num_pages)
-        page_index = np.zeros(num_pages, dtype=np.int32)
-        kept = min(num_pages, len(self._page_index))
+        page_index = np.zeros(max(1, num_pages), dtype=np.int32)
+        kept = min(len(page_index), len(self._page_index))
         page_index[:kept] = self._page_index.numpy()[:kept]
         self._page_index = torch.from_numpy(page_index)
         self._page_index_on.clear()

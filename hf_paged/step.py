@@ -115,7 +115,7 @@ class Step:
         if self.view is View.NEW:
             return keys, values
         if self.view is View.PAGES:
-            return storage.keys, storage.values
+            return storage.tensors
         return gather_columns(storage, self.table, self._columns, self.num_new, self.new)
 
 
@@ -143,6 +143,8 @@ def gather_columns(
         positions = np.maximum(whole.real.cumsum(axis=1) - 1, 0)
     width = table.block_table.shape[1]
     pages = table.block_table[np.arange(shape[0])[:, None], np.minimum(positions // page_size, width - 1)]
+    if whole.real is not None:
+        pages = np.where(whole.real, pages, 0)  # a row of padding alone has no page to read
     slots = torch.from_numpy((pages.astype(np.int64) * page_size + positions % page_size).ravel())
     gathered = []
     for tensor in storage.gather(slots.to(storage.device)):

@@ -39,12 +39,20 @@ class LayerStorage:
         self.dtype = keys.dtype
         self.key_shape = (keys.shape[1], keys.shape[3])
         self.value_shape = (values.shape[1], values.shape[3])
-        self.keys = self._zeros(self.key_shape, num_pages)
-        """`(1, num_kv_heads, num_slots, head_dim)`."""
-        self.values = self._zeros(self.value_shape, num_pages)
-        """Like `keys`; the head size may differ."""
+        self.tensors = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
+        """Keys and values, each `(1, num_kv_heads, num_slots, head_dim)`; the head sizes may differ."""
         # Growth replaces the tensors; a write by another thread must land before the copy or in the new ones.
         self._lock = threading.Lock()
+
+    @property
+    def keys(self) -> Tensor:
+        """`(1, num_kv_heads, num_slots, head_dim)`."""
+        return self.tensors[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Like `keys`."""
+        return self.tensors[1]
 
     @property
     def num_pages(self) -> int:
@@ -86,7 +94,7 @@ class LayerStorage:
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages; both `(num_copies,)` int64."""
         with self._exclusive():
-            for tensor in (self.keys, self.values):
+            for tensor in self.tensors:
                 pages = self._by_page(tensor)
                 pages.index_copy_(1, targets, pages.index_select(1, sources))
 
@@ -102,7 +110,7 @@ class LayerStorage:
             keys, values = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
             keys[:, :, :kept].copy_(self.keys[:, :, :kept])
             values[:, :, :kept].copy_(self.values[:, :, :kept])
-            self.keys, self.values = keys, values
+            self.tensors = keys, values  # in one go: a reader must not get keys and values of different sizes
 
     def _by_page(self, tensor: Tensor) -> Tensor:
         _, num_heads, _, head_dim = tensor.shape
@@ -110,7 +118,8 @@ class LayerStorage:
 
     def _zeros(self, head_shape: tuple[int, int], num_pages: int) -> Tensor:
         num_heads, head_dim = head_shape
-        shape = (1, num_heads, num_pages * self.page_size, head_dim)
+        # One page at least, so that there is something to index when every token so far was padding.
+        shape = (1, num_heads, max(1, num_pages) * self.page_size, head_dim)
         # Not an inference tensor, so that caches filled under inference_mode go on working outside of it.
         with torch.inference_mode(False):
             if self.device.type != "cpu":

@@ -157,6 +157,10 @@ class _DecodeBuffers:
         self._device = device
         self._version = table.version
         num_pages = len(self._page_index)
+        with torch.inference_mode(False):  # they outlive the mode that they are made in
+            self._allocate(num_rows, num_pages, group, device)
+
+    def _allocate(self, num_rows: int, num_pages: int, group: int, device: torch.device) -> None:
         self._num_full = torch.zeros(num_rows, dtype=torch.int32)
         self._num_partial = torch.zeros(num_rows, dtype=torch.int32)
         self._partial = _empty_lists(num_rows, num_pages)
