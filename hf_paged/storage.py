@@ -23,8 +23,8 @@ def disagreement(keys: Tensor, values: Tensor) -> str | None:
 class LayerStorage:
     """Two tensors `(1, num_kv_heads, num_slots, head_dim)`, as FlexAttention reads them.
 
-    Head by head, so that what one head reads of a page is one contiguous piece: a tenth to a quarter faster than token
-    by token when the page comes from memory.
+    Head by head, so that what one head reads of a page is one contiguous piece; token by token, a page that comes from
+    memory is read more slowly.
 
     Args:
         keys: `(batch, num_kv_heads, num_tokens, head_dim)`; gives the head count, head size, dtype and device.
