@@ -5,8 +5,9 @@ exist. A paged cache stores real tokens only, wherever a page is free. This scri
 model: the same tokens, their speed, and their bytes.
 
 How: `make demo`, or `python examples/demo.py --max-new-tokens 32 --page-size 128 --rounds 3`. It needs no network
-and no GPU. The first run converts the packaged model (about half a minute) and compiles FlexAttention (about as long);
-later runs find both on disk.
+and no GPU. Let nothing else run meanwhile: threads that wait for a busy core say little about a cache. The first run
+converts the packaged model (about half a minute) and compiles FlexAttention (about as long); later runs find both on
+disk.
 """
 
 import argparse

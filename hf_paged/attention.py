@@ -191,6 +191,11 @@ def paged_flex_attention(
             f"Queries of shape {tuple(query.shape)} don't fit a step of {step.num_rows} rows and {step.num_new} new "
             f"tokens over {key.shape[1]} key/value heads."
         )
+    if query.dtype != key.dtype:
+        raise ValueError(
+            f"Queries in {query.dtype} were given for keys in {key.dtype}, but FlexAttention wants one dtype. Load "
+            "the model in one dtype, and run it without autocast."
+        )
     group, max_tile_rows = query.shape[1] // key.shape[1], kernel.max_tile_rows(query.dtype, query.device)
     tiles = attention_mask.tiles(group, max_tile_rows, query.device, key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

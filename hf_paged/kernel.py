@@ -18,7 +18,9 @@ from hf_paged.tiles import Tiles
 
 logger = logging.getLogger(__name__)
 
-_TILE_ROWS = 128
+_QUERY_BLOCK = 128
+# FlexAttention's decoding kernel on GPU takes fewer than 128 rows; with fewer always, no size decides on the kernel.
+_TILE_ROWS = 127
 # From 64 rows on the CPU kernel repacks the whole pool for 16-bit types, used or not.
 _TILE_ROWS_CPU_16_BIT = 63
 
@@ -105,13 +107,15 @@ def _stack(query: Tensor, tiles: Tiles) -> Tensor:
     num_rows, num_heads, num_queries, head_dim = query.shape
     group, num_kv_heads = tiles.group, num_heads // tiles.group
     if num_queries == 1:
-        return query.reshape(num_rows, num_kv_heads, group, head_dim)
+        # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
+        return query.reshape(num_rows, num_kv_heads, group, head_dim).contiguous()
     missing = tiles.tiles_per_row * tiles.tile_length - num_queries
     padded = torch.nn.functional.pad(query, (0, 0, 0, missing)) if missing else query
     return (
-        padded.view(num_rows, num_kv_heads, group, tiles.tiles_per_row, tiles.tile_length, head_dim)
+        padded.reshape(num_rows, num_kv_heads, group, tiles.tiles_per_row, tiles.tile_length, head_dim)
         .permute(0, 3, 1, 4, 2, 5)
         .reshape(num_rows * tiles.tiles_per_row, num_kv_heads, tiles.tile_length * group, head_dim)
+        .contiguous()
     )
 
 
@@ -138,10 +142,12 @@ _compile_lock = threading.RLock()
 
 
 def _specialization(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    # What a compiled kernel does not adapt to: a size of 1, which broadcasts, and the number of threads.
-    (num_tiles, _, tile_rows, _), page_index, seen = arguments[0].shape, arguments[-2], arguments[-1]
-    ones = num_tiles == 1, tile_rows == 1, seen.shape[1] == 1, len(page_index) == 1
-    key = (variant, ones, torch.get_num_threads())
+    # What a compiled kernel does not adapt to: a size of 1, which broadcasts, storage that 32-bit indices can't
+    # address, and the number of threads.
+    query, keys, values, *_, page_index, seen = arguments
+    ones = query.shape[0] == 1, query.shape[2] == 1, len(page_index) == 1, seen.shape[1] == 1
+    is_large = keys.numel() >= 2**31 or values.numel() >= 2**31
+    key = (variant, ones, is_large, torch.get_num_threads())
     kernel = _specializations.get(key)
     if kernel is None:
         with _compile_lock:
@@ -176,7 +182,7 @@ def _compile(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., T
         for size in sizes:
             if size < tensor.ndim and tensor.shape[size] > 1:
                 torch._dynamo.mark_dynamic(tensor, size)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(variant.device, enabled=False):
         torch.compile(own, backend=backend, fullgraph=True)(*arguments)
     ((compiled, sources),) = captured
     inputs = eval(f"lambda {', '.join(code.co_varnames[: code.co_argcount])}: ({_expression(sources)})")
@@ -197,7 +203,7 @@ def _expression(sources: list[str]) -> str:
 def _build(variant: Variant) -> Callable[..., Tensor]:
     page_size, group, softcap = variant.page_size, variant.group, variant.softcap
     # A tile is one query block, however many rows it has.
-    query_block = max(_TILE_ROWS, -(-group // _TILE_ROWS) * _TILE_ROWS)
+    query_block = -(-group // _QUERY_BLOCK) * _QUERY_BLOCK
     kernel_options = _kernel_options(variant)
 
     # The names matter. The CPU template of FlexAttention (seen in torch 2.13) substitutes the symbols of its tile

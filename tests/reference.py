@@ -197,3 +197,15 @@ def _slots(table: PageTable, row: int, first: int, count: int) -> Tensor:
     pages, page_size = table.row_pages(row), table.pool.page_size
     positions = range(first, first + count)
     return torch.tensor([pages[at // page_size] * page_size + at % page_size for at in positions], dtype=torch.int64)
+
+
+def numbered_table(pool, *lengths):
+    """A table whose row `i` holds the numbers from `1000 * i` on."""
+    table = PageTable(pool)
+    table.open_rows(len(lengths))
+    append_ids(table, rows_of(*lengths))
+    return table
+
+
+def rows_of(*lengths):
+    return [list(range(1000 * row, 1000 * row + length)) for row, length in enumerate(lengths)]

@@ -8,6 +8,8 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -164,6 +166,12 @@ def test_softcap_and_two_kinds_of_layers():
     model.set_attn_implementation("eager")
     expected = run(model, DynamicCache(config=model.config), ids, splits)
     torch.testing.assert_close(actual, expected, **FP32)
+
+
+def test_queries_that_are_a_slice_of_one_projection():
+    model, ids = tiny_model(GPT2LMHeadModel, GPT2Config, n_embd=48, n_head=3, n_layer=2), random_ids(3, 60)
+    splits = [30, 1, 1, 1, 27]
+    torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
 
 
 def test_a_cached_token_can_be_hidden_later():

@@ -8,25 +8,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from hf_paged import OutOfPagesError
 from hf_paged.page_table import PageTable
-from tests.reference import EDGES, append_ids, count_holders, open_pool, read_ids, write_ids
+from tests.reference import (
+    EDGES,
+    append_ids,
+    count_holders,
+    numbered_table,
+    open_pool,
+    read_ids,
+    rows_of,
+    write_ids,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
 
 def counts(*numbers):
     return np.array(numbers, dtype=np.int64)
-
-
-def table_of(pool, *lengths):
-    """A table whose row `i` holds the numbers from `1000 * i` on."""
-    table = PageTable(pool)
-    table.open_rows(len(lengths))
-    append_ids(table, rows_of(*lengths))
-    return table
-
-
-def rows_of(*lengths):
-    return [list(range(1000 * row, 1000 * row + length)) for row, length in enumerate(lengths)]
 
 
 def state(table):
@@ -60,7 +57,7 @@ def copies(monkeypatch):
 @pytest.mark.parametrize("length", [0, *EDGES])
 def test_a_row_holds_just_the_pages_that_its_tokens_need(length):
     pool = open_pool()
-    table = table_of(pool, length, 5)
+    table = numbered_table(pool, length, 5)
     assert [len(table.row_pages(row)) for row in (0, 1)] == [-(-length // 16), 1]
     assert read_ids(table) == rows_of(length, 5)
     pool.check_integrity()
@@ -68,7 +65,7 @@ def test_a_row_holds_just_the_pages_that_its_tokens_need(length):
 
 def test_tokens_added_one_by_one_take_a_page_at_each_edge():
     pool = open_pool()
-    table = table_of(pool, 1)
+    table = numbered_table(pool, 1)
     expected = rows_of(40)
     for number in expected[0][1:]:
         append_ids(table, [[number]])
@@ -77,14 +74,14 @@ def test_tokens_added_one_by_one_take_a_page_at_each_edge():
 
 
 def test_pages_with_tokens_counts_the_used_slots_of_each_page():
-    table = table_of(open_pool(), 33, 0, 16)
+    table = numbered_table(open_pool(), 33, 0, 16)
     table.reserve(counts(16, 0, 0))
     first, _, third = (table.row_pages(row) for row in range(3))
     assert list(table.pages_with_tokens()) == [*zip(first, [16, 16, 1, 0], strict=True), (third[0], 16)]
 
 
 def test_reserved_tokens_count_only_once_they_are_committed():
-    table = table_of(open_pool(), 15, 20)
+    table = numbered_table(open_pool(), 15, 20)
     table.reserve(counts(2, 0))
     assert table.lengths.tolist() == [15, 20]
     assert [len(table.row_pages(row)) for row in (0, 1)] == [2, 2]
@@ -94,7 +91,7 @@ def test_reserved_tokens_count_only_once_they_are_committed():
 
 def test_reserving_within_the_last_page_takes_nothing_and_keeps_the_version():
     pool = open_pool()
-    table = table_of(pool, 10)
+    table = numbered_table(pool, 10)
     before, version = state(table), table.version
     table.reserve(counts(6))
     assert state(table) == before
@@ -104,7 +101,7 @@ def test_reserving_within_the_last_page_takes_nothing_and_keeps_the_version():
 @pytest.mark.parametrize("more", EDGES)
 def test_rolling_back_gives_the_reserved_pages_back(more):
     pool = open_pool()
-    table = table_of(pool, 15, 16)
+    table = numbered_table(pool, 15, 16)
     before = state(table)
     table.reserve(counts(more, more))
     table.rollback()
@@ -115,7 +112,7 @@ def test_rolling_back_gives_the_reserved_pages_back(more):
 
 def test_a_rolled_back_copy_leaves_the_tokens_as_they_were():
     pool = open_pool()
-    table = table_of(pool, 10)
+    table = numbered_table(pool, 10)
     fork = table.fork()
     table.reserve(counts(20))
     write_ids(table, 0, 10, range(500, 520))
@@ -127,7 +124,7 @@ def test_a_rolled_back_copy_leaves_the_tokens_as_they_were():
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 32, 33])
 def test_truncating_releases_the_pages_behind(length):
     pool = open_pool()
-    table = table_of(pool, 33, 20)
+    table = numbered_table(pool, 33, 20)
     table.truncate(counts(length, 20))
     assert pool.allocator.num_active == -(-length // 16) + 2
     assert read_ids(table) == rows_of(length, 20)
@@ -140,7 +137,7 @@ def test_truncating_releases_the_pages_behind(length):
 def test_selecting_rows_moves_no_token_and_counts_the_holders(indices, copies):
     pool = open_pool()
     recorded = copies(pool)
-    table = table_of(pool, 33, 5, 16)
+    table = numbered_table(pool, 33, 5, 16)
     pages = [table.row_pages(row) for row in range(3)]
     table.select(indices)
     assert recorded == []
@@ -155,7 +152,7 @@ def test_selecting_rows_moves_no_token_and_counts_the_holders(indices, copies):
 @pytest.mark.parametrize("indices", [[0, 0, 1], [1, 0], [0, 0]])
 def test_selected_rows_go_their_own_ways(indices):
     pool = open_pool()
-    table = table_of(pool, 17, 30)
+    table = numbered_table(pool, 17, 30)
     table.select(indices)
     expected = [rows_of(17, 30)[index] for index in indices]
     for number in range(5000, 5020):
@@ -169,7 +166,7 @@ def test_selected_rows_go_their_own_ways(indices):
 def test_a_fork_shares_every_page(copies):
     pool = open_pool()
     recorded = copies(pool)
-    table = table_of(pool, 33, 5)
+    table = numbered_table(pool, 33, 5)
     fork = table.fork()
     assert recorded == []
     assert [fork.row_pages(row) for row in (0, 1)] == [table.row_pages(row) for row in (0, 1)]
@@ -183,7 +180,7 @@ def test_a_fork_shares_every_page(copies):
 def test_writing_to_shared_rows_copies_only_the_partial_last_page(length, which, copies):
     pool = open_pool()
     recorded = copies(pool)
-    table = table_of(pool, length)
+    table = numbered_table(pool, length)
     tables = {"parent": table, "fork": table.fork()}
     shared = table.row_pages(0)
     append_ids(tables[which], [[7777]])
@@ -207,7 +204,7 @@ def test_writing_to_shared_rows_copies_only_the_partial_last_page(length, which,
 def test_full_shared_pages_are_never_copied(length, copies):
     pool = open_pool()
     recorded = copies(pool)
-    table = table_of(pool, length)
+    table = numbered_table(pool, length)
     fork = table.fork()
     append_ids(table, [[7777]])
     append_ids(fork, [[8888]])
@@ -221,7 +218,7 @@ def test_full_shared_pages_are_never_copied(length, copies):
 def test_rows_that_share_a_last_page_leave_it_to_one_of_them(num_rows, is_held_elsewhere, copies):
     pool = open_pool()
     recorded = copies(pool)
-    table = table_of(pool, 20)
+    table = numbered_table(pool, 20)
     fork = table.fork() if is_held_elsewhere else None
     table.select([0] * num_rows)
     append_ids(table, [[2000 + row] for row in range(num_rows)])
@@ -237,7 +234,7 @@ def test_rows_that_share_a_last_page_leave_it_to_one_of_them(num_rows, is_held_e
 def test_only_rows_that_write_get_a_copy(copies):
     pool = open_pool()
     recorded = copies(pool)
-    table = table_of(pool, 20, 5)
+    table = numbered_table(pool, 20, 5)
     fork = table.fork()
     pages = [table.row_pages(row) for row in (0, 1)]
     append_ids(table, [[], [7777]])
@@ -251,7 +248,7 @@ def test_only_rows_that_write_get_a_copy(copies):
 def test_a_row_shortened_into_a_shared_page_copies_it_before_writing(copies):
     pool = open_pool()
     recorded = copies(pool)
-    table = table_of(pool, 33)
+    table = numbered_table(pool, 33)
     fork = table.fork()
     append_ids(table, [[7777]])
     table.truncate(counts(20))
@@ -265,7 +262,7 @@ def test_a_row_shortened_into_a_shared_page_copies_it_before_writing(copies):
 def test_the_last_holder_writes_in_place(let_go, copies):
     pool = open_pool(num_pages=1)
     recorded = copies(pool)
-    table = table_of(pool, 5)
+    table = numbered_table(pool, 5)
     fork = table.fork()
     if let_go is not None:
         let_go(fork)
@@ -288,9 +285,9 @@ def test_the_last_holder_writes_in_place(let_go, copies):
 def test_too_large_a_reservation_leaves_everything_as_it_was(more, needed, copies):
     pool = open_pool(num_pages=5)
     recorded = copies(pool)
-    table = table_of(pool, 20, 16)
+    table = numbered_table(pool, 20, 16)
     fork = table.fork()
-    blocker = table_of(pool, 16 * (3 - needed))  # one page less than needed is left
+    blocker = numbered_table(pool, 16 * (3 - needed))  # one page less than needed is left
     before, version = state(table), table.version
     with pytest.raises(OutOfPagesError, match=f"needs {needed} more pages, but {needed - 1} of 5 are free"):
         table.reserve(counts(*more))
@@ -322,7 +319,7 @@ def test_new_rows_leave_the_watermark_but_running_rows_may_use_it():
 
 def test_opening_rows_starts_over():
     pool = open_pool()
-    table = table_of(pool, 33, 5)
+    table = numbered_table(pool, 33, 5)
     table.open_rows(3)
     assert pool.allocator.num_active == 0
     assert table.lengths.tolist() == [0, 0, 0]
@@ -332,7 +329,7 @@ def test_opening_rows_starts_over():
 
 def test_clearing_releases_every_page_and_leaves_no_row():
     pool = open_pool()
-    table = table_of(pool, 33, 5)
+    table = numbered_table(pool, 33, 5)
     fork = table.fork()
     table.clear()
     assert (table.num_rows, table.lengths.tolist()) == (0, [])
@@ -345,7 +342,7 @@ def test_clearing_releases_every_page_and_leaves_no_row():
 
 def test_a_deleted_table_frees_its_pages():
     pool = open_pool()
-    table, other = table_of(pool, 33, 5), table_of(pool, 20)
+    table, other = numbered_table(pool, 33, 5), numbered_table(pool, 20)
     fork = table.fork()
     del table
     gc.collect()
@@ -360,7 +357,7 @@ def test_a_deleted_table_frees_its_pages():
 @pytest.mark.timeout(30)
 def test_a_table_may_die_while_the_allocator_is_busy():
     pool = open_pool()
-    table = table_of(pool, 33)
+    table = numbered_table(pool, 33)
     with pool.allocator._lock:
         del table
         gc.collect()
@@ -369,7 +366,7 @@ def test_a_table_may_die_while_the_allocator_is_busy():
 
 
 def test_the_block_table_stays_in_place_until_it_must_grow():
-    table = table_of(open_pool(), 1, 1)
+    table = numbered_table(open_pool(), 1, 1)
     block_table = table.block_table
     append_ids(table, [list(range(1, 16 * 16)), []])
     assert table.block_table is block_table
@@ -379,7 +376,7 @@ def test_the_block_table_stays_in_place_until_it_must_grow():
 
 
 def test_the_version_changes_with_the_block_table():
-    table = table_of(open_pool(), 20, 5)
+    table = numbered_table(open_pool(), 20, 5)
     changes = [
         lambda: table.reserve(counts(20, 0)),
         table.rollback,

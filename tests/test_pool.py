@@ -10,23 +10,20 @@ from transformers import MambaConfig
 
 from hf_paged import OutOfPagesError, PagePool
 from hf_paged.page_table import PageTable
-from tests.reference import NUM_LAYERS, append_ids, count_holders, open_pool, read_ids, tiny_config
+from tests.reference import (
+    NUM_LAYERS,
+    append_ids,
+    count_holders,
+    numbered_table,
+    open_pool,
+    read_ids,
+    rows_of,
+    tiny_config,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
 TOKEN_BYTES = NUM_LAYERS * 2 * 2 * 4  # keys and values of one head of size 2 in float32
-
-
-def table_of(pool, *lengths):
-    """A table whose row `i` holds the numbers from `1000 * i` on."""
-    table = PageTable(pool)
-    table.open_rows(len(lengths))
-    append_ids(table, rows_of(*lengths))
-    return table
-
-
-def rows_of(*lengths):
-    return [list(range(1000 * row, 1000 * row + length)) for row, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("page_size", [0, 1, 8, 24, 100, 256, 16.5, "16"])
@@ -50,7 +47,7 @@ def test_a_bounded_pool_has_its_pages_at_once_and_never_more():
     pool = open_pool(num_pages=3)
     assert pool.num_pages == 3
     assert all(pool.storage(layer).num_pages == 3 for layer in range(NUM_LAYERS))
-    table = table_of(pool, 48)
+    table = numbered_table(pool, 48)
     with pytest.raises(OutOfPagesError, match="needs 1 more pages, but 0 of 3 are free"):
         append_ids(table, [[48]])
     assert read_ids(table) == rows_of(48)
@@ -65,7 +62,7 @@ def test_an_unbounded_pool_reserves_one_page_per_layer_before_the_first_token():
 
 def test_an_unbounded_pool_doubles_and_keeps_its_content():
     pool = open_pool()
-    table = table_of(pool, 1)
+    table = numbered_table(pool, 1)
     sizes = [pool.num_pages]
     for number in range(1, 16 * 16 * 4 + 1):
         append_ids(table, [[number]])
@@ -80,14 +77,14 @@ def test_an_unbounded_pool_doubles_and_keeps_its_content():
 
 def test_growth_makes_room_for_a_long_prompt_at_once():
     pool = open_pool()
-    table = table_of(pool, 16 * 1000, 5)
+    table = numbered_table(pool, 16 * 1000, 5)
     assert 1001 <= pool.num_pages <= 2002
     assert read_ids(table) == rows_of(16 * 1000, 5)
 
 
 def test_growth_leaves_the_watermark_free():
     pool = open_pool(watermark=5)
-    table = table_of(pool, 16 * 40)
+    table = numbered_table(pool, 16 * 40)
     assert pool.allocator.num_free >= 5
     assert read_ids(table) == rows_of(16 * 40)
 
@@ -104,7 +101,7 @@ def test_a_layer_that_is_used_late_has_as_many_pages():
 
 def test_trimming_gives_back_the_memory_behind_the_last_held_page():
     pool = open_pool()
-    table, other = table_of(pool, 20), table_of(pool, 16 * 60)
+    table, other = numbered_table(pool, 20), numbered_table(pool, 16 * 60)
     reserved = pool.stats().reserved_bytes
     other.clear()
     pool.trim()
@@ -117,7 +114,7 @@ def test_trimming_gives_back_the_memory_behind_the_last_held_page():
 
 def test_trimming_keeps_free_pages_before_a_held_one():
     pool = open_pool()
-    other, table = table_of(pool, 16 * 3), table_of(pool, 20)
+    other, table = numbered_table(pool, 16 * 3), numbered_table(pool, 20)
     del other
     gc.collect()
     pool.trim()
@@ -130,7 +127,7 @@ def test_trimming_keeps_free_pages_before_a_held_one():
 
 def test_an_empty_pool_is_trimmed_to_one_page_per_layer_and_grows_again():
     pool = open_pool()
-    table = table_of(pool, 100)
+    table = numbered_table(pool, 100)
     table.clear()
     pool.trim()
     assert (pool.num_pages, pool.stats().reserved_bytes) == (0, 16 * pool.stats().token_bytes)
@@ -142,7 +139,7 @@ def test_an_empty_pool_is_trimmed_to_one_page_per_layer_and_grows_again():
 
 def test_trimming_a_bounded_pool_changes_nothing():
     pool = open_pool(num_pages=4)
-    table = table_of(pool, 5)
+    table = numbered_table(pool, 5)
     pool.trim()
     assert (pool.num_pages, pool.allocator.num_free) == (4, 3)
     assert read_ids(table) == rows_of(5)
@@ -183,7 +180,7 @@ def test_first_keys_and_values_that_do_not_fit_together_are_refused():
 
 def test_every_held_page_knows_its_place_in_its_row():
     pool = open_pool()
-    table = table_of(pool, 40, 5, 17)
+    table = numbered_table(pool, 40, 5, 17)
     table.select([0, 0, 2])
     append_ids(table, [[1], [2], [3]])
     index = pool.page_index(torch.device("cpu"))
@@ -195,7 +192,7 @@ def test_every_held_page_knows_its_place_in_its_row():
 def test_page_places_are_mirrored_on_other_devices(is_inference):
     # The meta device stands in for an accelerator: it says whether an operation may run, and holds no data.
     pool = open_pool()
-    table = table_of(pool, 5)
+    table = numbered_table(pool, 5)
     meta = torch.device("meta")
     with torch.inference_mode(is_inference):
         mirror = pool.page_index(meta)
@@ -208,7 +205,7 @@ def test_page_places_are_mirrored_on_other_devices(is_inference):
 def test_a_pool_grown_under_inference_mode_works_outside_of_it():
     pool = open_pool()
     with torch.inference_mode():
-        table = table_of(pool, 5)
+        table = numbered_table(pool, 5)
     fork = table.fork()
     append_ids(table, [list(range(5, 16 * 40))])
     with torch.inference_mode():
@@ -224,7 +221,7 @@ def test_values_of_new_last_pages_are_cleared():
     for layer in range(NUM_LAYERS):
         rubbish = torch.full((1, 64, 2), float("nan"))
         pool.storage(layer).write(rubbish, rubbish, torch.arange(64))
-    table = table_of(pool, 20)
+    table = numbered_table(pool, 20)
     append_ids(table, [list(range(20, 36))])
     for layer in range(NUM_LAYERS):
         slots = torch.cat([torch.arange(16 * page, 16 * page + 16) for page in table.row_pages(0)])
@@ -233,9 +230,9 @@ def test_values_of_new_last_pages_are_cleared():
 
 def test_stats_agree_with_an_independent_count():
     pool = open_pool()
-    table = table_of(pool, 33, 5)
+    table = numbered_table(pool, 33, 5)
     fork = table.fork()
-    other = table_of(pool, 16, 0)
+    other = numbered_table(pool, 16, 0)
     append_ids(fork, [[7777], []])
     fork.select([0, 0, 1])
     other.reserve(np.array([1, 0]))
@@ -267,7 +264,7 @@ def test_stats_agree_with_an_independent_count():
 
 def test_stats_of_one_table_count_sharing_with_anyone():
     pool = open_pool()
-    table = table_of(pool, 33)
+    table = numbered_table(pool, 33)
     fork = table.fork()
     append_ids(fork, [[7777]])
     stats = pool.account([fork])
@@ -282,7 +279,7 @@ def test_stats_of_one_table_count_sharing_with_anyone():
 @pytest.mark.parametrize("lengths", [(33, 20), (20, 33)])
 def test_a_shared_page_counts_with_the_row_that_uses_most_of_it(lengths):
     pool = open_pool()
-    table = table_of(pool, 33)
+    table = numbered_table(pool, 33)
     table.select([0, 0])
     table.truncate(np.array(lengths))
     stats = pool.stats()
@@ -317,7 +314,7 @@ def shrink_a_layer(pool, table):
 )
 def test_integrity_fails_when_the_books_are_cooked(cook, message):
     pool = open_pool()
-    table = table_of(pool, 20)
+    table = numbered_table(pool, 20)
     pool.check_integrity()
     cook(pool, table)
     with pytest.raises(RuntimeError, match=message):
@@ -445,7 +442,7 @@ def test_threads_that_write_while_the_pool_grows_and_is_trimmed_lose_nothing():
 @pytest.mark.usefixtures("restless_threads")
 def test_forks_of_one_table_may_be_written_by_different_threads():
     pool = open_pool()
-    prompt = table_of(pool, 40)
+    prompt = numbered_table(pool, 40)
     workers = []
     for seed in range(1, 5):
         worker = Worker(pool, seed)
