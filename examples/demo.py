@@ -184,11 +184,13 @@ def processor() -> str:
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit that the code is at, marked if the code has changed since."""
+    commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "hf_paged", "examples"])
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        head, changes = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return head.strip() + ("-dirty" if changes else "")
 
 
 if __name__ == "__main__":
