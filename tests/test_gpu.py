@@ -1,0 +1,32 @@
+"""The same on a CUDA device. Where there is none, these say nothing about it."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_paged import PagedCache
+from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_logits_match_those_of_sdpa(page_size, num_rows):
+    model, ids = tiny_llama().cuda(), random_ids(num_rows, 200).cuda()
+    splits = [100] + [1] * 40 + [60]
+    expected = plain(model, ids, splits)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=page_size)
+    torch.testing.assert_close(run(model, cache, ids, splits), expected, atol=1e-2, rtol=1e-2)
+    cache.pool.check_integrity()
+
+
+@pytest.mark.parametrize("disable_compile", [True, False], ids=["eager", "compiled"])
+def test_a_ragged_batch_generates_the_same_tokens(disable_compile):
+    model, ids = tiny_llama().cuda(), random_ids(4, 40).cuda()
+    mask = left_padded(40, [40, 3, 17, 31]).cuda()
+    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, attention_mask=mask)
+    cache = PagedCache.from_model(model, page_size=16, num_pages=32)
+    actual = generate(model, "paged_flex", cache, ids, attention_mask=mask, disable_compile=disable_compile)
+    assert torch.equal(actual, expected)
