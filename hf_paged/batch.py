@@ -30,6 +30,7 @@ class Batch:
         self.columns = Columns()
         self.step: Step | None = None
         self._layers = layers
+        self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._written = [True] * len(pool.layers)  # layers without storage count as written
 
     # One forward pass
@@ -50,6 +51,7 @@ class Batch:
         self._check_rows(num_rows, num_new)
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
         new, past_is_visible = self.columns.split(mask, num_rows, num_new)
+        self._is_planned = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
         return self._begin(num_rows, num_new, new, past_is_visible)
@@ -65,7 +67,7 @@ class Batch:
         num_rows, _, num_new, _ = keys.shape
         step = self.step
         if step is None or not any(self._written[index] for index in self._layers):
-            if step is not None and (num_rows, num_new) == (step.num_rows, step.num_new):
+            if step is not None and self._is_planned and (num_rows, num_new) == (step.num_rows, step.num_new):
                 return step
             # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
             self._check_rows(num_rows, num_new)
@@ -92,6 +94,7 @@ class Batch:
     def begin_pass(self, layer: int) -> None:
         """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer."""
         self.settle()
+        self._is_planned = False
         if self.step is not None and self._written[layer]:
             self._abandon()  # the pass that wrote this layer did not get to its end
 

@@ -123,6 +123,18 @@ def test_a_failed_step_needs_no_cleaning_up(model):
     torch.testing.assert_close(actual, plain(model, ids, [10, 1, 13])[:, 10:], **FP32)
 
 
+def test_a_plan_that_was_not_used_is_not_taken_for_another_attentions_pass(model):
+    cache, ids = PagedCache.from_model(model, page_size=16), random_ids(1, 24)
+    run(model, cache, ids[:, :20], [20])
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("injected")))
+    with pytest.raises(RuntimeError, match="injected"):
+        run(model, cache, ids[:, 20:21], [1])
+    hook.remove()
+    model.set_attn_implementation("sdpa")
+    actual = run(model, cache, ids[:, 20:], [1, 3])
+    torch.testing.assert_close(actual, plain(model, ids, [20, 1, 3])[:, 20:], **FP32)
+
+
 def test_threads_share_a_pool(model):
     pool = PagePool(model.config, page_size=16)  # unbounded: it grows while others write
     prompts = [random_ids(2, 20 + 7 * index, seed=index) for index in range(4)]
