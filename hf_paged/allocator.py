@@ -124,15 +124,15 @@ class PageAllocator:
         with self._lock:
             self._ref_counts.extend([0] * (num_pages - self.num_pages))
 
-    def shrink(self) -> int:
-        """Forget the free pages behind the last held one; return how many pages remain."""
+    def shrink(self, num_kept: int = 0) -> int:
+        """Forget the free pages behind the last held one, but none of the first `num_kept`; return what remains."""
         with self._lock:
             self._collect()
-            remaining = self._num_touched
-            while remaining and self._ref_counts[remaining - 1] == 0:
+            remaining = self.num_pages
+            while remaining > num_kept and self._ref_counts[remaining - 1] == 0:
                 remaining -= 1
             del self._ref_counts[remaining:]
-            self._num_touched = remaining
+            self._num_touched = min(self._num_touched, remaining)
             self._free = sorted((page for page in self._free if page < remaining), reverse=True)
             return remaining
 

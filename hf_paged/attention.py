@@ -1,20 +1,23 @@
 """The attention implementation `"paged_flex"`: mask function, attention function, registration."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from hf_paged import kernel
+from hf_paged.columns import BoolMatrix
+from hf_paged.eager import blockwise_attention
 from hf_paged.lengths import PlannedLength
+from hf_paged.page_table import PageTable
 from hf_paged.step import Step, View
-from hf_paged.tiles import Tiles, Tiling
+from hf_paged.tiles import Layout, Tiles, Tiling
 
 NAME = "paged_flex"
 
@@ -27,34 +30,44 @@ class PagedMask(BlockMask):
 
     Args:
         step: the forward pass.
-        tiling: makes the block lists of the step's rows.
-        visible: `(num_rows, num_new, max_tokens)` bool, what each query sees of its row; None for causal attention.
+        tilings: make the block lists of the step's rows, for each group of layers.
+        window: tokens that a query sees, itself included; None: all before it.
+        visible: `(num_rows, num_new, max_tokens)` bool, what each query sees of its row instead; None: as above.
     """
 
-    def __init__(self, step: Step, tiling: Tiling, visible: np.ndarray[Any, np.dtype[np.bool_]] | None) -> None:
+    def __init__(
+        self, step: Step, tilings: dict[PageTable, Tiling], window: int | None, visible: BoolMatrix | None
+    ) -> None:
         self.step = step
-        self._tiling = tiling
+        self._tilings = tilings
+        self._window = window
         self._visible = visible
-        self._tiles: dict[tuple[int, int, torch.device, int], Tiles] = {}
+        self._tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`(num_rows, 1, num_new, num_columns)`, the mask as Transformers would see it."""
-        return self.step.num_rows, 1, self.step.num_new, self.step.num_columns
+        return self.step.num_rows, 1, self.step.num_new, self.step.next_columns.count
 
-    def tiles(self, group: int, max_tile_rows: int, device: torch.device, num_slots: int) -> Tiles:
-        """Block lists for `group` query heads on each key/value head, made once for all layers.
+    def tiles(self, table: PageTable, layout: Layout, num_slots: int) -> Tiles:
+        """Block lists over the pages of `table`, made once for all layers of its group.
 
-        They are made anew when another thread lets the pool grow between two layers, to `num_slots` slots.
+        They are made anew when rows turn out to be no twins, and when another thread lets the pool grow between two
+        layers, to `num_slots` slots.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
         """
         if self.step.is_cancelled:
             raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
-        key = (group, max_tile_rows, device, num_slots)
+        key = (table, table.version, layout, num_slots)
         if key not in self._tiles:
-            if self._visible is None:
-                self._tiles[key] = self._tiling.causal(self.step.limits, group, max_tile_rows, device)
+            tiling = self._tilings[table]
+            if self._visible is not None:
+                self._tiles[key] = tiling.dense(self._visible, layout)
             else:
-                self._tiles[key] = self._tiling.dense(self._visible, group, max_tile_rows, device)
+                firsts = None if self._window is None else self.step.firsts(self._window)
+                self._tiles[key] = tiling.causal(self.step.limits, firsts, self._window, layout)
         return self._tiles[key]
 
     def contiguous(self) -> "PagedMask":
@@ -97,9 +110,9 @@ def paged_flex_mask(
     Args:
         batch_size: rows.
         q_length: new columns.
-        kv_length: columns afterwards; of type `PlannedLength` if the cache is a `PagedCache`.
+        kv_length: columns afterwards, from `kv_offset` on; of type `PlannedLength` if the cache is a `PagedCache`.
         q_offset: columns before.
-        kv_offset: 0 for a `PagedCache`.
+        kv_offset: first column that the layers of this mask hold.
         mask_function: as in Transformers, over columns.
         attention_mask: `(batch_size, kv_length)`, 0 for padding; None without padding.
         config: of the decoder.
@@ -124,16 +137,37 @@ def paged_flex_mask(
         return dense()
     batch = kv_length.batch
     step: Step = batch.plan(batch_size, q_length, attention_mask)
-    if step.is_first and getattr(config, "attn_logit_softcapping", None) is None:
+    if step.view is View.NEW:
         # The new keys and values are all there is, and contiguous: SDPA reads them faster than any paged kernel.
-        step.view = View.NEW
         return dense()
-    step.view = View.PAGES
-    if mask_function is causal_mask_function and step.past_is_visible:
-        return PagedMask(step, batch.tiling, None)
+    if step.past_is_visible:
+        if mask_function is causal_mask_function:
+            return PagedMask(step, batch.tilings, None, None)
+        window = _window_of(mask_function)
+        if window is not None:
+            return PagedMask(step, batch.tilings, window, None)
     mask = dense(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     assert mask is not None  # both ways to skip it are closed
-    return PagedMask(step, batch.tiling, step.by_token(mask))
+    return PagedMask(step, batch.tilings, None, step.by_token(mask, kv_offset))
+
+
+def _window_of(mask_function: Callable[..., Any]) -> int | None:
+    """The window of a mask function that Transformers made for causal sliding-window attention; None for any other."""
+    if getattr(mask_function, "__code__", None) is not _SLIDING.__code__:
+        return None
+    parts = _captured(mask_function)["mask_functions"]
+    if len(parts) != 2 or parts[0].__code__ is not _OVERLAY.__code__ or parts[1] is not causal_mask_function:
+        return None
+    window: int = _captured(parts[0])["sliding_window"]
+    return window
+
+
+def _captured(function: Callable[..., Any]) -> dict[str, Any]:
+    return dict(inspect.getclosurevars(function).nonlocals)
+
+
+_SLIDING = sliding_window_causal_mask_function(1)
+_OVERLAY = _captured(_SLIDING)["mask_functions"][0]
 
 
 def paged_flex_attention(
@@ -161,7 +195,7 @@ def paged_flex_attention(
         scaling: factor on the scores; None for `head_dim ** -0.5`.
         dropout: must be 0.
         softcap: bound of the scores; None without.
-        s_aux: attention sinks; not supported over pages.
+        s_aux: `(num_heads,)` attention sinks: the score of a token that every query sees and whose value is 0.
         position_bias: additive bias; not supported over pages.
         **kwargs: passed on to SDPA.
 
@@ -175,16 +209,16 @@ def paged_flex_attention(
         raise ValueError(
             f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before generating."
         )
-    for name, given in (("attention sinks (s_aux)", s_aux), ("position_bias", position_bias)):
-        if given is not None:
-            raise ValueError(
-                f"{NAME!r} can't compute attention with {name}. Load the model with "
-                'attn_implementation="eager"; PagedCache works with it.'
-            )
-    if not isinstance(attention_mask, PagedMask):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
+    if position_bias is not None:
+        raise ValueError(
+            f"{NAME!r} can't compute attention with a position_bias. Load the model with "
+            'attn_implementation="eager"; PagedCache works with it.'
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not isinstance(attention_mask, PagedMask):
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+        return blockwise_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
     step = attention_mask.step
     if query.shape[0] != step.num_rows or query.shape[2] != step.num_new or query.shape[1] % key.shape[1]:
         raise ValueError(
@@ -196,10 +230,15 @@ def paged_flex_attention(
             f"Queries in {query.dtype} were given for keys in {key.dtype}, but FlexAttention wants one dtype. Load "
             "the model in one dtype, and run it without autocast."
         )
-    group, max_tile_rows = query.shape[1] // key.shape[1], kernel.max_tile_rows(query.dtype, query.device)
-    tiles = attention_mask.tiles(group, max_tile_rows, query.device, key.shape[2])
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return kernel.paged_attention(query, key, value, tiles, step.table.pool.page_size, scale, softcap), None
+    table = step.table_of(key)
+    layout = Layout(
+        group=query.shape[1] // key.shape[1],
+        max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
+        device=query.device,
+        sink_page=None if s_aux is None else table.group.sink_page(),
+    )
+    tiles = attention_mask.tiles(table, layout, key.shape[2])
+    return kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, s_aux), None
 
 
 def register() -> None:

@@ -1,11 +1,12 @@
 """The rows of one cache, and the forward pass that they are in."""
 
+from collections.abc import Sequence
+
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hf_paged.columns import BoolMatrix, Columns
+from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.step import Step, gather_columns
@@ -20,18 +21,47 @@ class Batch:
 
     Args:
         pool: where the pages are.
-        layers: indices of the layers that store keys and values.
     """
 
-    def __init__(self, pool: PagePool, layers: list[int]) -> None:
+    def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.table = PageTable(pool)
-        self.tiling = Tiling(self.table)
+        self.tables = [PageTable(group) for group in pool.groups]
+        self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = Columns()
         self.step: Step | None = None
-        self._layers = layers
+        self._layers = sorted(pool.group_of_layer)
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
+        self._is_fanned_out = False  # whether the pass under way made several rows of one
+        self._records_past = False
         self._written = [True] * len(pool.layers)  # layers without storage count as written
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+        return self.tables[0].num_rows
+
+    @property
+    def lengths(self) -> Counts:
+        """`(num_rows,)` tokens of each row, padding excluded, without those of a pass under way."""
+        self.settle()
+        return self.tables[0].lengths[: self._num_settled]
+
+    @property
+    def _num_settled(self) -> int:
+        """Rows without what a pass under way made of them."""
+        if self.columns.count == 0:
+            return 0
+        return 1 if self._is_fanned_out else self.num_rows
+
+    @property
+    def records_past(self) -> bool:
+        """Whether tokens that have left a window are kept until `truncate` or `rest`."""
+        return self._records_past
+
+    @records_past.setter
+    def records_past(self, value: bool) -> None:
+        self.settle()
+        self._records_past = value
 
     # One forward pass
 
@@ -39,50 +69,57 @@ class Batch:
         """Plan a forward pass: check it, reserve its pages, and say which slots its tokens go to.
 
         Args:
-            num_rows: rows of the batch.
+            num_rows: rows of the batch. One row that is cached makes as many rows of itself.
             num_new: new columns.
             attention_mask: `(num_rows, num_columns)`, 0 for padding; None without padding.
 
         Raises:
-            OutOfPagesError: if the pool has too few pages; nothing has changed.
+            OutOfPagesError: if the pool has too few pages; nothing has changed. Where rows may turn out to be equal,
+                it is raised by the first layer instead, before anything is written.
             ValueError: if rows or mask don't fit what is cached; nothing has changed.
         """
         self.settle()
         self._check_rows(num_rows, num_new)
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
-        new, past_is_visible = self.columns.split(mask, num_rows, num_new)
+        columns = self.columns
+        if self._fans_out(num_rows):
+            columns = columns.selected([0] * num_rows)
+        new, past_is_visible = columns.split(mask, num_rows, num_new)
         self._is_planned = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
-        return self._begin(num_rows, num_new, new, past_is_visible)
+        return self._begin(num_rows, num_new, new, past_is_visible, is_planned=True)
 
-    def step_for(self, layer: int, keys: Tensor) -> Step:
+    def step_for(self, layer: int, keys: Tensor, values: Tensor) -> Step:
         """Return the step that new keys of a layer belong to, planning one if no mask function did.
 
         Args:
             layer: its index.
             keys: `(num_rows, num_kv_heads, num_new, head_dim)`.
+            values: like `keys`.
         """
         self.settle()
         num_rows, _, num_new, _ = keys.shape
         step = self.step
         if step is None or not any(self._written[index] for index in self._layers):
-            if step is not None and self._is_planned and (num_rows, num_new) == (step.num_rows, step.num_new):
-                return step
-            # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
-            self._check_rows(num_rows, num_new)
-            return self._begin(num_rows, num_new, None, True)
-        if self._written[layer]:
+            is_ours = step is not None and self._is_planned and (num_rows, num_new) == (step.num_rows, step.num_new)
+            if step is None or not is_ours:
+                # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
+                self._check_rows(num_rows, num_new)
+                new = self.columns.without_released(None, num_rows, num_new)
+                step = self._begin(num_rows, num_new, new, True, is_planned=False)
+        elif self._written[layer]:
             missing = [index for index in self._layers if not self._written[index]]
             raise ValueError(
                 f"Layer {layer} was updated twice in one forward pass, but layers {missing} not yet. Update every "
                 "layer once per pass; after a pass that failed, call cache.crop(0) first."
             )
-        if (num_rows, num_new) != (step.num_rows, step.num_new):
+        elif (num_rows, num_new) != (step.num_rows, step.num_new):
             raise ValueError(
                 f"Layer {layer} was given {num_new} tokens in {num_rows} rows, but this forward pass was planned for "
                 f"{step.num_new} tokens in {step.num_rows} rows."
             )
+        step.settle_twins(keys, values)
         return step
 
     def note_written(self, layer: int) -> None:
@@ -102,32 +139,54 @@ class Batch:
         """Make a step that went through all layers part of the rows."""
         step = self.step
         if step is not None and self._written[self._layers[-1]] and all(self._written):
-            self.table.commit(step.counts)
-            self.columns = self.columns.extended(step.new, step.num_rows, step.num_new)
+            for table in self.tables:
+                table.commit(step.counts)
+            self.columns = step.next_columns
             self.step = None
+            self._is_fanned_out = False
+
+    def tidy(self) -> None:
+        """Settle, and release what has left a window, unless it is recorded or a pass is under way."""
+        self.settle()
+        if self.step is None and not self._records_past:
+            self._drop_past()
+
+    def _drop_past(self) -> None:
+        # Not as soon as a step is settled: the attention of its last layer is still to come.
+        for table in self.tables:
+            window = table.group.window
+            if window is not None and self.columns.count >= window:
+                first = np.array([self.columns.count + 1 - window])
+                table.drop(self.columns.num_tokens_before(first, self.num_rows)[:, 0])
 
     def _check_rows(self, num_rows: int, num_new: int) -> None:
         if num_new < 1:
             raise ValueError(f"A forward pass needs at least one new token, but was given {num_new}.")
-        if self.columns.count and num_rows != self.table.num_rows:
+        if self.columns.count and num_rows != self.num_rows and not self._fans_out(num_rows):
             raise ValueError(
-                f"This cache holds {self.table.num_rows} rows, but a batch of {num_rows} was given. Use a new "
+                f"This cache holds {self.num_rows} rows, but a batch of {num_rows} was given. Use a new "
                 "PagedCache, reset() this one, or batch_repeat_interleave() or batch_select_indices() its rows."
             )
 
-    def _begin(self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool) -> Step:
+    def _fans_out(self, num_rows: int) -> bool:
+        return self.columns.count > 0 and self.num_rows == 1 and num_rows > 1
+
+    def _begin(
+        self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, is_planned: bool
+    ) -> Step:
         self._abandon()
-        is_empty = self.columns.count == 0
-        if is_empty:
-            self.table.open_rows(num_rows)
-        counts = np.full(num_rows, num_new, dtype=np.int64) if new is None else new.sum(axis=1, dtype=np.int64)
+        self.tidy()
+        if self.columns.count == 0:
+            for table in self.tables:
+                table.open_rows(num_rows)
+        elif self._fans_out(num_rows):
+            self._select([0] * num_rows)
+            self._is_fanned_out = True
         try:
-            self.table.reserve(counts)
+            self.step = Step(self.tables, self.columns, num_new, new, past_is_visible, is_planned, self._records_past)
         except Exception:
-            if is_empty:
-                self.table.clear()
+            self._undo()
             raise
-        self.step = Step(self.table, self.columns, num_new, new, past_is_visible)
         for layer in self._layers:
             self._written[layer] = False
         return self.step
@@ -136,9 +195,16 @@ class Batch:
         if self.step is not None:
             self.step.is_cancelled = True
             self.step = None
-            self.table.rollback()
+            self._undo()
+
+    def _undo(self) -> None:
+        for table in self.tables:
+            table.rollback()
             if self.columns.count == 0:
-                self.table.clear()
+                table.clear()
+        if self._is_fanned_out:
+            self._select([0])
+            self._is_fanned_out = False
 
     # Between forward passes
 
@@ -146,58 +212,97 @@ class Batch:
         """Come to a state between two forward passes."""
         self.settle()
         self._abandon()
+        self.tidy()
 
     def clear(self) -> None:
         """Release all pages and have no rows."""
         self.rest()
-        self.table.clear()
+        for table in self.tables:
+            table.clear()
         self.columns = Columns()
 
     def truncate(self, count: int) -> None:
-        """Keep the first `count` columns."""
-        self.rest()
-        self.table.truncate(self.table.lengths - self.columns.num_tokens_after(count, self.table.num_rows))
-        self.columns = self.columns.truncated(count)
+        """Keep the first `count` columns, and drop what no query will see any more.
 
-    def select(self, indices: list[int]) -> None:
+        Raises:
+            ValueError: if that takes tokens which have left a window; nothing has changed.
+        """
+        self.rest()
+        kept = self.columns.num_tokens_before(np.array([count]), self.num_rows)[:, 0]
+        for table in self.tables:
+            if table.group.window is None or count == 0:
+                continue
+            first = self.columns.num_tokens_before(np.array([count + 1 - table.group.window]), self.num_rows)[:, 0]
+            if (first < table.starts).any():
+                raise ValueError(
+                    f"Taking {self.columns.count - count} tokens back would need tokens that have left the window of "
+                    f"{table.group.window} and were dropped. Call cache.activate_past_recording() before the passes "
+                    "that may be taken back."
+                )
+        for table in self.tables:
+            table.truncate(kept)
+        self.columns = self.columns.truncated(count)
+        self._drop_past()
+
+    def select(self, indices: Sequence[int]) -> None:
         """Let row `i` be what row `indices[i]` was.
 
         Raises:
             ValueError: if a row does not exist; nothing has changed.
         """
         self.rest()
-        num_rows = self.table.num_rows
-        if self.columns.count == 0:
-            return  # as for Transformers' own caches
-        wrong = [index for index in indices if not -num_rows <= index < num_rows]
-        if wrong:
-            raise ValueError(f"Rows {wrong} were asked for, but this cache holds {num_rows} rows.")
-        indices = [index % num_rows for index in indices]
-        self.table.select(indices)
-        self.columns = self.columns.selected(indices)
+        if self.columns.count:  # else as for Transformers' own caches
+            self._select(self._existing(indices))
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Give back the pages of rows that are finished.
+
+        Raises:
+            ValueError: if a row does not exist; nothing has changed.
+        """
+        self.rest()
+        rows = sorted(set(self._existing(rows)))
+        for table in self.tables:
+            table.release(rows)
+        self.columns = self.columns.without(rows, self.num_rows)
 
     def become_fork_of(self, other: "Batch") -> None:
         """Hold what `other` holds, sharing its pages."""
         other.rest()
         self.clear()
-        self.table = other.table.fork()
-        self.tiling = Tiling(self.table)
+        self.tables = [table.fork() for table in other.tables]
+        self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = other.columns
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """`(num_rows,)` tokens of each row, padding excluded, without those of a pass under way."""
-        self.settle()
-        return self.table.lengths if self.columns.count else self.table.lengths[:0]
+        self._records_past = other._records_past
 
     def gather(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy a layer into the padded layout; `(None, None)` when empty.
 
         Returns:
-            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding.
+            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
+            with a window begin at the first column that the next query sees.
         """
         self.settle()
         storage = self.pool.storage(layer)
         if storage is None or self.columns.count == 0:
             return None, None
-        return gather_columns(storage, self.table, self.columns)
+        table = self.tables[self.pool.group_of_layer[layer]]
+        keys, values = gather_columns(storage, table, self.columns, self.first_column(layer))
+        return keys[: self._num_settled], values[: self._num_settled]
+
+    def first_column(self, layer: int) -> int:
+        """The first column that the next query of a layer sees."""
+        window = self.pool.layers[layer].window
+        return 0 if window is None else max(0, self.columns.count + 1 - window)
+
+    def _existing(self, indices: Sequence[int]) -> list[int]:
+        num_rows = self._num_settled
+        wrong = [index for index in indices if not -num_rows <= index < num_rows]
+        if wrong:
+            raise ValueError(f"Rows {wrong} were asked for, but this cache holds {num_rows} rows.")
+        return [index % num_rows for index in indices]
+
+    def _select(self, indices: list[int]) -> None:
+        for table in self.tables:
+            table.select(indices)
+        self.columns = self.columns.selected(indices)

@@ -1,7 +1,7 @@
 """The Transformers Cache API over pages."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,13 +29,20 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_compileable = True
     is_croppable = True
-    # Transformers asks this before it rolls back: nothing is thrown away before `crop` may want it.
-    record_past = True
 
     def __init__(self, batch: Batch, index: int, spec: LayerSpec) -> None:
         self._batch = batch
         self.index = index
         self.is_sliding = spec.window is not None
+
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens that have left a window are kept, so that `crop` can take back what came after."""
+        return self._batch.records_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self._batch.records_past = value
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -67,7 +74,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         Returns:
             Keys and values for the attention function: the storage of the layer where the step was planned by
-            `paged_flex`, otherwise `(num_rows, num_kv_heads, num_columns, head_dim)`.
+            `paged_flex`, otherwise `(num_rows, num_kv_heads, num_columns, head_dim)`, from the first column that a
+            query sees.
 
         Raises:
             OutOfPagesError: if the tokens don't fit; nothing is written.
@@ -78,17 +86,20 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 "Keys that require gradients were given to a PagedCache, which writes in place and can't be "
                 "differentiated. Run the model under torch.no_grad() or torch.inference_mode()."
             )
-        storage = self._batch.pool.open_storage(self.index, key_states, value_states)
-        step = self._batch.step_for(self.index, key_states)
-        step.write(storage, key_states, value_states)
-        result = step.read(storage, key_states, value_states)
+        pool = self._batch.pool
+        storage = pool.open_storage(self.index, key_states, value_states)
+        step = self._batch.step_for(self.index, key_states, value_states)
+        group = pool.group_of_layer[self.index]
+        step.write(group, storage, key_states, value_states)
+        result = step.read(group, storage, key_states, value_states)
         self._batch.note_written(self.index)
         return result
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns after `query_length` new ones, and 0, the first column that the layer holds."""
+        """Columns that the next `query_length` queries see together, and the first of them."""
         self._batch.begin_pass(self.index)
-        return PlannedLength(self._batch.columns.count + query_length, self._batch), 0
+        first = self._batch.first_column(self.index)
+        return PlannedLength(self._batch.columns.count - first + query_length, self._batch), first
 
     def get_seq_length(self) -> int:
         """Columns before the forward pass under way, padding included."""
@@ -97,9 +108,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return count if torch.compiler.is_compiling() else PastLength(count)
 
     def get_max_length(self) -> int:
-        """Tokens that fit into the pool; -1 if it grows."""
+        """Tokens that fit into the pool; -1 without a bound."""
         pool = self._batch.pool
-        return pool.num_pages * pool.page_size if pool.is_bounded else -1
+        return -1 if pool.max_pages is None or self.is_sliding else pool.max_pages * pool.page_size
 
     def offload(self) -> None:
         """Refuse: pages of all layers stay where the model is."""
@@ -163,7 +174,7 @@ class PagedCache(Cache):
                 f"{pool.num_pages} pages of {pool.page_size} tokens. Give them to PagePool instead."
             )
         self.pool = pool
-        self._batch = Batch(pool, [index for index, spec in enumerate(pool.layers) if spec.stores])
+        self._batch = Batch(pool)
         super().__init__(
             layers=[
                 PagedLayer(self._batch, index, spec) if spec.stores else DummyLayer()  # type: ignore[no-untyped-call]
@@ -210,6 +221,12 @@ class PagedCache(Cache):
     def __copy__(self) -> "PagedCache":
         return self.fork()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A PagedCache can't be pickled or saved: its pages belong to a pool of this process, which other caches "
+            "may share. Save the tokens and compute them again, or save what cache.gather(layer) returns."
+        )
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, padding excluded."""
@@ -242,7 +259,8 @@ class PagedCache(Cache):
             tokens_to_remove: 0 or negative, minus the number of columns. 0 forgets a forward pass that failed.
 
         Raises:
-            ValueError: for a positive number, or one that is larger than what is cached; nothing has changed.
+            ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
+                have left a sliding window; nothing has changed.
         """
         self._batch.rest()
         held = self._batch.columns.count
@@ -251,8 +269,7 @@ class PagedCache(Cache):
                 f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "
                 f"below {-held}: minus the number of tokens to remove."
             )
-        if tokens_to_remove < 0:
-            self._batch.truncate(held + tokens_to_remove)
+        self._batch.truncate(held + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row `i` be what row `beam_idx[i]` was; no token is copied."""
@@ -264,21 +281,29 @@ class PagedCache(Cache):
         Raises:
             ValueError: if a row does not exist, or the mask has another length; nothing has changed.
         """
-        indices = torch.as_tensor(indices)
-        if indices.dtype == torch.bool:
-            if self.lengths and len(indices) != len(self.lengths):
-                raise ValueError(
-                    f"A mask over {len(indices)} rows was given, but this cache holds {len(self.lengths)} rows."
-                )
-            indices = indices.nonzero().flatten()
-        self._batch.select(indices.tolist())
+        self._batch.select(self._indices(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, sharing its pages."""
         self._batch.select(np.repeat(np.arange(len(self.lengths)), repeats).tolist())
 
+    def release(self, rows: Sequence[int] | Tensor) -> None:
+        """Give back the pages of rows that are finished, at once.
+
+        The rows stay in the batch and `generate()` may go on filling them up, but they store nothing and attend to
+        nothing any more; what the model computes for them means nothing. The other rows are not affected.
+
+        Args:
+            rows: their indices, or a bool mask over all rows.
+
+        Raises:
+            ValueError: if a row does not exist, or the mask has another length; nothing has changed.
+        """
+        self._batch.release(self._indices(rows))
+
     def activate_past_recording(self) -> None:
-        """Nothing to do: what `crop` may want back is always there."""
+        """Keep what leaves a sliding window until the next `crop`, so that it can be exact. Assisted decoding asks."""
+        self._batch.records_past = True
 
     def fork(self) -> "PagedCache":
         """Return a cache of its own that holds the same tokens and shares every page until one of them writes."""
@@ -286,22 +311,34 @@ class PagedCache(Cache):
         fork._batch.become_fork_of(self._batch)
         return fork
 
+    def _indices(self, rows: Sequence[int] | Tensor) -> list[int]:
+        given = torch.as_tensor(rows)
+        if given.dtype == torch.bool:
+            if self.lengths and len(given) != len(self.lengths):
+                raise ValueError(
+                    f"A mask over {len(given)} rows was given, but this cache holds {len(self.lengths)} rows."
+                )
+            given = given.nonzero().flatten()
+        indices: list[int] = given.tolist()
+        return indices
+
     # Looking in
 
     def gather(self, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy a layer into the layout of DynamicCache; `(None, None)` when empty.
 
         Returns:
-            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding.
+            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
+            with a sliding window begin at the first column that the next query sees.
         """
         return self._batch.gather(layer_idx)
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes that this cache holds."""
-        self._batch.settle()
-        return self.pool.account([self._batch.table])
+        self._batch.tidy()
+        return self.pool.account([[table] for table in self._batch.tables])
 
     def memory_map(self, width: int = 64) -> str:
-        """Draw the pages of the pool, `width` to a line, and the pages of each row."""
+        """Draw the pages of each group of layers, `width` to a line, and the pages of each row."""
         self._batch.settle()
-        return draw(self.pool, self._batch.table, width)
+        return draw(self._batch.tables, width)

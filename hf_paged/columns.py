@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 BoolMatrix = npt.NDArray[np.bool_]
+BoolVector = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.int64]
 
 
 class Columns:
@@ -17,11 +19,13 @@ class Columns:
     Args:
         count: columns so far, padding included: what Transformers calls the sequence length of the cache.
         real: `(num_rows, count)`, True where a row has a token; None: everywhere.
+        released: `(num_rows,)`, True for rows that were finished and hold nothing any more; None: no such row.
     """
 
-    def __init__(self, count: int = 0, real: BoolMatrix | None = None) -> None:
+    def __init__(self, count: int = 0, real: BoolMatrix | None = None, released: BoolVector | None = None) -> None:
         self.count = count
         self.real = None if real is None or real.all() else real
+        self.released = None if released is None or not released.any() else released
 
     def split(self, mask: BoolMatrix | None, num_rows: int, num_new: int) -> tuple[BoolMatrix | None, bool]:
         """Compare a 2-D attention mask with the record.
@@ -36,21 +40,24 @@ class Columns:
             token that is stored may still be seen.
 
         Raises:
-            ValueError: if the mask has another shape, or wants a token where padding was not stored.
+            ValueError: if the mask has another shape, or wants a token where padding was not stored or in a row that
+                was released.
         """
         if mask is None:
-            if self.real is not None:
+            if self.real is not None and not self.real[~self._is_released(num_rows)].all():
                 raise ValueError(
                     f"This cache holds a batch with padding, so attention_mask is needed to continue it: "
                     f"shape ({num_rows}, {self.count + num_new}), 0 where the padding was."
                 )
-            return None, True
+            return self.without_released(None, num_rows, num_new), True
         if mask.shape != (num_rows, self.count + num_new):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, but {num_rows} rows with {self.count} cached and "
                 f"{num_new} new columns need ({num_rows}, {self.count + num_new})."
             )
         past, new = mask[:, : self.count], mask[:, self.count :]
+        if self.released is not None:
+            past = past & ~self.released[:, None]
         recorded = True if self.real is None else self.real
         if (past & ~np.asarray(recorded)).any():
             row, column = np.argwhere(past & ~np.asarray(recorded))[0].tolist()
@@ -58,7 +65,26 @@ class Columns:
                 f"attention_mask wants a token in row {row}, column {column}, but that column was padding when the "
                 "cache was filled, and padding is not stored. Pass the mask that the cache was filled with."
             )
-        return (None if new.all() else new), bool((past == recorded).all())
+        stored = self.without_released(new, num_rows, num_new)
+        return (None if stored is None or stored.all() else stored), bool((past == recorded).all())
+
+    def without_released(self, new: BoolMatrix | None, num_rows: int, num_new: int) -> BoolMatrix | None:
+        """Take the rows that were released out of `new` `(num_rows, num_new)`, which columns are tokens.
+
+        Raises:
+            ValueError: if such a row is given more than the one token that `generate()` fills it up with.
+        """
+        if self.released is None:
+            return new
+        if new is None:
+            new = np.ones((num_rows, num_new), dtype=bool)
+        if num_new > 1 and new[self.released].any():
+            rows = np.flatnonzero(self.released).tolist()
+            raise ValueError(
+                f"Rows {rows} of this cache were released and have no tokens to continue from, but {num_new} new "
+                "columns were given for them. Keep the others with batch_select_indices(), or mask the new columns."
+            )
+        return new & ~self.released[:, None]
 
     def extended(self, new: BoolMatrix | None, num_rows: int, num_new: int) -> "Columns":
         """Return the record with `num_new` columns appended; `new` is as returned by `split`."""
@@ -66,19 +92,35 @@ class Columns:
             return Columns(self.count + num_new)
         past = np.ones((num_rows, self.count), dtype=bool) if self.real is None else self.real
         added = np.ones((num_rows, num_new), dtype=bool) if new is None else new
-        return Columns(self.count + num_new, np.concatenate([past, added], axis=1))
+        return Columns(self.count + num_new, np.concatenate([past, added], axis=1), self.released)
 
-    def num_tokens_after(self, column: int, num_rows: int) -> npt.NDArray[np.int64]:
-        """`(num_rows,)` tokens of each row from `column` on."""
+    def num_tokens_before(self, columns: Counts, num_rows: int) -> Counts:
+        """`(num_rows, len(columns))` tokens of each row before each of `columns`."""
+        columns = np.maximum(columns, 0)
         if self.real is None:
-            return np.full(num_rows, self.count - column, dtype=np.int64)
-        counts: npt.NDArray[np.int64] = self.real[:, column:].sum(axis=1, dtype=np.int64)
-        return counts
+            return np.broadcast_to(columns, (num_rows, len(columns)))
+        if len(columns) == 1:
+            return np.asarray(self.real[:, : int(columns[0])].sum(axis=1, dtype=np.int64))[:, None]
+        running = np.zeros((num_rows, self.count + 1), dtype=np.int64)
+        self.real.cumsum(axis=1, out=running[:, 1:])
+        return np.asarray(running[:, columns])
 
     def truncated(self, count: int) -> "Columns":
         """Return the record of the first `count` columns."""
-        return Columns(count, None if self.real is None else self.real[:, :count])
+        return Columns(count, None if self.real is None else self.real[:, :count], self.released if count else None)
 
     def selected(self, indices: Sequence[int]) -> "Columns":
         """Return the record where row `i` is what row `indices[i]` is here."""
-        return Columns(self.count, None if self.real is None else self.real[list(indices)])
+        real, released = (None if array is None else array[list(indices)] for array in (self.real, self.released))
+        return Columns(self.count, real, released)
+
+    def without(self, rows: Sequence[int], num_rows: int) -> "Columns":
+        """Return the record where `rows` are released."""
+        released = self._is_released(num_rows).copy()
+        released[list(rows)] = True
+        real = np.ones((num_rows, self.count), dtype=bool) if self.real is None else self.real.copy()
+        real[released] = False
+        return Columns(self.count, real, released)
+
+    def _is_released(self, num_rows: int) -> BoolVector:
+        return np.zeros(num_rows, dtype=bool) if self.released is None else self.released

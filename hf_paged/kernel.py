@@ -26,7 +26,7 @@ _TILE_ROWS_CPU_16_BIT = 63
 
 
 # Sizes that change without a recompilation, for each argument of the kernel: tiles, their rows, slots, pages.
-_DYNAMIC_SIZES = ((0, 2), (2,), (2,), (0,), (0, 3), (0,), (0, 3), (0,), (0, 1, 2))
+_DYNAMIC_SIZES = ((0, 2), (2,), (2,), (0,), (0, 3), (0,), (0, 3), (0,), (0, 1, 2), ())
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Variant:
         scale: factor on the scores.
         softcap: bound of the scores, `softcap * tanh(score / softcap)`; None without.
         is_dense: whether the mask is given token by token.
+        has_sinks: whether there are attention sinks.
     """
 
     device: str
@@ -54,6 +55,7 @@ class Variant:
     scale: float
     softcap: float | None
     is_dense: bool
+    has_sinks: bool
 
 
 def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
@@ -62,7 +64,14 @@ def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def paged_attention(
-    query: Tensor, keys: Tensor, values: Tensor, tiles: Tiles, page_size: int, scale: float, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tiles: Tiles,
+    page_size: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend to the pages of each row.
 
@@ -74,6 +83,8 @@ def paged_attention(
         page_size: tokens per page.
         scale: factor on the scores.
         softcap: bound of the scores; None without.
+        sinks: `(num_heads,)` score of a token that every query sees and whose value is 0; None without. The sink page
+            of `tiles` is that token.
 
     Returns:
         `(num_rows, num_queries, num_heads, value_head_dim)`. Queries that see nothing give 0.
@@ -90,11 +101,13 @@ def paged_attention(
         page_size=page_size,
         scale=scale,
         softcap=softcap,
-        is_dense=tiles.seen.ndim == 3,
+        is_dense=tiles.seen.dtype == torch.bool,
+        has_sinks=sinks is not None,
     )
     stacked = _stack(query, tiles)
     lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
-    arguments = (stacked, keys, values, *lists)
+    by_group = query.new_zeros(1, 1) if sinks is None else sinks.to(query.dtype).view(keys.shape[1], tiles.group)
+    arguments = (stacked, keys, values, *lists, by_group)
     if torch.compiler.is_compiling():
         output = _build(variant)(*arguments)
     else:
@@ -144,7 +157,7 @@ _compile_lock = threading.RLock()
 def _specialization(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
     # What a compiled kernel does not adapt to: a size of 1, which broadcasts, storage that 32-bit indices can't
     # address, and the number of threads.
-    query, keys, values, *_, page_index, seen = arguments
+    query, keys, values, *_, page_index, seen, _ = arguments
     ones = query.shape[0] == 1, query.shape[2] == 1, len(page_index) == 1, seen.shape[1] == 1
     is_large = keys.numel() >= 2**31 or values.numel() >= 2**31
     key = (variant, ones, is_large, torch.get_num_threads())
@@ -178,9 +191,10 @@ def _compile(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., T
     # Dynamo counts recompilations by code object and gives up at a limit: each specialisation gets one of its own.
     code = attend.__code__.replace(co_name=f"paged_attention_{len(_specializations)}")
     own = types.FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
+    seen = arguments[8]
     for tensor, sizes in zip(arguments, _DYNAMIC_SIZES, strict=True):
         for size in sizes:
-            if size < tensor.ndim and tensor.shape[size] > 1:
+            if tensor.shape[size] > 1 and not (tensor is seen and size == 2 and not variant.is_dense):
                 torch._dynamo.mark_dynamic(tensor, size)
     with torch.no_grad(), torch.autocast(variant.device, enabled=False):
         torch.compile(own, backend=backend, fullgraph=True)(*arguments)
@@ -219,16 +233,28 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
         paged_partial: Tensor,
         paged_page_index: Tensor,
         paged_seen: Tensor,
+        paged_sinks: Tensor,
     ) -> Tensor:
-        def mask_mod(tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
-            token = paged_page_index[slot // page_size] * page_size + slot % page_size
-            if variant.is_dense:
-                return paged_seen[tile, row // group, token]
-            return token < paged_seen[tile, row]
+        def token_at(slot: Tensor) -> Tensor:
+            return paged_page_index[slot // page_size] * page_size + slot % page_size
 
-        def cap(score: Tensor, tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
-            assert softcap is not None
-            return softcap * torch.tanh(score / softcap)
+        def mask_mod(tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+            token = token_at(slot)
+            if variant.is_dense:
+                is_seen = paged_seen[tile, row // group, token.clamp(min=0) if variant.has_sinks else token]
+            else:
+                is_seen = (token < paged_seen[tile, row, 0]) & (token >= paged_seen[tile, row, 1])
+            if variant.has_sinks:
+                # The sink page is at place -1; its first slot is the sink, and nothing else in it is seen.
+                is_seen = torch.where(token < 0, token == -page_size, is_seen)
+            return is_seen
+
+        def score_mod(score: Tensor, tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
+            if variant.has_sinks:
+                score = torch.where(token_at(slot) < 0, paged_sinks[head, row % group], score)
+            return score
 
         block_mask = BlockMask(
             (paged_query.shape[2], paged_keys.shape[2]),
@@ -247,7 +273,7 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
             paged_query,
             paged_keys,
             paged_values,
-            score_mod=None if softcap is None else cap,
+            score_mod=None if softcap is None and not variant.has_sinks else score_mod,
             block_mask=block_mask,
             scale=variant.scale,
             kernel_options=kernel_options,

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 class MemoryStats:
     """Pages and bytes of a cache or of a pool, over all layers.
 
+    Where a model has layers with a sliding window beside others, each kind has pages of its own; pages and bytes count
+    both.
+
     Attributes:
         num_pages: pages of the pool.
         num_free_pages: pages of the pool that nobody holds.
@@ -14,9 +17,12 @@ class MemoryStats:
         num_active_pages: pages held by this cache (for a pool: by anyone), each counted once.
         num_shared_pages: of the active pages, those with more than one holder anywhere.
         num_tokens: tokens of all rows, padding excluded; a shared token counts once per row.
-        num_unique_tokens: token slots in use; a shared token counts once.
+        num_unique_tokens: tokens of which a layer holds something; a shared token counts once.
         page_size: tokens per page.
-        token_bytes: keys and values of one token; 0 until the first key says how large it is.
+        token_bytes: keys and values of one token in all layers; 0 until the first key says how large it is.
+        active_bytes: bytes of the active pages.
+        live_bytes: bytes of the slots in use.
+        shared_bytes: what sharing saves: what the same rows would hold more without it.
         reserved_bytes: storage of the whole pool. On CPU the operating system backs only what was touched.
     """
 
@@ -29,21 +35,14 @@ class MemoryStats:
     num_unique_tokens: int
     page_size: int
     token_bytes: int
+    active_bytes: int
+    live_bytes: int
+    shared_bytes: int
     reserved_bytes: int
 
     @property
-    def active_bytes(self) -> int:
-        """Bytes of the active pages."""
-        return self.num_active_pages * self.page_size * self.token_bytes
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes of the slots in use."""
-        return self.num_unique_tokens * self.token_bytes
-
-    @property
     def minimum_bytes(self) -> int:
-        """The theoretical minimum: every distinct token held, stored once, and nothing else."""
+        """The theoretical minimum: every distinct token that a layer may still read, stored once, and nothing else."""
         return self.live_bytes
 
     @property
@@ -52,13 +51,6 @@ class MemoryStats:
         return self.active_bytes - self.live_bytes
 
     @property
-    def shared_bytes(self) -> int:
-        """Bytes that sharing saves: what the same rows would hold more without it."""
-        return (self.num_tokens - self.num_unique_tokens) * self.token_bytes
-
-    @property
     def overhead(self) -> float:
         """Bytes held beyond the minimum, as a fraction of the minimum; 0 when nothing is held."""
-        if self.num_unique_tokens == 0:
-            return 0.0
-        return self.num_active_pages * self.page_size / self.num_unique_tokens - 1.0
+        return self.active_bytes / self.live_bytes - 1.0 if self.live_bytes else 0.0

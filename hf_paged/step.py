@@ -3,13 +3,14 @@
 import enum
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hf_paged.columns import BoolMatrix, Columns
-from hf_paged.page_table import Counts, PageTable
+from hf_paged.columns import BoolMatrix, Columns, Counts
+from hf_paged.errors import OutOfPagesError
+from hf_paged.page_table import PageTable
 from hf_paged.storage import LayerStorage
+from hf_paged.twins import Leaders, confirmed_twins, parted_twins, possible_twins
 
 
 class View(enum.Enum):
@@ -24,55 +25,84 @@ class Step:
     """The plan of one forward pass, made before the first layer runs and used by all of them.
 
     Args:
-        table: rows with room reserved for the new tokens.
+        tables: the rows, in each group of layers.
         columns: the padded view before this step.
         num_new: new columns.
         new: `(num_rows, num_new)` True for tokens; None if there is no padding among them.
         past_is_visible: whether every cached token may be seen.
+        is_planned: whether a mask function of ours made this plan, so that attention can read pages.
+        keeps_all: whether tokens that have left a window are stored, too.
     """
 
     def __init__(
-        self, table: PageTable, columns: Columns, num_new: int, new: BoolMatrix | None, past_is_visible: bool
+        self,
+        tables: list[PageTable],
+        columns: Columns,
+        num_new: int,
+        new: BoolMatrix | None,
+        past_is_visible: bool,
+        is_planned: bool,
+        keeps_all: bool,
     ) -> None:
-        self.table = table
-        self.num_rows = table.num_rows
+        self.num_rows = tables[0].num_rows
         self.num_new = num_new
         self.new = new
         self.past_is_visible = past_is_visible
-        self.is_first = columns.count == 0
+        self.view = View.NEW if columns.count == 0 else View.PAGES if is_planned else View.DENSE
         self.is_cancelled = False
-        self.view = View.NEW if self.is_first and new is None else View.DENSE
-        self.num_columns = columns.count + num_new
-        self._columns = columns
-
-        starts = table.lengths[:, None]
+        self.columns = columns
+        self.next_columns = columns.extended(new, self.num_rows, num_new)
+        starts = tables[0].lengths[:, None]
         if new is None:
             self.counts: Counts = np.full(self.num_rows, num_new, dtype=np.int64)
-            positions = starts + np.arange(num_new)
-            self.limits: npt.NDArray[np.int64] = positions + 1
-            rows = np.arange(self.num_rows)[:, None]
-            token_index = None
+            self.limits: Counts = starts + np.arange(1, num_new + 1)
         else:
             self.counts = new.sum(axis=1, dtype=np.int64)
             self.limits = np.where(new, starts + new.cumsum(axis=1), 0)
-            rows, new_columns = np.nonzero(new)
-            positions = self.limits[rows, new_columns] - 1
-            token_index = torch.from_numpy(rows * num_new + new_columns)
-        page_size = table.pool.page_size
-        pages = table.block_table[rows, positions // page_size].astype(np.int64)
-        self._slots = {torch.device("cpu"): torch.from_numpy((pages * page_size + positions % page_size).ravel())}
-        self._token_index = None if token_index is None else {torch.device("cpu"): token_index}
+        self.placements = [Placement(table, None if keeps_all else self._unread(table)) for table in tables]
+        self.leaders: Leaders | None = None
+        self._possible_twins = possible_twins(tables, num_new, new)
+        self._is_reserved = False
+        self._handed: dict[int, tuple[Tensor, PageTable]] = {}
+        if self._possible_twins is None:
+            self._reserve()
 
     def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
         """Whether this is the plan for these new columns."""
         same = self.new is new if self.new is None or new is None else np.array_equal(self.new, new)
         return same and (self.num_rows, self.num_new) == (num_rows, num_new)
 
-    def by_token(self, mask: Tensor) -> BoolMatrix:
+    def settle_twins(self, keys: Tensor, values: Tensor) -> None:
+        """Let rows share their pages as long as all layers are given the same for them.
+
+        Args:
+            keys: `(num_rows, num_kv_heads, num_new, head_dim)` of a layer that is about to be written.
+            values: like `keys`.
+
+        Raises:
+            OutOfPagesError: if the pool has too few pages.
+        """
+        if not self._is_reserved:
+            assert self._possible_twins is not None
+            self.leaders = confirmed_twins(self._possible_twins, keys, values)
+            self._reserve()
+        elif self.leaders is not None:
+            for row in parted_twins(self.leaders, keys, values):
+                for placement in self.placements:
+                    placement.table.part(row)
+                self.leaders[row] = row
+
+    def firsts(self, window: int) -> Counts:
+        """`(num_rows, num_new)` tokens of its row that each query no longer sees through a window."""
+        queries = self.columns.count + np.arange(self.num_new)
+        return self.next_columns.num_tokens_before(queries + 1 - window, self.num_rows)
+
+    def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
         """Turn a mask over columns into one over the tokens of each row.
 
         Args:
-            mask: `(num_rows, 1, num_new, num_columns)` bool.
+            mask: `(num_rows, 1, num_new, num_masked_columns)` bool.
+            first_column: column that the mask begins with.
 
         Returns:
             `(num_rows, num_new, max_tokens)`, with `max_tokens` rounded up to whole pages.
@@ -83,74 +113,152 @@ class Step:
         if mask.shape[1] != 1:
             raise ValueError(f"A mask of its own for each of {mask.shape[1]} heads is not supported over pages.")
         by_column = mask[:, 0].cpu().numpy()
-        lengths = self.table.lengths + self.counts
-        page_size = self.table.pool.page_size
-        max_tokens = -(-int(lengths.max()) // page_size) * page_size
+        lengths = self.placements[0].table.lengths + self.counts
+        page_size = self.placements[0].table.group.page_size
+        max_tokens = -(-max(1, int(lengths.max())) // page_size) * page_size
         by_token = np.zeros((self.num_rows, self.num_new, max_tokens), dtype=bool)
-        real = self._columns.extended(self.new, self.num_rows, self.num_new).real
+        real = self.next_columns.real
         if real is None:
-            by_token[:, :, : self.num_columns] = by_column
+            by_token[:, :, first_column : self.next_columns.count] = by_column
         else:
+            firsts = real[:, :first_column].sum(axis=1)
             for row in range(self.num_rows):
-                by_token[row, :, : lengths[row]] = by_column[row][:, real[row]]
+                by_token[row, :, firsts[row] : lengths[row]] = by_column[row][:, real[row, first_column:]]
         return by_token
 
-    def write(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
+    def write(self, group: int, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
         """Store the new tokens of a layer, leaving out padding.
 
         Args:
+            group: index of the layer's group.
             storage: of the layer.
             keys: `(num_rows, num_kv_heads, num_new, head_dim)`.
             values: like `keys`.
         """
-        slots = _on(self._slots, storage.device)
+        slots, token_index = self.placements[group].slots(self, storage.device)
         keys, values = keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
-        if self._token_index is not None:
-            token_index = _on(self._token_index, storage.device)
+        if token_index is not None:
             keys, values = keys.index_select(1, token_index), values.index_select(1, token_index)
         storage.write(keys, values, slots)
 
-    def read(self, storage: LayerStorage, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, group: int, storage: LayerStorage, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the attention function is to be handed, as `view` says; arguments as for `write`."""
         if self.view is View.NEW:
             return keys, values
+        table = self.placements[group].table
         if self.view is View.PAGES:
+            self._handed[id(storage.keys)] = storage.keys, table
             return storage.tensors
-        return gather_columns(storage, self.table, self._columns, self.num_new, self.new)
+        window = table.group.window
+        first_column = 0 if window is None else max(0, self.columns.count + 1 - window)
+        return gather_columns(storage, table, self.next_columns, first_column)
+
+    def table_of(self, keys: Tensor) -> PageTable:
+        """Return the rows of the layer whose keys an attention function was handed.
+
+        Raises:
+            ValueError: if they did not come from this step.
+        """
+        if id(keys) not in self._handed:
+            raise ValueError(
+                f"Keys of shape {tuple(keys.shape)} were given to the attention function with the mask of a "
+                "PagedCache that did not return them. Pass on what cache.update() returned in this forward pass."
+            )
+        return self._handed[id(keys)][1]
+
+    def _unread(self, table: PageTable) -> Counts | None:
+        """`(num_rows,)` new tokens at the beginning of each row that nobody reads from pages; None: none."""
+        window, count = table.group.window, self.next_columns.count
+        if self.view is not View.NEW or window is None or count < window:
+            return None
+        return self.next_columns.num_tokens_before(np.array([count + 1 - window]), self.num_rows)[:, 0]
+
+    def _reserve(self) -> None:
+        for done, placement in enumerate(self.placements):
+            try:
+                placement.table.reserve(self.counts, placement.starts, self.leaders)
+            except OutOfPagesError:
+                for other in self.placements[:done]:
+                    other.table.rollback()
+                raise
+        self._is_reserved = True
+
+
+class Placement:
+    """Where one step's tokens go in one group of layers.
+
+    Args:
+        table: the rows of the group, with room reserved for the new tokens when the first layer is written.
+        starts: `(num_rows,)` tokens at the beginning of each row that are not stored; None: all are.
+    """
+
+    def __init__(self, table: PageTable, starts: Counts | None) -> None:
+        self.table = table
+        self.starts = starts
+        self._version = -1
+        self._slots: dict[torch.device, Tensor] = {}
+        self._token_index: dict[torch.device, Tensor] | None = None
+
+    def slots(self, step: Step, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Slots of the tokens that are stored, and their indices among the new columns of all rows, None for all."""
+        if self._version != self.table.version:
+            self._find(step)
+        return _on(self._slots, device), None if self._token_index is None else _on(self._token_index, device)
+
+    def _find(self, step: Step) -> None:
+        page_size = self.table.group.page_size
+        stored = step.new
+        positions = self.table.lengths[:, None] + np.arange(step.num_new) if stored is None else step.limits - 1
+        if self.starts is not None:
+            is_kept = positions >= self.starts[:, None]
+            stored = is_kept if stored is None else stored & is_kept
+        if step.leaders is not None:
+            leads = np.broadcast_to((step.leaders == np.arange(step.num_rows))[:, None], positions.shape)
+            stored = leads if stored is None else stored & leads
+        if stored is None:
+            rows = np.arange(step.num_rows)[:, None]
+            self._token_index = None
+        else:
+            rows, new_columns = np.nonzero(stored)
+            positions = positions[rows, new_columns]
+            self._token_index = {torch.device("cpu"): torch.from_numpy(rows * step.num_new + new_columns)}
+        pages = self.table.block_table[rows, positions // page_size].astype(np.int64)
+        self._slots = {torch.device("cpu"): torch.from_numpy((pages * page_size + positions % page_size).ravel())}
+        self._version = self.table.version
 
 
 def gather_columns(
-    storage: LayerStorage, table: PageTable, columns: Columns, num_new: int = 0, new: BoolMatrix | None = None
+    storage: LayerStorage, table: PageTable, columns: Columns, first_column: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Copy a layer into the padded layout of Transformers' own caches.
 
     Args:
         storage: of the layer.
-        table: the rows; pages for `num_new` further tokens are reserved.
-        columns: the padded view without those.
-        num_new: columns that the view does not count yet.
-        new: `(num_rows, num_new)`, True for tokens, or None.
+        table: the rows, with pages for all tokens that `columns` counts.
+        columns: the padded view.
+        first_column: leave out the columns before.
 
     Returns:
-        Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding.
+        Keys and values, each `(num_rows, num_kv_heads, columns.count - first_column, head_dim)`, 0 where there was
+        padding and where tokens were dropped.
     """
-    whole = columns.extended(new, table.num_rows, num_new)
-    page_size = table.pool.page_size
-    shape = (table.num_rows, whole.count)
-    if whole.real is None:
-        positions = np.broadcast_to(np.arange(whole.count), shape)
+    page_size = table.group.page_size
+    shape = (table.num_rows, columns.count - first_column)
+    if columns.real is None:
+        positions = np.broadcast_to(np.arange(first_column, columns.count), shape)
     else:
-        positions = np.maximum(whole.real.cumsum(axis=1) - 1, 0)
+        positions = np.maximum(columns.real.cumsum(axis=1) - 1, 0)[:, first_column:]
+    absent = positions < table.starts[:, None]
+    if columns.real is not None:
+        absent |= ~columns.real[:, first_column:]
     width = table.block_table.shape[1]
     pages = table.block_table[np.arange(shape[0])[:, None], np.minimum(positions // page_size, width - 1)]
-    if whole.real is not None:
-        pages = np.where(whole.real, pages, 0)  # a row of padding alone has no page to read
+    pages = np.where(absent, 0, pages)  # a row of padding alone has no page to read
     slots = torch.from_numpy((pages.astype(np.int64) * page_size + positions % page_size).ravel())
     gathered = []
     for tensor in storage.gather(slots.to(storage.device)):
-        if whole.real is not None:
-            padding = torch.from_numpy(~whole.real).reshape(1, -1, 1).to(storage.device)
-            tensor.masked_fill_(padding, 0)
+        if absent.any():
+            tensor.masked_fill_(torch.from_numpy(absent).reshape(1, -1, 1).to(storage.device), 0)
         gathered.append(tensor.view(tensor.shape[0], *shape, -1).transpose(0, 1))
     return gathered[0], gathered[1]
 

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hf_paged.page_table import PageTable
+from hf_paged.page_table import Counts, PageTable
 
-Ints = npt.NDArray[np.int64]
+Pages = npt.NDArray[np.int32]
+
+_MIN_WIDTH = 2  # of the list of full pages: a size of 1 would need a kernel of its own
 
 
 @dataclass
@@ -27,9 +29,9 @@ class Tiles:
         full: `(num_tiles, 1, 1, width)` int32, their ids.
         num_partial: `(num_tiles, 1, 1)` int32, pages that a tile reads under the mask.
         partial: `(num_tiles, 1, 1, num_pages)` int32, their ids.
-        page_index: `(num_pages,)` int32, the place of each page in its row.
-        seen: what a query sees of its row in partial pages. `(num_tiles, tile_rows)` int32: the first so many tokens,
-            for each stacked query; or `(num_tiles, tile_length, max_tokens)` bool: each token or not.
+        page_index: `(num_pages,)` int32, the place of each page in its row; -1 for the sink page.
+        seen: what a query sees of its row in partial pages. `(num_tiles, tile_rows, 2)` int32: the tokens before the
+            first number and not before the second; or `(num_tiles, tile_length, max_tokens)` bool: each token or not.
         tile_length: query tokens of a tile.
         tiles_per_row: tiles of one row.
         group: query heads stacked on one key/value head.
@@ -46,6 +48,23 @@ class Tiles:
     group: int
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a layer wants its tiles to be like.
+
+    Attributes:
+        group: query heads on one key/value head.
+        max_tile_rows: stacked queries that fit into one tile.
+        device: where the kernel runs.
+        sink_page: page that every tile reads beside those of its row; None without attention sinks.
+    """
+
+    group: int
+    max_tile_rows: int
+    device: torch.device
+    sink_page: int | None = None
+
+
 class Tiling:
     """Makes the tiles of each step, reusing one set of buffers while decoding.
 
@@ -55,51 +74,68 @@ class Tiling:
 
     def __init__(self, table: PageTable) -> None:
         self._table = table
-        self._decode: _DecodeBuffers | None = None
+        self._decode: dict[tuple[int | None, Layout], _DecodeBuffers] = {}
 
-    def causal(self, limits: Ints, group: int, max_tile_rows: int, device: torch.device) -> Tiles:
-        """Tiles for queries that see the first `limits` tokens of their row.
+    def causal(self, limits: Counts, firsts: Counts | None, window: int | None, layout: Layout) -> Tiles:
+        """Tiles for queries that see the tokens of their row from `firsts` up to, not including, `limits`.
 
         Args:
             limits: `(num_rows, num_queries)`; 0 for padding, whose output is of no interest.
-            group: query heads on one key/value head.
-            max_tile_rows: stacked queries that fit into one tile.
-            device: where the kernel runs.
+            firsts: like `limits`; None: from the beginning.
+            window: tokens that a query sees at most; None where `firsts` is.
+            layout: how to stack them.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
         """
         num_rows, num_queries = limits.shape
+        starts = self._table.starts[:, None]
+        if starts.any() and (starts > (0 if firsts is None else firsts))[limits > 0].any():
+            raise _dropped(self._table)
         if num_queries == 1:
-            if self._decode is None or not self._decode.fits(self._table, num_rows, group, device):
-                self._decode = _DecodeBuffers(self._table, num_rows, group, device)
-            return self._decode.fill(limits[:, 0])
-        page_size = self._table.pool.page_size
-        tile_length, tiles_per_row = _cut(num_queries, group, max_tile_rows)
-        tiled = np.zeros((num_rows, tiles_per_row * tile_length), dtype=np.int64)
-        tiled[:, :num_queries] = limits
-        tiled = tiled.reshape(num_rows * tiles_per_row, tile_length)
-        last = tiled.max(axis=1)
-        first = np.where(tiled > 0, tiled, last[:, None]).min(axis=1)  # padding does not make pages partial
-        num_full, stop = first // page_size, -(-last // page_size)
+            buffers = self._decode.get((window, layout))
+            if buffers is None or not buffers.fit(self._table, num_rows):
+                buffers = self._decode[window, layout] = _DecodeBuffers(self._table, num_rows, window, layout)
+            return buffers.fill(limits[:, 0], None if firsts is None else firsts[:, 0])
+        page_size = self._table.group.page_size
+        tile_length, tiles_per_row = _cut(num_queries, layout)
+        last, first = np.zeros((2, num_rows, tiles_per_row * tile_length), dtype=np.int64)
+        last[:, :num_queries] = limits
+        first[:, :num_queries] = 0 if firsts is None else firsts
+        last, first = (array.reshape(num_rows * tiles_per_row, tile_length) for array in (last, first))
+        is_query = last > 0  # padding does not make pages partial
+        limit = last.max(axis=1)
+        begin = np.where(is_query, first, limit[:, None]).min(axis=1) // page_size
+        begin_full = -(-np.where(is_query, first, 0).max(axis=1) // page_size)
+        end_full = np.maximum(np.where(is_query, last, limit[:, None]).min(axis=1) // page_size, begin_full)
+        end = -(-limit // page_size)
+        num_full = end_full - begin_full
+        # Partial pages lie before and behind the full ones, or everywhere if there are none.
+        num_before = np.where(num_full > 0, begin_full - begin, end - begin)
+        num_partial = np.where(num_full > 0, num_before + end - end_full, num_before)
         pages = np.repeat(self._table.block_table, tiles_per_row, axis=0)
-        num_partial = stop - num_full
-        offsets = num_full[:, None] + np.arange(max(1, int(num_partial.max())))
-        partial = np.take_along_axis(pages, np.minimum(offsets, pages.shape[1] - 1), axis=1)
-        return self._tiles(
-            num_full, pages, num_partial, partial, tile_length, tiles_per_row, group, device,
-            seen=np.repeat(tiled, group, axis=1).astype(np.int32),
-        )  # fmt: skip
+        offsets = np.arange(max(1, int(num_partial.max())))
+        places = offsets + np.where(offsets < num_before[:, None], begin[:, None], (end_full - num_before)[:, None])
+        full = _listed(pages, begin_full[:, None] + np.arange(max(_MIN_WIDTH, int(num_full.max()))))
+        seen = np.repeat(np.stack([last, first], axis=2), layout.group, axis=1).astype(np.int32)
+        return self._tiles(num_full, full, num_partial, _listed(pages, places), seen, tile_length, layout)
 
-    def dense(self, visible: npt.NDArray[np.bool_], group: int, max_tile_rows: int, device: torch.device) -> Tiles:
+    def dense(self, visible: npt.NDArray[np.bool_], layout: Layout) -> Tiles:
         """Tiles for queries that see just the tokens that `visible` says.
 
         Args:
             visible: `(num_rows, num_queries, max_tokens)`, with `max_tokens` a multiple of the page size.
-            group: query heads on one key/value head.
-            max_tile_rows: stacked queries that fit into one tile.
-            device: where the kernel runs.
+            layout: how to stack them.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
         """
-        page_size = self._table.pool.page_size
+        page_size = self._table.group.page_size
         num_rows, num_queries, max_tokens = visible.shape
-        tile_length, tiles_per_row = _cut(num_queries, group, max_tile_rows)
+        starts = self._table.starts[:, None]
+        if starts.any() and (visible.any(axis=1) & (np.arange(max_tokens) < starts)).any():
+            raise _dropped(self._table)
+        tile_length, tiles_per_row = _cut(num_queries, layout)
         padding = tiles_per_row * tile_length - num_queries
         # The queries that fill up the last tile see what the last query sees: then they make no page partial.
         tiled = np.pad(visible, ((0, 0), (0, padding), (0, 0)), mode="edge")
@@ -110,111 +146,142 @@ class Tiling:
         pages = np.repeat(self._table.block_table[:, : is_full.shape[1]], tiles_per_row, axis=0)
         full = np.take_along_axis(pages, np.argsort(~is_full, axis=1, kind="stable"), axis=1)
         partial = np.take_along_axis(pages, np.argsort(~is_partial, axis=1, kind="stable"), axis=1)
-        return self._tiles(
-            is_full.sum(axis=1), full, is_partial.sum(axis=1), partial, tile_length, tiles_per_row, group, device,
-            seen=tiled,
-        )  # fmt: skip
+        return self._tiles(is_full.sum(axis=1), full, is_partial.sum(axis=1), partial, tiled, tile_length, layout)
 
     def _tiles(
         self,
-        num_full: Ints,
-        full: npt.NDArray[np.int32],
-        num_partial: Ints,
-        partial: npt.NDArray[np.int32],
-        tile_length: int,
-        tiles_per_row: int,
-        group: int,
-        device: torch.device,
+        num_full: Counts,
+        full: Pages,
+        num_partial: Counts,
+        partial: Pages,
         seen: npt.NDArray[np.int32] | npt.NDArray[np.bool_],
+        tile_length: int,
+        layout: Layout,
     ) -> Tiles:
-        page_index = self._table.pool.page_index(device)
+        page_index = self._table.group.page_index(layout.device)
         num_tiles, width = partial.shape
         ids = _empty_lists(num_tiles, len(page_index))
         ids[:, :width] = torch.from_numpy(partial)
+        if layout.sink_page is not None:
+            ids[np.arange(num_tiles), num_partial] = layout.sink_page
+            num_partial = num_partial + 1
         return Tiles(
-            num_full=torch.from_numpy(num_full.astype(np.int32)).view(-1, 1, 1).to(device),
-            full=torch.from_numpy(np.ascontiguousarray(full)).view(num_tiles, 1, 1, -1).to(device),
-            num_partial=torch.from_numpy(num_partial.astype(np.int32)).view(-1, 1, 1).to(device),
-            partial=ids.view(num_tiles, 1, 1, -1).to(device),
+            num_full=torch.from_numpy(num_full.astype(np.int32)).view(-1, 1, 1).to(layout.device),
+            full=torch.from_numpy(np.ascontiguousarray(full)).view(num_tiles, 1, 1, -1).to(layout.device),
+            num_partial=torch.from_numpy(num_partial.astype(np.int32)).view(-1, 1, 1).to(layout.device),
+            partial=ids.view(num_tiles, 1, 1, -1).to(layout.device),
             page_index=page_index,
-            seen=torch.from_numpy(seen).to(device),
+            seen=torch.from_numpy(seen).to(layout.device),
             tile_length=tile_length,
-            tiles_per_row=tiles_per_row,
-            group=group,
+            tiles_per_row=num_tiles // self._table.num_rows,
+            group=layout.group,
         )
 
 
 class _DecodeBuffers:
     """Tiles whose tensors stay and whose contents change: one query per row, so one tile per row.
 
-    `full` is the block table itself, and a row's only partial page is its last one.
+    Without a window `full` is the block table itself, and a row's only partial page is its last one. With a window
+    `full` is a list of its own, and the page where the window begins may be partial too.
     """
 
-    def __init__(self, table: PageTable, num_rows: int, group: int, device: torch.device) -> None:
+    def __init__(self, table: PageTable, num_rows: int, window: int | None, layout: Layout) -> None:
         self._table = table
         self._block_table = table.block_table
-        self._page_index = table.pool.page_index(device)
-        self._device = device
+        self._page_index = table.group.page_index(layout.device)
+        self._window = window
+        self._layout = layout
         self._version = table.version
-        num_pages = len(self._page_index)
         with torch.inference_mode(False):  # they outlive the mode that they are made in
-            self._allocate(num_rows, num_pages, group, device)
+            self._allocate(num_rows, layout)
 
-    def _allocate(self, num_rows: int, num_pages: int, group: int, device: torch.device) -> None:
+    def _allocate(self, num_rows: int, layout: Layout) -> None:
+        device, page_size = layout.device, self._table.group.page_size
         self._num_full = torch.zeros(num_rows, dtype=torch.int32)
         self._num_partial = torch.zeros(num_rows, dtype=torch.int32)
-        self._partial = _empty_lists(num_rows, num_pages)
-        self._limits = torch.zeros((num_rows, group), dtype=torch.int32)
-        self._host = [self._num_full, self._num_partial, self._partial[:, :1], self._limits]
+        self._partial = _empty_lists(num_rows, len(self._page_index))
+        self._seen = torch.zeros((num_rows, layout.group, 2), dtype=torch.int32)
+        if self._window is None:
+            self._full = torch.from_numpy(self._block_table)
+        else:
+            self._full = torch.zeros((num_rows, max(_MIN_WIDTH, self._window // page_size)), dtype=torch.int32)
+        self._host = [self._num_full, self._num_partial, self._partial[:, :3], self._seen]
         # On the CPU `to` returns the same tensors, so filling the host side is all there is to do.
-        num_full, num_partial, partial, limits = (
-            tensor.to(device) for tensor in (self._num_full, self._num_partial, self._partial, self._limits)
+        num_full, num_partial, partial, seen = (
+            tensor.to(device) for tensor in (self._num_full, self._num_partial, self._partial, self._seen)
         )
-        self._mirror = [num_full, num_partial, partial[:, :1], limits]
-        self._full = torch.from_numpy(self._block_table).to(device)
+        self._mirror = [num_full, num_partial, partial[:, :3], seen]
+        self._full_on_device = self._full.to(device)
         self._tiles = Tiles(
             num_full=num_full.view(-1, 1, 1),
-            full=self._full.view(num_rows, 1, 1, -1),
+            full=self._full_on_device.view(num_rows, 1, 1, -1),
             num_partial=num_partial.view(-1, 1, 1),
             partial=partial.view(num_rows, 1, 1, -1),
             page_index=self._page_index,
-            seen=limits,
+            seen=seen,
             tile_length=1,
             tiles_per_row=1,
-            group=group,
+            group=layout.group,
         )
 
-    def fits(self, table: PageTable, num_rows: int, group: int, device: torch.device) -> bool:
+    def fit(self, table: PageTable, num_rows: int) -> bool:
         """Whether these buffers can describe the step."""
         return (
             self._block_table is table.block_table
-            and self._page_index is table.pool.page_index(device)
-            and self._limits.shape == (num_rows, group)
-            and self._device == device
+            and self._page_index is table.group.page_index(self._layout.device)
+            and len(self._num_full) == num_rows
         )
 
-    def fill(self, lengths: Ints) -> Tiles:
-        """Describe rows of `lengths` `(num_rows,)` tokens."""
-        page_size = self._table.pool.page_size
-        num_full = lengths // page_size
-        rows = np.arange(len(lengths))
-        width = self._block_table.shape[1]
+    def fill(self, limits: Counts, firsts: Counts | None) -> Tiles:
+        """Describe rows that see tokens from `firsts` to `limits`, both `(num_rows,)`."""
+        page_size = self._table.group.page_size
+        last = limits // page_size
+        num_full, num_partial = last, (limits % page_size > 0).astype(np.int64)
+        rows, width = np.arange(len(limits)), self._block_table.shape[1] - 1
+        partial = self._partial.numpy()
+        partial[:, 0] = self._block_table[rows, np.minimum(last, width)]
+        if firsts is not None:
+            begin = firsts // page_size
+            begin_full = -(-firsts // page_size)
+            num_full = np.maximum(last - begin_full, 0)
+            full = self._full.numpy()
+            full[:] = _listed(self._block_table, begin_full[:, None] + np.arange(full.shape[1]))
+            # The window begins inside of a page other than the last one, or inside of one that is full otherwise.
+            begins_inside = (firsts % page_size > 0) & (begin < last)
+            inside = rows[begins_inside]
+            partial[inside, num_partial[inside]] = self._block_table[inside, begin[inside]]
+            num_partial = num_partial + begins_inside
+            self._seen.numpy()[:, :, 1] = firsts[:, None]
+        if self._layout.sink_page is not None:
+            partial[rows, num_partial] = self._layout.sink_page
+            num_partial = num_partial + 1
         self._num_full.numpy()[:] = num_full
-        self._num_partial.numpy()[:] = lengths % page_size > 0
-        self._partial.numpy()[:, 0] = self._block_table[rows, np.minimum(num_full, width - 1)]
-        self._limits.numpy()[:] = lengths[:, None]
-        if self._device.type != "cpu":
+        self._num_partial.numpy()[:] = num_partial
+        self._seen.numpy()[:, :, 0] = limits[:, None]
+        if self._layout.device.type != "cpu":
             for mirror, host in zip(self._mirror, self._host, strict=True):
                 mirror.copy_(host)
-            if self._version != self._table.version:
-                self._full.copy_(torch.from_numpy(self._block_table))
+            if firsts is not None or self._version != self._table.version:
+                self._full_on_device.copy_(self._full)
                 self._version = self._table.version
         return self._tiles
 
 
-def _cut(num_queries: int, group: int, max_tile_rows: int) -> tuple[int, int]:
-    tile_length = min(num_queries, max(1, max_tile_rows // group))
+def _cut(num_queries: int, layout: Layout) -> tuple[int, int]:
+    tile_length = min(num_queries, max(1, layout.max_tile_rows // layout.group))
     return tile_length, -(-num_queries // tile_length)
+
+
+def _listed(pages: Pages, places: Counts) -> Pages:
+    """Ids of the pages at `places` of each row; any where the row has none."""
+    return np.take_along_axis(pages, np.minimum(places, pages.shape[1] - 1), axis=1)
+
+
+def _dropped(table: PageTable) -> ValueError:
+    return ValueError(
+        f"The mask wants tokens to be seen that have left the window of {table.group.window} tokens and were dropped. "
+        "Use a model whose configuration names the window of these layers as it is, or a mask within it."
+    )
 
 
 def _empty_lists(num_tiles: int, num_pages: int) -> Tensor:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from hf_paged import PagedCache, PagePool
 from hf_paged.page_table import PageTable
+from hf_paged.step import View
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 2, 2, 8
 EDGES = (1, 15, 16, 17, 33)
@@ -32,10 +33,17 @@ def tiny_config(**changes) -> LlamaConfig:
 
 
 class ReferenceCache:
-    """Each row is a list of columns; a column is a list of (key, value) per layer, or None for padding."""
+    """Each row is a list of columns; a column is a list of (key, value) per layer, or None for padding.
 
-    def __init__(self) -> None:
+    With `windows`, one for each layer or None, it keeps account of the columns that no query sees any more.
+    """
+
+    def __init__(self, windows: Sequence[int | None] = (None,) * NUM_LAYERS) -> None:
         self.rows: list[list[list[tuple[Tensor, Tensor]] | None]] = []
+        self.windows = windows
+        self.released: list[bool] = []
+        self.records_past = False
+        self.num_dropped = [0] * len(windows)
 
     @property
     def num_columns(self) -> int:
@@ -49,40 +57,81 @@ class ReferenceCache:
     def mask(self) -> list[list[int]]:
         return [[int(column is not None) for column in row] for row in self.rows]
 
+    def first_column(self, layer: int) -> int:
+        window = self.windows[layer]
+        return 0 if window is None else max(0, self.num_columns + 1 - window)
+
+    def tidy(self) -> None:
+        self.num_dropped = [max(self.num_dropped[layer], self.first_column(layer)) for layer in range(NUM_LAYERS)]
+
+    def may_crop(self, num_removed: int) -> bool:
+        """Whether what is left has all that its next query sees."""
+        if num_removed == self.num_columns:
+            return True
+        if not self.records_past:
+            self.tidy()
+        for layer, window in enumerate(self.windows):
+            if window is not None:
+                first = max(0, self.num_columns - num_removed + 1 - window)
+                if any(column for row in self.rows for column in row[first : self.num_dropped[layer]]):
+                    return False
+        return True
+
+    def release(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.rows[row] = [None] * self.num_columns
+            self.released[row] = True
+
     def append(self, layers: Layers, mask: Sequence[Sequence[int]] | None = None) -> None:
         num_rows, _, num_new, _ = layers[0][0].shape
         if self.num_columns == 0:
             self.rows = [[] for _ in range(num_rows)]
+            self.released = [False] * num_rows
+        elif len(self.rows) == 1:
+            self.repeat(num_rows)
+        if not self.records_past:
+            self.tidy()
         for row in range(num_rows):
             for new in range(num_new):
-                is_token = mask is None or mask[row][new]
+                is_token = (mask is None or mask[row][new]) and not self.released[row]
                 token = [(keys[row, :, new], values[row, :, new]) for keys, values in layers]
                 self.rows[row].append(token if is_token else None)
 
     def crop(self, num_removed: int) -> None:
         self.rows = [row[: len(row) - num_removed] for row in self.rows]
+        if self.num_columns == 0:
+            self.reset()
+        self.num_dropped = [min(count, self.num_columns) for count in self.num_dropped]
+        self.tidy()
 
     def select(self, indices: Sequence[int]) -> None:
         self.rows = [list(self.rows[index]) for index in indices]
+        self.released = [self.released[index] for index in indices]
 
     def repeat(self, repeats: int) -> None:
-        self.rows = [list(row) for row in self.rows for _ in range(repeats)]
+        self.select([row for row in range(len(self.rows)) for _ in range(repeats)])
 
     def reset(self) -> None:
         self.rows = []
+        self.released = []
+        self.num_dropped = [0] * len(self.windows)
 
     def fork(self) -> "ReferenceCache":
-        fork = ReferenceCache()
+        fork = ReferenceCache(self.windows)
         fork.rows = [list(row) for row in self.rows]
+        fork.released = list(self.released)
+        fork.records_past = self.records_past
+        fork.num_dropped = list(self.num_dropped)
         return fork
 
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there is padding."""
+        """Keys and values `(num_rows, num_kv_heads, num_columns, head_dim)` in a window, 0 where there is padding."""
+        first = self.first_column(layer)
         padding = torch.zeros(NUM_KV_HEADS, HEAD_DIM)
         keys, values = (
             torch.stack(
                 [
-                    torch.stack([padding if column is None else column[layer][which] for column in row], dim=1)
+                    torch.stack([padding if column is None else column[layer][which] for column in row[first:]], dim=1)
                     for row in self.rows
                 ]
             )
@@ -107,7 +156,8 @@ def forward(cache, layers: Layers, mask: Sequence[Sequence[int]] | None = None) 
     num_rows, _, num_new, _ = layers[0][0].shape
     kv_length, _ = cache.get_mask_sizes(num_new, 0)
     if mask is not None:
-        kv_length.batch.plan(num_rows, num_new, torch.tensor(mask))  # as the mask function does
+        step = kv_length.batch.plan(num_rows, num_new, torch.tensor(mask))  # as the mask function does
+        step.view = View.DENSE  # to be compared with
     return [cache.update(keys, values, layer) for layer, (keys, values) in enumerate(layers)]
 
 
@@ -136,9 +186,9 @@ def assert_same(cache: PagedCache, reference: ReferenceCache) -> None:
             assert torch.equal(found, expected)
 
 
-def table_of(cache: PagedCache) -> PageTable:
-    """The block tables of a cache."""
-    return cache._batch.table
+def table_of(cache: PagedCache, group: int = 0) -> PageTable:
+    """The block tables of a cache for one group of layers."""
+    return cache._batch.tables[group]
 
 
 def count_holders(*tables) -> dict[int, int]:
@@ -163,7 +213,7 @@ def write_ids(table: PageTable, row: int, first: int, ids: Sequence[int]) -> Non
     """Write numbers into the slots of a row from position `first` on, marked with their layer."""
     for layer in range(NUM_LAYERS):
         keys = torch.tensor([[[number, layer] for number in ids]], dtype=torch.float32)
-        table.pool.storage(layer).write(keys, -keys, _slots(table, row, first, len(ids)))
+        table.group.storage(layer).write(keys, -keys, _slots(table, row, first, len(ids)))
 
 
 def append_ids(table: PageTable, new: Sequence[Sequence[int]]) -> None:
@@ -184,7 +234,7 @@ def read_ids(table: PageTable) -> list[list[int]]:
         length = int(table.lengths[row])
         by_layer = []
         for layer in range(NUM_LAYERS):
-            keys, values = table.pool.storage(layer).gather(_slots(table, row, 0, length))
+            keys, values = table.group.storage(layer).gather(_slots(table, row, 0, length))
             assert torch.equal(values, -keys)
             assert (keys[0, :, 1] == layer).all()
             by_layer.append(keys[0, :, 0].int().tolist())
@@ -194,14 +244,14 @@ def read_ids(table: PageTable) -> list[list[int]]:
 
 
 def _slots(table: PageTable, row: int, first: int, count: int) -> Tensor:
-    pages, page_size = table.row_pages(row), table.pool.page_size
+    pages, page_size = table.row_pages(row), table.group.page_size
     positions = range(first, first + count)
     return torch.tensor([pages[at // page_size] * page_size + at % page_size for at in positions], dtype=torch.int64)
 
 
 def numbered_table(pool, *lengths):
     """A table whose row `i` holds the numbers from `1000 * i` on."""
-    table = PageTable(pool)
+    table = PageTable(pool.groups[0])
     table.open_rows(len(lengths))
     append_ids(table, rows_of(*lengths))
     return table

@@ -220,8 +220,8 @@ def test_the_placement_of_pages_changes_no_bit():
     for seed in range(3):
         pool = PagePool(model.config, num_pages=24, page_size=16)
         order = torch.randperm(24, generator=torch.Generator().manual_seed(seed)).tolist()
-        pages = pool.take(24)
-        pool.allocator.release([pages[index] for index in order])
+        pages = pool.groups[0].take(24)
+        pool.groups[0].allocator.release([pages[index] for index in order])
         results.append(run(model, PagedCache(pool=pool), ids, splits))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

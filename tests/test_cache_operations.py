@@ -1,12 +1,8 @@
 import copy
 import gc
-import random
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
@@ -112,7 +108,7 @@ def test_padding_is_not_stored_and_reads_as_zero(cache, generator, padding, side
     for num_new in (1, 15, 17):
         extend(cache, reference, num_new, generator)
         assert_same(cache, reference)
-    assert cache.pool.allocator.num_active == sum(-(-length // 16) for length in reference.lengths)
+    assert cache.pool.groups[0].allocator.num_active == sum(-(-length // 16) for length in reference.lengths)
     cache.pool.check_integrity()
 
 
@@ -138,7 +134,7 @@ def test_hiding_a_stored_token_does_not_remove_it(cache, generator):
 def test_a_batch_of_nothing_but_padding_can_be_held(cache, generator):
     reference = filled(cache, generator, 2, 3, padding=[3, 3])
     assert_same(cache, reference)
-    assert cache.pool.allocator.num_active == 0
+    assert cache.pool.groups[0].allocator.num_active == 0
 
 
 def test_a_row_left_with_nothing_but_padding_can_be_read_after_trimming(cache, generator):
@@ -305,14 +301,14 @@ def test_a_pass_that_fails_loses_nothing_and_keeps_no_page(num_written, num_fail
     cache = PagedCache(tiny_config(num_hidden_layers=3), page_size=16)
     generator = torch.Generator().manual_seed(0)
     reference = filled(cache, generator, 2, num_held) if num_held else ReferenceCache()
-    num_active = cache.pool.allocator.num_active
+    num_active = cache.pool.groups[0].allocator.num_active
     failed = random_layers(2, num_failed, generator, 3)
     plan(cache, 2, num_failed, None)
     for layer in range(num_written):
         cache.update(*failed[layer], layer)
     assert_same(cache, reference)
     cache.crop(0)
-    assert cache.pool.allocator.num_active == num_active
+    assert cache.pool.groups[0].allocator.num_active == num_active
     assert_same(cache, reference)
     layers = random_layers(2, 3, generator, 3)
     forward(cache, layers)
@@ -394,7 +390,7 @@ def test_an_operation_after_a_failed_pass_does_not_see_its_tokens(generator, ope
         returned = operation(cache)
         result = cache if returned is None else returned
         results.append([result.gather(layer) for layer in range(NUM_LAYERS)])
-        num_pages.append((cache.pool.allocator.num_active, cache.pool.allocator.num_shared))
+        num_pages.append((cache.pool.groups[0].allocator.num_active, cache.pool.groups[0].allocator.num_shared))
         cache.pool.check_integrity()
     assert_layers_equal(*results)
     assert num_pages[0] == num_pages[1]
@@ -408,7 +404,7 @@ def test_an_operation_after_a_failed_pass_does_not_see_its_tokens(generator, ope
 def test_a_first_pass_that_failed_leaves_an_empty_cache(cache, generator, operation):
     cache.update(*random_layers(2, 17, generator)[0], 0)
     operation(cache)
-    assert (cache.batch_size, cache.lengths, cache.pool.allocator.num_active) == (-1, [], 0)
+    assert (cache.batch_size, cache.lengths, cache.pool.groups[0].allocator.num_active) == (-1, [], 0)
     assert_same(cache, filled(cache, generator, 3, 5))
 
 
@@ -420,14 +416,14 @@ def test_planning_again_for_the_same_tokens_gives_the_same_plan(cache):
 
 
 def test_planning_for_other_tokens_gives_the_first_plan_up(cache):
-    first = plan(cache, 2, 33, None)
-    second = plan(cache, 2, 4, None)
+    first = plan(cache, 2, 33, torch.tensor([[1] * 33, [0] + [1] * 32]))
+    second = plan(cache, 2, 4, torch.tensor([[1] * 4, [0] + [1] * 3]))
     assert (first.is_cancelled, second.is_cancelled) == (True, False)
-    assert cache.pool.allocator.num_active == 2
-    plan(cache, 3, 4, None)
-    assert cache.pool.allocator.num_active == 3
+    assert cache.pool.groups[0].allocator.num_active == 2
+    plan(cache, 3, 4, torch.tensor([[1] * 4, [0] + [1] * 3, [0, 0, 1, 1]]))
+    assert cache.pool.groups[0].allocator.num_active == 3
     cache.crop(0)
-    assert cache.pool.allocator.num_active == 0
+    assert cache.pool.groups[0].allocator.num_active == 0
 
 
 # Running out of pages
@@ -463,7 +459,7 @@ def test_a_prompt_that_is_too_long_leaves_an_empty_cache(generator):
     cache = PagedCache(tiny_config(), num_pages=2, page_size=16)
     with pytest.raises(OutOfPagesError, match="needs 3 more pages, but 2 of 2 are free"):
         forward(cache, random_layers(1, 33, generator))
-    assert (cache.batch_size, cache.get_seq_length(), cache.pool.allocator.num_active) == (-1, 0, 0)
+    assert (cache.batch_size, cache.get_seq_length(), cache.pool.groups[0].allocator.num_active) == (-1, 0, 0)
     assert_same(cache, filled(cache, generator, 2, 16))
 
 
@@ -490,10 +486,10 @@ def test_the_memory_of_a_dropped_cache_is_free(generator):
     pool = PagePool(tiny_config(), page_size=16)
     cache = PagedCache(pool=pool)
     filled(cache, generator, 3, 40)
-    assert pool.allocator.num_active == 9
+    assert pool.groups[0].allocator.num_active == 9
     del cache
     gc.collect()
-    assert pool.allocator.num_active == 0
+    assert pool.groups[0].allocator.num_active == 0
     assert pool.stats().num_tokens == 0
 
 
@@ -507,7 +503,7 @@ def test_crop_removes_the_last_columns(cache, generator, num_removed, padding):
     cache.crop(-num_removed)
     reference.crop(num_removed)
     assert_same(cache, reference)
-    assert cache.pool.allocator.num_active == sum(-(-length // 16) for length in reference.lengths)
+    assert cache.pool.groups[0].allocator.num_active == sum(-(-length // 16) for length in reference.lengths)
     extend(cache, reference, 20, generator)
     assert_same(cache, reference)
     cache.pool.check_integrity()
@@ -570,7 +566,7 @@ def test_selecting_rows_keeps_just_those(cache, generator, indices, padding):
     cache.batch_select_indices(indices)
     reference.select([0, 2] if torch.as_tensor(indices).dtype == torch.bool else [int(index) for index in indices])
     assert_same(cache, reference)
-    assert cache.pool.allocator.num_active == len(count_holders(table_of(cache)))
+    assert cache.pool.groups[0].allocator.num_active == len(count_holders(table_of(cache)))
     extend(cache, reference, 15, generator)
     assert_same(cache, reference)
     cache.pool.check_integrity()
@@ -580,14 +576,14 @@ def test_selecting_rows_keeps_just_those(cache, generator, indices, padding):
 @pytest.mark.parametrize("padding", [None, [3, 0]], ids=str)
 def test_repeating_rows_shares_their_pages(cache, generator, repeats, padding):
     reference = filled(cache, generator, 2, 20, padding)
-    num_active = cache.pool.allocator.num_active
+    num_active = cache.pool.groups[0].allocator.num_active
     cache.batch_repeat_interleave(repeats)
     reference.repeat(repeats)
-    assert cache.pool.allocator.num_active == num_active
+    assert cache.pool.groups[0].allocator.num_active == num_active
     assert_same(cache, reference)
     extend(cache, reference, 1, generator)
     assert_same(cache, reference)
-    assert cache.pool.allocator.num_active == num_active + 2 * (repeats - 1)
+    assert cache.pool.groups[0].allocator.num_active == num_active + 2 * (repeats - 1)
     cache.pool.check_integrity()
 
 
@@ -623,7 +619,7 @@ def test_reset_frees_everything_and_the_cache_is_as_new(cache, generator):
     assert_layers_equal([fork.gather(layer) for layer in range(NUM_LAYERS)], expected)
     fork.reset()
     cache.reset()
-    assert cache.pool.allocator.num_active == 0
+    assert cache.pool.groups[0].allocator.num_active == 0
     cache.pool.check_integrity()
 
 
@@ -632,10 +628,10 @@ def test_reset_frees_everything_and_the_cache_is_as_new(cache, generator):
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_a_fork_shares_its_pages_and_goes_its_own_way(cache, generator, fork_of, num_tokens, is_padded):
     reference = filled(cache, generator, 2, num_tokens, [0, num_tokens - 1] if is_padded else None)
-    num_active = cache.pool.allocator.num_active
+    num_active = cache.pool.groups[0].allocator.num_active
     fork, expected = fork_of(cache), reference.fork()
     assert fork.pool is cache.pool
-    assert cache.pool.allocator.num_active == num_active
+    assert cache.pool.groups[0].allocator.num_active == num_active
     assert_same(fork, expected)
     for num_new in (1, 16):
         extend(fork, expected, num_new, generator)
@@ -860,151 +856,3 @@ def test_the_memory_map_shows_the_pages_of_a_dropped_cache_as_free(generator):
 def test_the_memory_map_of_an_empty_cache_has_only_the_legend(cache):
     [line] = cache.memory_map().splitlines()
     assert line.startswith("0 pages of 16 tokens: ")
-
-
-# All of it at random
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Several caches on one pool beside plain references."""
-
-    @initialize(num_pages=st.sampled_from([None, 8, 16]))
-    def build(self, num_pages):
-        self.pool = PagePool(tiny_config(), num_pages, page_size=16)
-        self.caches = [(PagedCache(pool=self.pool), ReferenceCache())]
-        self.generator = torch.Generator().manual_seed(0)
-
-    def pick(self, which):
-        return self.caches[which % len(self.caches)]
-
-    def fits(self, cache, reference, new_lengths):
-        """Whether a step needs no more pages than are free, counted from the block tables alone."""
-        table = table_of(cache)
-        others = count_holders(*(table_of(other) for other, _ in self.caches if other is not cache))
-        lengths = reference.lengths if reference.num_columns else [0] * len(new_lengths)
-        # Pages of a step that failed are given back before new ones are taken.
-        own = [table.row_pages(row)[: -(-length // 16)] if length else [] for row, length in enumerate(lengths)]
-        holders = dict(others)
-        for page in (page for pages in own for page in pages):
-            holders[page] = holders.get(page, 0) + 1
-        needed, writers = 0, {}
-        for row, (length, more) in enumerate(zip(lengths, new_lengths, strict=True)):
-            needed += -(-(length + more) // 16) - -(-length // 16)
-            if more and length % 16:
-                writers.setdefault(own[row][-1], []).append(row)
-        # All who write into a page need one of their own, but the last holder has it already.
-        needed += sum(min(len(rows), holders[page] - 1) for page, rows in writers.items())
-        return not self.pool.is_bounded or needed <= self.pool.num_pages - len(holders)
-
-    @rule(
-        which=st.integers(0, 3),
-        num_rows=st.integers(1, 3),
-        num_new=st.sampled_from([1, 1, 2, 15, 16, 17, 33]),
-        padding=st.sampled_from(["none", "none", "left", "anywhere"]),
-        seed=st.integers(0, 1000),
-    )
-    def update(self, which, num_rows, num_new, padding, seed):
-        cache, reference = self.pick(which)
-        num_rows = len(reference.rows) if reference.num_columns else num_rows
-        new = [[1] * num_new for _ in range(num_rows)]
-        random_ = random.Random(seed)
-        for row in new if padding != "none" else []:
-            if padding == "left":
-                count = random_.randrange(num_new + 1)
-                row[:count] = [0] * count
-            else:
-                row[:] = [random_.randrange(2) for _ in row]
-        past = reference.mask if reference.num_columns else [[] for _ in new]
-        mask = [old + added for old, added in zip(past, new, strict=True)]
-        is_padded = any(0 in row for row in mask)
-        layers = random_layers(num_rows, num_new, self.generator)
-        if not self.fits(cache, reference, [sum(row) for row in new]):
-            with pytest.raises(OutOfPagesError, match="more pages, but"):
-                forward(cache, layers, mask if is_padded else None)
-            return
-        forward(cache, layers, mask if is_padded else None)
-        reference.append(layers, new)
-
-    @rule(which=st.integers(0, 3), num_rows=st.integers(1, 3), num_new=st.sampled_from([1, 16, 17]))
-    def fail_after_the_first_layer(self, which, num_rows, num_new):
-        cache, reference = self.pick(which)
-        num_rows = len(reference.rows) if reference.num_columns else num_rows
-        rubbish = torch.full((num_rows, NUM_KV_HEADS, num_new, HEAD_DIM), 1e6)
-        has_padding = any(0 in row for row in reference.mask)
-        mask = torch.tensor([row + [1] * num_new for row in reference.mask]) if has_padding else None
-        try:
-            plan(cache, num_rows, num_new, mask)
-        except OutOfPagesError:
-            return
-        cache.update(rubbish, rubbish, 0)
-
-    @rule(which=st.integers(0, 3), data=st.data())
-    def crop(self, which, data):
-        cache, reference = self.pick(which)
-        count = data.draw(st.integers(0, min(reference.num_columns, 40)))
-        cache.crop(-count)
-        reference.crop(count)
-
-    @rule(which=st.integers(0, 3), data=st.data())
-    def reorder(self, which, data):
-        cache, reference = self.pick(which)
-        if reference.num_columns:
-            num_rows = len(reference.rows)
-            beams = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=num_rows, max_size=num_rows))
-            cache.reorder_cache(torch.tensor(beams))
-            reference.select(beams)
-
-    @rule(which=st.integers(0, 3), data=st.data())
-    def select(self, which, data):
-        cache, reference = self.pick(which)
-        if reference.num_columns:
-            indices = data.draw(st.lists(st.integers(0, len(reference.rows) - 1), min_size=1, max_size=4))
-            cache.batch_select_indices(torch.tensor(indices))
-            reference.select(indices)
-
-    @rule(which=st.integers(0, 3), repeats=st.integers(1, 3))
-    def repeat(self, which, repeats):
-        cache, reference = self.pick(which)
-        if len(reference.rows) * repeats <= 6:
-            cache.batch_repeat_interleave(repeats)
-            reference.repeat(repeats)
-
-    @precondition(lambda self: len(self.caches) < 4)
-    @rule(which=st.integers(0, 3))
-    def fork(self, which):
-        cache, reference = self.pick(which)
-        self.caches.append((cache.fork(), reference.fork()))
-
-    @precondition(lambda self: len(self.caches) > 1)
-    @rule(which=st.integers(0, 3))
-    def drop(self, which):
-        self.caches.pop(which % len(self.caches))
-        gc.collect()
-
-    @rule(which=st.integers(0, 3))
-    def reset(self, which):
-        cache, reference = self.pick(which)
-        cache.reset()
-        reference.reset()
-
-    @rule()
-    def trim(self):
-        self.pool.trim()
-
-    @invariant()
-    def caches_hold_what_the_references_hold(self):
-        for cache, reference in self.caches:
-            assert_same(cache, reference)
-
-    @invariant()
-    def books_balance(self):
-        self.pool.check_integrity()
-        holders = count_holders(*(table_of(cache) for cache, _ in self.caches))
-        assert self.pool.allocator.num_active == len(holders)
-        assert self.pool.allocator.num_shared == sum(count > 1 for count in holders.values())
-
-
-TestCachesAgainstReferences = CacheMachine.TestCase
-TestCachesAgainstReferences.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, derandomize=True, database=None
-)

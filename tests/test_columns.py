@@ -96,10 +96,11 @@ def test_extending_appends_columns_and_leaves_the_record_alone(stored, added, ex
     assert (record.count, as_text(record, 2)) == (2, list(stored))
 
 
-def test_tokens_after_a_column_are_counted_without_padding():
-    assert columns("0110", "1111").num_tokens_after(1, 2).tolist() == [2, 3]
-    assert columns("0110", "1111").num_tokens_after(4, 2).tolist() == [0, 0]
-    assert columns("1111", "1111").num_tokens_after(1, 2).tolist() == [3, 3]
+def test_tokens_before_a_column_are_counted_without_padding():
+    stops = np.array([-2, 0, 2, 4])
+    assert columns("0110", "1111").num_tokens_before(stops, 2).tolist() == [[0, 0, 1, 2], [0, 0, 2, 4]]
+    assert columns("0110", "1111").num_tokens_before(stops[2:3], 2).tolist() == [[1], [2]]
+    assert columns("1111", "1111").num_tokens_before(stops, 2).tolist() == [[0, 0, 2, 4], [0, 0, 2, 4]]
 
 
 @pytest.mark.parametrize("count", range(5))

@@ -29,7 +29,7 @@ def counts(*numbers):
 def state(table):
     """Everything that a failed operation must leave as it was."""
     pages = [table.row_pages(row) for row in range(table.num_rows)]
-    allocator = table.pool.allocator
+    allocator = table.group.allocator
     return (
         (pages, table.lengths.tolist(), read_ids(table)),
         (allocator.num_pages, allocator.num_free, allocator.num_active, allocator.num_shared),
@@ -42,13 +42,13 @@ def copies(monkeypatch):
     recorded = []
 
     def watch(pool):
-        copy_pages = pool.copy_pages
+        copy_pages = pool.groups[0].copy_pages
 
         def copy_and_record(sources, targets):
             recorded.append((list(sources), list(targets)))
             copy_pages(sources, targets)
 
-        monkeypatch.setattr(pool, "copy_pages", copy_and_record)
+        monkeypatch.setattr(pool.groups[0], "copy_pages", copy_and_record)
         return recorded
 
     return watch
@@ -69,15 +69,15 @@ def test_tokens_added_one_by_one_take_a_page_at_each_edge():
     expected = rows_of(40)
     for number in expected[0][1:]:
         append_ids(table, [[number]])
-        assert pool.allocator.num_active == number // 16 + 1
+        assert pool.groups[0].allocator.num_active == number // 16 + 1
     assert read_ids(table) == expected
 
 
-def test_pages_with_tokens_counts_the_used_slots_of_each_page():
+def test_held_pages_counts_the_used_slots_of_each_page():
     table = numbered_table(open_pool(), 33, 0, 16)
     table.reserve(counts(16, 0, 0))
     first, _, third = (table.row_pages(row) for row in range(3))
-    assert list(table.pages_with_tokens()) == [*zip(first, [16, 16, 1, 0], strict=True), (third[0], 16)]
+    assert list(table.held_pages()) == [*zip(first, range(4), [16, 16, 1, 0], strict=True), (third[0], 0, 16)]
 
 
 def test_reserved_tokens_count_only_once_they_are_committed():
@@ -106,7 +106,7 @@ def test_rolling_back_gives_the_reserved_pages_back(more):
     table.reserve(counts(more, more))
     table.rollback()
     assert state(table)[0] == before[0]
-    assert pool.allocator.num_active == 2
+    assert pool.groups[0].allocator.num_active == 2
     pool.check_integrity()
 
 
@@ -126,7 +126,7 @@ def test_truncating_releases_the_pages_behind(length):
     pool = open_pool()
     table = numbered_table(pool, 33, 20)
     table.truncate(counts(length, 20))
-    assert pool.allocator.num_active == -(-length // 16) + 2
+    assert pool.groups[0].allocator.num_active == -(-length // 16) + 2
     assert read_ids(table) == rows_of(length, 20)
     append_ids(table, [list(range(length, 40)), [1020]])
     assert read_ids(table) == rows_of(40, 21)
@@ -144,8 +144,8 @@ def test_selecting_rows_moves_no_token_and_counts_the_holders(indices, copies):
     assert [table.row_pages(row) for row in range(table.num_rows)] == [pages[index] for index in indices]
     assert read_ids(table) == [rows_of(33, 5, 16)[index] for index in indices]
     holders = count_holders(table)
-    assert pool.allocator.num_active == len(holders)
-    assert pool.allocator.num_shared == sum(count > 1 for count in holders.values())
+    assert pool.groups[0].allocator.num_active == len(holders)
+    assert pool.groups[0].allocator.num_shared == sum(count > 1 for count in holders.values())
     pool.check_integrity()
 
 
@@ -171,7 +171,7 @@ def test_a_fork_shares_every_page(copies):
     assert recorded == []
     assert [fork.row_pages(row) for row in (0, 1)] == [table.row_pages(row) for row in (0, 1)]
     assert read_ids(fork) == rows_of(33, 5)
-    assert (pool.allocator.num_active, pool.allocator.num_shared) == (4, 4)
+    assert (pool.groups[0].allocator.num_active, pool.groups[0].allocator.num_shared) == (4, 4)
     pool.check_integrity()
 
 
@@ -192,7 +192,7 @@ def test_writing_to_shared_rows_copies_only_the_partial_last_page(length, which,
     assert tables[other].row_pages(0) == shared
     assert read_ids(tables[which]) == [[*range(length), 7777]]
     assert read_ids(tables[other]) == rows_of(length)
-    assert pool.allocator.num_shared == len(shared) - 1
+    assert pool.groups[0].allocator.num_shared == len(shared) - 1
     append_ids(tables[which], [[7778]])
     append_ids(tables[other], [[8888]])
     assert len(recorded) == 1, "both have a last page of their own by now"
@@ -210,7 +210,7 @@ def test_full_shared_pages_are_never_copied(length, copies):
     append_ids(fork, [[8888]])
     assert recorded == []
     assert (read_ids(table), read_ids(fork)) == ([[*range(length), 7777]], [[*range(length), 8888]])
-    assert pool.allocator.num_shared == length // 16
+    assert pool.groups[0].allocator.num_shared == length // 16
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 8])
@@ -304,12 +304,12 @@ def test_too_large_a_reservation_leaves_everything_as_it_was(more, needed, copie
 
 def test_new_rows_leave_the_watermark_but_running_rows_may_use_it():
     pool = open_pool(num_pages=3, watermark=1)
-    table = PageTable(pool)
+    table = PageTable(pool.groups[0])
     table.open_rows(1)
     with pytest.raises(OutOfPagesError, match=r"needs 3 more pages, but 3 of 3 are free \(1 of them held back"):
         table.reserve(counts(33))
     append_ids(table, rows_of(32))
-    other = PageTable(pool)
+    other = PageTable(pool.groups[0])
     other.open_rows(1)
     with pytest.raises(OutOfPagesError, match=r"needs 1 more pages, but 1 of 3 are free \(1 of them held back"):
         other.reserve(counts(1))
@@ -321,7 +321,7 @@ def test_opening_rows_starts_over():
     pool = open_pool()
     table = numbered_table(pool, 33, 5)
     table.open_rows(3)
-    assert pool.allocator.num_active == 0
+    assert pool.groups[0].allocator.num_active == 0
     assert table.lengths.tolist() == [0, 0, 0]
     append_ids(table, rows_of(1, 16, 17))
     assert read_ids(table) == rows_of(1, 16, 17)
@@ -333,10 +333,10 @@ def test_clearing_releases_every_page_and_leaves_no_row():
     fork = table.fork()
     table.clear()
     assert (table.num_rows, table.lengths.tolist()) == (0, [])
-    assert (pool.allocator.num_active, pool.allocator.num_shared) == (4, 0)
+    assert (pool.groups[0].allocator.num_active, pool.groups[0].allocator.num_shared) == (4, 0)
     assert read_ids(fork) == rows_of(33, 5)
     fork.clear()
-    assert pool.allocator.num_active == 0
+    assert pool.groups[0].allocator.num_active == 0
     pool.check_integrity()
 
 
@@ -346,10 +346,10 @@ def test_a_deleted_table_frees_its_pages():
     fork = table.fork()
     del table
     gc.collect()
-    assert (pool.allocator.num_active, pool.allocator.num_shared) == (6, 0)
+    assert (pool.groups[0].allocator.num_active, pool.groups[0].allocator.num_shared) == (6, 0)
     del fork
     gc.collect()
-    assert pool.allocator.num_active == 2
+    assert pool.groups[0].allocator.num_active == 2
     assert read_ids(other) == rows_of(20)
     pool.check_integrity()
 
@@ -358,10 +358,10 @@ def test_a_deleted_table_frees_its_pages():
 def test_a_table_may_die_while_the_allocator_is_busy():
     pool = open_pool()
     table = numbered_table(pool, 33)
-    with pool.allocator._lock:
+    with pool.groups[0].allocator._lock:
         del table
         gc.collect()
-    assert pool.allocator.num_active == 0
+    assert pool.groups[0].allocator.num_active == 0
     pool.check_integrity()
 
 
@@ -397,7 +397,7 @@ class TableMachine(RuleBasedStateMachine):
     @initialize(num_pages=st.sampled_from([None, 6, 12]), num_rows=st.integers(1, 3))
     def build(self, num_pages, num_rows):
         self.pool = open_pool(num_pages)
-        table = PageTable(self.pool)
+        table = PageTable(self.pool.groups[0])
         table.open_rows(num_rows)
         self.tables = [(table, [[] for _ in range(num_rows)])]
         self.next_id = 0
@@ -416,7 +416,7 @@ class TableMachine(RuleBasedStateMachine):
         try:
             append_ids(table, new)
         except OutOfPagesError:
-            assert self.pool.is_bounded
+            assert self.pool.max_pages is not None
             return
         for row, ids in zip(rows, new, strict=True):
             row += ids
@@ -474,7 +474,7 @@ class TableMachine(RuleBasedStateMachine):
     def books_balance(self):
         self.pool.check_integrity()
         holders = count_holders(*(table for table, _ in self.tables))
-        allocator = self.pool.allocator
+        allocator = self.pool.groups[0].allocator
         assert allocator.num_active == len(holders)
         assert allocator.num_shared == sum(count > 1 for count in holders.values())
         assert all(allocator.ref_count(page) == holders.get(page, 0) for page in range(allocator.num_pages))

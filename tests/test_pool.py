@@ -85,17 +85,17 @@ def test_growth_makes_room_for_a_long_prompt_at_once():
 def test_growth_leaves_the_watermark_free():
     pool = open_pool(watermark=5)
     table = numbered_table(pool, 16 * 40)
-    assert pool.allocator.num_free >= 5
+    assert pool.groups[0].allocator.num_free >= 5
     assert read_ids(table) == rows_of(16 * 40)
 
 
 def test_a_layer_that_is_used_late_has_as_many_pages():
     pool = PagePool(tiny_config(), page_size=16)
-    pages = pool.take(40)
+    pages = pool.groups[0].take(40)
     pool.open_storage(1, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
     assert pool.storage(0) is None
     assert pool.storage(1).num_pages == pool.num_pages
-    pool.allocator.release(pages)
+    pool.groups[0].allocator.release(pages)
     pool.check_integrity()
 
 
@@ -118,7 +118,7 @@ def test_trimming_keeps_free_pages_before_a_held_one():
     del other
     gc.collect()
     pool.trim()
-    assert (pool.num_pages, pool.allocator.num_free) == (5, 3)
+    assert (pool.num_pages, pool.groups[0].allocator.num_free) == (5, 3)
     append_ids(table, [list(range(20, 16 * 5))])
     assert pool.num_pages == 5
     assert read_ids(table) == rows_of(16 * 5)
@@ -141,7 +141,7 @@ def test_trimming_a_bounded_pool_changes_nothing():
     pool = open_pool(num_pages=4)
     table = numbered_table(pool, 5)
     pool.trim()
-    assert (pool.num_pages, pool.allocator.num_free) == (4, 3)
+    assert (pool.num_pages, pool.groups[0].allocator.num_free) == (4, 3)
     assert read_ids(table) == rows_of(5)
 
 
@@ -183,7 +183,7 @@ def test_every_held_page_knows_its_place_in_its_row():
     table = numbered_table(pool, 40, 5, 17)
     table.select([0, 0, 2])
     append_ids(table, [[1], [2], [3]])
-    index = pool.page_index(torch.device("cpu"))
+    index = pool.groups[0].page_index(torch.device("cpu"))
     for row in range(3):
         assert index[table.row_pages(row)].tolist() == list(range(len(table.row_pages(row))))
 
@@ -195,11 +195,11 @@ def test_page_places_are_mirrored_on_other_devices(is_inference):
     table = numbered_table(pool, 5)
     meta = torch.device("meta")
     with torch.inference_mode(is_inference):
-        mirror = pool.page_index(meta)
+        mirror = pool.groups[0].page_index(meta)
     append_ids(table, [list(range(5, 40))])
-    assert pool.page_index(meta) is mirror
+    assert pool.groups[0].page_index(meta) is mirror
     append_ids(table, [list(range(40, 16 * 40))])
-    assert pool.page_index(meta).shape == (pool.num_pages,)
+    assert pool.groups[0].page_index(meta).shape == (pool.num_pages,)
 
 
 def test_a_pool_grown_under_inference_mode_works_outside_of_it():
@@ -267,7 +267,7 @@ def test_stats_of_one_table_count_sharing_with_anyone():
     table = numbered_table(pool, 33)
     fork = table.fork()
     append_ids(fork, [[7777]])
-    stats = pool.account([fork])
+    stats = pool.account([[fork]])
     assert (stats.num_active_pages, stats.num_shared_pages, stats.num_tokens, stats.num_unique_tokens) == (
         3,
         2,
@@ -301,13 +301,19 @@ def shrink_a_layer(pool, table):
     ("cook", "message"),
     [
         (
-            lambda pool, table: pool.allocator.retain(table.row_pages(0)[:1]),
+            lambda pool, table: pool.groups[0].allocator.retain(table.row_pages(0)[:1]),
             "Reference counts differ from the",
         ),
-        (lambda pool, table: pool.allocator.release(table.row_pages(0)[:1]), "Reference counts differ from the"),
-        (lambda pool, table: pool.take(1), "Reference counts differ from the"),
-        (lambda pool, table: pool.place(table.row_pages(0)[1:], [5]), r"Page \d+ is page 1 of a row, not 5"),
-        (lambda pool, table: pool.allocator._free.append(table.row_pages(0)[0]), r"held pages don't make 16 pages"),
+        (
+            lambda pool, table: pool.groups[0].allocator.release(table.row_pages(0)[:1]),
+            "Reference counts differ from the",
+        ),
+        (lambda pool, table: pool.groups[0].take(1), "Reference counts differ from the"),
+        (lambda pool, table: pool.groups[0].place(table.row_pages(0)[1:], [5]), r"Page \d+ is page 1 of a row, not 5"),
+        (
+            lambda pool, table: pool.groups[0].allocator._free.append(table.row_pages(0)[0]),
+            r"held pages don't make 16 pages",
+        ),
         (shrink_a_layer, "Layer 1 has 1 pages of 16"),
     ],
     ids=["retained", "released", "taken", "misplaced", "freed", "shrunk"],
@@ -334,7 +340,7 @@ class Worker:
 
     def open(self):
         num_rows = self.random.randrange(1, 4)
-        table = PageTable(self.pool)
+        table = PageTable(self.pool.groups[0])
         table.open_rows(num_rows)
         self.tables.append((table, [[] for _ in range(num_rows)]))
 
@@ -394,7 +400,7 @@ def work(pool, workers, num_steps, others=()):
         worker.check()
     pool.check_integrity()
     holders = count_holders(*others, *(table for worker in workers for table, _ in worker.tables))
-    assert pool.allocator.num_active == len(holders)
+    assert pool.groups[0].allocator.num_active == len(holders)
     assert pool.stats().num_active_pages == len(holders)
 
 
@@ -424,8 +430,8 @@ def test_threads_that_write_while_the_pool_grows_and_is_trimmed_lose_nothing():
 
     def resize():
         while not done.is_set():
-            pages = pool.take(pool.num_pages + 1)
-            pool.allocator.release(pages)
+            pages = pool.groups[0].take(pool.num_pages + 1)
+            pool.groups[0].allocator.release(pages)
             pool.trim()
 
     thread = threading.Thread(target=resize)
