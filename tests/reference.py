@@ -58,7 +58,7 @@ class ReferenceCache:
         return [[int(column is not None) for column in row] for row in self.rows]
 
     def first_column(self, layer: int) -> int:
-        window = self.windows[layer]
+        window = self.windows[layer] if layer < len(self.windows) else None
         return 0 if window is None else max(0, self.num_columns + 1 - window)
 
     def tidy(self) -> None:

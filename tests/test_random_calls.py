@@ -205,7 +205,9 @@ class WindowedCacheMachine(CacheMachine):
     """The same for a model whose second layer has a sliding window, so that it has pages of its own."""
 
     config = Qwen2Config(
-        **tiny_config().to_dict() | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 20}
+        **tiny_config().to_dict() | {"layer_types": ["full_attention", "sliding_attention"]},
+        sliding_window=20,
+        use_sliding_window=True,
     )
     windows = (None, 20)
 

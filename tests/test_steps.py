@@ -264,7 +264,9 @@ def test_a_position_bias_raises(model):
 
 def test_a_model_with_its_own_attention_raises(model):
     class OwnAttention(type(model)):
-        _supports_attention_backend = False
+        @classmethod
+        def _can_set_attn_implementation(cls):
+            return False
 
     own = OwnAttention(model.config)
     with pytest.raises(ValueError, match="computes attention by itself"):

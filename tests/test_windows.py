@@ -6,7 +6,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, Mist
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from hf_paged import OutOfPagesError, PagedCache
-from hf_paged.attention import paged_flex_mask
+from hf_paged.mask import paged_flex_mask
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama, tiny_model
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}
@@ -219,10 +219,10 @@ def test_a_sliding_mask_is_known_by_what_it_is_made_of(mistral):
 
     for window in (5, WINDOW):
         planned = mask(sliding_window_causal_mask_function(window))
-        assert (planned._window, planned._visible) == (window, None)
+        assert (planned.plan.window, planned.plan.visible) == (window, None)
     other = mask(narrower)
-    assert other._window is None
-    assert other._visible.sum() == 5
+    assert other.plan.window is None
+    assert other.plan.visible.sum() == 5
 
 
 def test_a_mask_that_sees_dropped_tokens_raises(mistral):

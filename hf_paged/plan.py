@@ -1,0 +1,90 @@
+"""What the layers of one forward pass are told, besides their queries."""
+
+from torch import Tensor
+from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase
+
+from hf_paged.batch import Batch
+from hf_paged.columns import BoolMatrix
+from hf_paged.page_table import PageTable
+from hf_paged.step import Step
+from hf_paged.tiles import Layout, Tiles
+
+
+class Plan(OpaqueBase):
+    """One step, and what its queries see.
+
+    A compiled graph takes it as an input that it can't look into. So nothing that changes from pass to pass is
+    guarded on, and nothing is recompiled for it.
+
+    Args:
+        batch: the rows.
+        step: the forward pass.
+        new: with `View.NEW`, `(num_rows, 1, num_queries, num_new)`, the mask as `sdpa` wants it; None: causal.
+        window: with `View.PAGES`, tokens that a query sees, itself included; None: all before it.
+        visible: with `View.PAGES`, `(num_rows, num_new, max_tokens)` bool, what each query sees of its row instead;
+            None: as above.
+        queries: which of the new columns ask.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        step: Step,
+        *,
+        new: Tensor | None = None,
+        window: int | None = None,
+        visible: BoolMatrix | None = None,
+        queries: slice = slice(None),
+    ) -> None:
+        self.batch = batch
+        self.step = step
+        self.new = new
+        self.window = window
+        self.visible = visible
+        self._queries = queries
+        self._tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
+        step = self.step
+        return step.num_rows, 1, len(range(step.num_new)[self._queries]), step.next_columns.count
+
+    def of(self, queries: slice) -> "Plan":
+        """The same for some of these queries only."""
+        chosen = range(self.step.num_new)[self._queries][queries]
+        return Plan(
+            self.batch,
+            self.step,
+            new=None if self.new is None else self.new[:, :, queries],
+            window=self.window,
+            visible=self.visible,
+            queries=slice(chosen.start, chosen.stop, chosen.step),
+        )
+
+    def tiles(self, table: PageTable, layout: Layout, num_slots: int) -> Tiles:
+        """Block lists over the pages of `table`, made once for all layers of its group.
+
+        They are made anew when rows turn out to be no twins, and when another thread lets the pool grow between two
+        layers, to `num_slots` slots.
+
+        Raises:
+            RuntimeError: if another pass has begun meanwhile.
+            ValueError: if a token is to be seen that was dropped.
+        """
+        if self.step.is_cancelled:
+            raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
+        key = (table, table.version, layout, num_slots)
+        if key not in self._tiles:
+            tiling = self.batch.tilings[table]
+            if self.visible is not None:
+                self._tiles[key] = tiling.dense(self.visible[:, self._queries], layout)
+            else:
+                limits = self.step.limits[:, self._queries]
+                firsts = None if self.window is None else self.step.firsts(self.window)[:, self._queries]
+                self._tiles[key] = tiling.causal(limits, firsts, self.window, layout)
+        return self._tiles[key]
+
+
+register_opaque_type(Plan, typ="reference")

@@ -1,0 +1,95 @@
+"""Every family does with a `PagedCache` what the table of families says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_paged import PagedCache
+from tests.families import FAMILIES, Family, Outcome, markdown, new_cache
+from tests.models import generate, left_padded, random_ids, run
+
+SPLITS = [30, 1, 1, 1, 27]
+LENGTHS = [60, 41, 52]
+CLOSE = {"atol": 5e-4, "rtol": 1e-4}
+
+
+def cases(outcome: Outcome, has_encoder: bool | None = None):
+    return [
+        pytest.param(family, attention, id=f"{family.name}-{attention}")
+        for family in FAMILIES
+        for attention in (family.oracle, "paged_flex")
+        if family.outcome(attention) == outcome and has_encoder in (None, family.has_encoder)
+    ]
+
+
+def cached(model) -> PagedCache:
+    return PagedCache.from_model(model, page_size=16)
+
+
+@pytest.mark.parametrize(("family", "attention"), cases(Outcome.SAME, has_encoder=False))
+def test_logits_of_a_ragged_batch_are_those_of_dynamic_cache(family: Family, attention):
+    ids, mask = random_ids(3, 60), left_padded(60, LENGTHS)
+    real = mask.bool()
+    oracle = family.load(family.oracle)
+    expected = run(oracle, new_cache(oracle), ids, SPLITS, mask)[real]
+    model = family.load(attention)
+    cache = cached(model)
+    torch.testing.assert_close(run(model, cache, ids, SPLITS, mask)[real], expected, **CLOSE)
+    cache.pool.check_integrity()
+
+
+@pytest.mark.parametrize(("family", "attention"), cases(Outcome.SAME, has_encoder=False))
+def test_greedy_tokens_are_those_of_dynamic_cache(family: Family, attention):
+    ids, mask = random_ids(3, 18), left_padded(18, [18, 5, 11])
+    oracle = family.load(family.oracle)
+    expected = generate(oracle, family.oracle, new_cache(oracle), ids, attention_mask=mask, max_new_tokens=28)
+    model = family.load(attention)
+    cache = cached(model)
+    actual = generate(model, attention, cache, ids, attention_mask=mask, max_new_tokens=28)
+    assert torch.equal(actual, expected)
+    if attention == "paged_flex":
+        assert cache.lengths == [18 + 27, 5 + 27, 11 + 27]
+    cache.pool.check_integrity()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(("family", "attention"), cases(Outcome.SAME, has_encoder=True))
+def test_a_decoder_with_an_encoder_generates_what_it_does_with_dynamic_cache(family: Family, attention, num_beams):
+    oracle, model = family.load(family.oracle), family.load(attention)
+    arguments = {
+        **family.encoder_inputs(),
+        "decoder_input_ids": torch.cat([torch.full((3, 1), 2), random_ids(3, 6)], dim=1),
+        "num_beams": num_beams,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "max_new_tokens": 28,
+    }
+    expected = oracle.generate(past_key_values=new_cache(oracle), **arguments)
+    cache = cached(model)
+    assert torch.equal(model.generate(past_key_values=new_cache(model, cache), **arguments), expected)
+    cache.pool.check_integrity()
+
+
+@pytest.mark.parametrize(("family", "attention"), cases(Outcome.REFUSED))
+def test_what_is_not_supported_is_refused(family: Family, attention):
+    model = family.load(attention)
+    inputs = family.encoder_inputs() if family.has_encoder else {"inputs": random_ids(3, 18)}
+    with pytest.raises(ValueError, match=family.message):
+        model.generate(**inputs, past_key_values=new_cache(model, cached(model)), max_new_tokens=4, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if "by itself" in family.note], ids=lambda family: family.name
+)
+def test_setting_paged_flex_later_leaves_a_family_that_cannot_take_it_as_it_was(family: Family):
+    model, ids = family.load(family.oracle), random_ids(3, 18)
+    expected = generate(model, family.oracle, new_cache(model), ids)
+    assert torch.equal(generate(model, "paged_flex", cached(model), ids), expected)
+    assert model.config._attn_implementation == family.oracle
+
+
+def test_the_page_on_families_is_the_table():
+    page = Path(__file__).parent.parent / "docs" / "families.md"
+    assert page.read_text() == markdown(), "write it anew: python -m tests.families > docs/families.md"
