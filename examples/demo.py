@@ -11,11 +11,7 @@ disk.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 
@@ -23,9 +19,9 @@ import torch
 import transformers
 from transformers import DynamicCache, StoppingCriteria
 
-import hf_paged
 from hf_paged import PagedCache
 from hf_paged.packaged import load_packaged_model, prompts
+from hf_paged.provenance import provenance, write_results
 
 QUESTION = "Why do operating systems use paged memory? Answer in two sentences."
 PROMPT_LENGTHS = (20, 40, 60, 85, 115, 155, 215, 300)
@@ -36,18 +32,7 @@ def main() -> None:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     transformers.utils.logging.disable_progress_bar()
-    setting = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "num_threads": torch.get_num_threads(),
-        "versions": {
-            "hf-paged": hf_paged.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
+    setting = provenance()
     print(", ".join(f"{name} {version}" for name, version in setting["versions"].items()))
     print(f"{setting['machine']}, {setting['num_threads']} threads")
     print("Loading SmolLM2-135M-Instruct in float32 ...")
@@ -55,9 +40,7 @@ def main() -> None:
     answer_question(model, tokenizer, args)
     results = compare_ragged_batch(model, tokenizer, args)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(setting | {"ragged_batch": results}, file, indent=2)
-            file.write("\n")
+        write_results(args.json, setting | {"ragged_batch": results})
 
 
 def parse_args() -> argparse.Namespace:
@@ -173,24 +156,6 @@ def require_same_tokens(paged: torch.Tensor, contiguous: torch.Tensor) -> None:
     print(f"same tokens: {'yes' if same else 'no'}")
     if not same:
         sys.exit(1)
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit that the code is at, marked if the code has changed since."""
-    commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "hf_paged", "examples"])
-    try:
-        head, changes = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + ("-dirty" if changes else "")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ class PageGroup:
         self.window = window
         self.max_pages = max_pages
         self.page_size = page_size
+        self.num_copied_pages = 0
+        """Pages that `copy_pages` has copied, ever."""
         self.allocator = PageAllocator(num_pages, watermark)
         self._first_pages = num_pages
         self._holders: WeakSet[PageHolder] = WeakSet()
@@ -140,6 +142,7 @@ class PageGroup:
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages in every layer."""
+        self.num_copied_pages += len(sources)
         for storage in self._storages.values():
             storage.copy_pages(
                 torch.tensor(sources, device=storage.device), torch.tensor(targets, device=storage.device)

@@ -110,6 +110,7 @@ class PagePool:
             num_cached_pages=self.num_pages - num_free - sum(group.allocator.num_active for group in self.groups),
             num_active_pages=num_active,
             num_shared_pages=num_shared,
+            num_copied_pages=sum(group.num_copied_pages for group in self.groups),
             num_tokens=sum(int(holder.lengths.sum()) for holder in holders[0]) if holders else 0,
             num_unique_tokens=num_unique,
             page_size=self.page_size,

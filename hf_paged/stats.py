@@ -16,6 +16,7 @@ class MemoryStats:
         num_cached_pages: pages of the pool that nobody holds but whose tokens can still be found.
         num_active_pages: pages held by this cache (for a pool: by anyone), each counted once.
         num_shared_pages: of the active pages, those with more than one holder anywhere.
+        num_copied_pages: pages of the pool that were copied because a shared one was to be written, ever.
         num_tokens: tokens of all rows, padding excluded; a shared token counts once per row.
         num_unique_tokens: tokens of which a layer holds something; a shared token counts once.
         page_size: tokens per page.
@@ -31,6 +32,7 @@ class MemoryStats:
     num_cached_pages: int
     num_active_pages: int
     num_shared_pages: int
+    num_copied_pages: int
     num_tokens: int
     num_unique_tokens: int
     page_size: int

@@ -165,12 +165,15 @@ class Step:
         """
         if id(keys) in self._handed:
             return self._handed[id(keys)][1]
-        if group is None:
-            raise ValueError(
-                f"Keys of shape {tuple(keys.shape)} were given to the attention function with the mask of a "
-                "PagedCache that did not return them. Pass on what cache.update() returned in this forward pass."
-            )
-        return self.placements[group].table
+        if group is not None:
+            table = self.placements[group].table
+            if any(other is table and held.shape[2] == keys.shape[2] for held, other in self._handed.values()):
+                return table
+        raise ValueError(
+            f"Keys of shape {tuple(keys.shape)} were given to the attention function with the mask of a PagedCache "
+            "that did not return them. In training mode Transformers takes the cache away from layers with gradient "
+            "checkpointing: call model.eval() first. Otherwise pass on what cache.update() returned in this pass."
+        )
 
     def _unread(self, table: PageTable) -> Counts | None:
         """`(num_rows,)` new tokens at the beginning of each row that nobody reads from pages; None: none."""

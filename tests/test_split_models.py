@@ -6,7 +6,8 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import DynamicCache
 
 from hf_paged import PagedCache
-from hf_paged.attention import paged_flex_mask
+from hf_paged.mask import paged_flex_mask
+from hf_paged.tiles import Layout
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
 
 
@@ -48,7 +49,7 @@ def test_each_layer_is_stored_where_its_keys_are_and_tables_are_copied_there():
     devices = [torch.device("cpu"), torch.device("meta")]  # meta stands in for a second GPU
     for _ in range(2):
         for layer, device in enumerate(devices):
-            states = torch.zeros(3, 2, 20, 16, device=device)
+            states = torch.randn(3, 2, 20, 16).to(device)
             assert {states.device for states in cache.update(states, states, layer)} == {device}
     assert [cache.pool.storage(layer).device for layer in range(2)] == devices
     assert cache.lengths == [40, 40, 40]
@@ -58,7 +59,7 @@ def test_each_layer_is_stored_where_its_keys_are_and_tables_are_copied_there():
         for layer, device in enumerate(devices):
             states = torch.zeros(3, 2, num_new, 16, device=device)
             keys, _ = cache.update(states, states, layer)
-            tiles = plan.tiles(3, 127, device, keys.shape[2])
+            tiles = plan.tiles(length.batch.tables[0], Layout(3, 127, device), keys.shape[2])
             tables = tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen
             assert {table.device for table in (keys, *tables)} == {device}
 
@@ -95,7 +96,7 @@ def test_gradient_checkpointing_is_of_no_account_in_eval_mode_and_refused_in_tra
     cache = PagedCache.from_model(model, page_size=16)
     assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), plain_tokens(ids, mask))
     mask = torch.cat([mask, mask.new_ones(3, 24)], dim=1)
-    with pytest.raises(ValueError, match=r"never reached the PagedCache. .*call model.eval\(\) first"):
+    with pytest.raises(ValueError, match=r"PagedCache that did not return them.*call model.eval\(\) first"):
         model.train()(ids[:, :1], past_key_values=cache, attention_mask=mask)
     cache.crop(0)
     cache.pool.check_integrity()
