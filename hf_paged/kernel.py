@@ -194,7 +194,9 @@ def _compile(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., T
         for size in sizes:
             if tensor.shape[size] > 1 and not (tensor is seen and size == 2 and not variant.is_dense):
                 torch._dynamo.mark_dynamic(tensor, size)
-    with torch.no_grad(), torch.autocast(variant.device, enabled=False):
+    # Inside of a model compiled with dynamic=True, what is a constant of the kernel would become an input.
+    static = torch._dynamo.config.patch(assume_static_by_default=True)
+    with static, torch.no_grad(), torch.autocast(variant.device, enabled=False):
         torch.compile(own, backend=backend, fullgraph=True)(*arguments)
     ((compiled, sources),) = captured
     inputs = eval(f"lambda {', '.join(code.co_varnames[: code.co_argcount])}: ({_expression(sources)})")

@@ -38,6 +38,10 @@ class PagedMask(BlockMask):
         """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
         return self._shape
 
+    def dim(self) -> int:
+        """Number of dimensions, as of a tensor."""
+        return self.ndim
+
     def __getitem__(self, index: object) -> "PagedMask":
         """The mask of some of the queries, `mask[:, :, queries]`, for layers that leave the others out."""
         whole = slice(None)

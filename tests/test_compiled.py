@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import is_cudagraph_unsafe_op
-from transformers import CompileConfig, DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from hf_paged import OutOfPagesError, PagedCache
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama, tiny_model
@@ -101,6 +101,14 @@ def test_a_sliding_window():
     graphs = compiled(models[0], fullgraph=True)
     expected = plain_tokens(models[1], ids, attention_mask=mask)
     assert torch.equal(paged_tokens(models[0], ids, attention_mask=mask), expected)
+    assert graphs.frame_count == 2
+
+
+def test_a_model_that_looks_at_its_mask_before_it_makes_one():
+    models = [tiny_model(GPT2LMHeadModel, GPT2Config, n_embd=48, n_head=3, n_layer=2) for _ in range(2)]
+    ids = random_ids(2, 20)
+    graphs = compiled(models[0], fullgraph=True)
+    assert torch.equal(paged_tokens(models[0], ids), plain_tokens(models[1], ids))
     assert graphs.frame_count == 2
 
 
