@@ -4,8 +4,8 @@ Why: with a contiguous cache every beam holds the whole prompt, every step copie
 reusing a prompt takes a deep copy. Beams of a paged cache hold the prompt once and share what they have in common; a
 copy holds no page of its own until it is written.
 
-How: `python examples/beams.py`, with `--num-beams`, `--prompt-length`, `--max-new-tokens`. It takes some minutes on two
-cores: beams are slow.
+How: `python examples/beams.py`, with `--num-beams`, `--prompt-length`, `--max-new-tokens`. It takes some minutes on
+two cores: beams are slow.
 """
 
 import argparse

@@ -57,6 +57,11 @@ def paged_flex_attention(
         raise ValueError(
             f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before generating."
         )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            f"output_attentions=True was asked for, but {NAME!r} never has the attention weights at hand. Load the "
+            'model with attn_implementation="eager"; PagedCache works with it.'
+        )
     if position_bias is not None:
         raise ValueError(
             f"{NAME!r} can't compute attention with a position_bias. Load the model with "
@@ -104,12 +109,15 @@ def _attend(
         )
     if step.view is View.NEW:
         return _attend_to_columns(query, key, value, plan.new, is_causal, scale, softcap, sinks)
-    table = step.table_of(key, plan.batch.pool.group_of_layer.get(layer))
+    table, storage = step.source_of(key, plan.batch.pool.group_of_layer.get(layer))
+    sink_page = None if sinks is None else table.group.sink_page()
+    if sink_page is not None and storage is not None:
+        key, value = storage.tensors  # taking the page may have let the storage grow
     layout = Layout(
         group=query.shape[1] // key.shape[1],
         max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
         device=query.device,
-        sink_page=None if sinks is None else table.group.sink_page(),
+        sink_page=sink_page,
     )
     tiles = plan.tiles(table, layout, key.shape[2])
     return kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, sinks)

@@ -286,6 +286,8 @@ class Batch:
         """
         self.rest()
         rows = sorted(set(self._existing(rows)))
+        if not rows:
+            return
         for table in self.tables:
             table.release(rows)
         self.columns = self.columns.without(rows, self.num_rows)

@@ -158,7 +158,8 @@ class PageTable:
             OutOfPagesError: if the pool has too few pages; nothing has changed then.
         """
         rows = self._rows
-        places = range(int(rows.lengths[row]) // self.group.page_size, int(rows.num_pages[row]))
+        first = int(max(rows.lengths[row], rows.starts[row])) // self.group.page_size
+        places = range(first, int(rows.num_pages[row]))
         self._replace([row] * len(places), list(places), self.group.take(len(places)))
         self.version += 1
 

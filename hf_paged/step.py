@@ -63,7 +63,7 @@ class Step:
         self.leaders: Leaders | None = None
         self._possible_twins = possible_twins(tables, num_new, new)
         self._is_reserved = False
-        self._handed: dict[int, tuple[Tensor, PageTable]] = {}
+        self._handed: dict[int, tuple[Tensor, PageTable, LayerStorage]] = {}
         if self._possible_twins is None:
             self._reserve()
 
@@ -147,28 +147,32 @@ class Step:
             return keys, values
         table = self.placements[group].table
         if self.view is View.PAGES:
-            self._handed[id(storage.keys)] = storage.keys, table
-            return storage.tensors
+            keys, values = storage.tensors
+            self._handed[id(keys)] = keys, table, storage
+            return keys, values
         window = table.group.window
         first_column = 0 if window is None else max(0, self.columns.count + 1 - window)
         return gather_columns(storage, table, self.next_columns, first_column)
 
-    def table_of(self, keys: Tensor, group: int | None) -> PageTable:
-        """Return the rows of the layer that an attention function computes.
+    def source_of(self, keys: Tensor, group: int | None) -> tuple[PageTable, LayerStorage | None]:
+        """Return the rows and the storage of the layer that an attention function computes.
 
         Args:
             keys: what it was handed. Layers that share keys hand on those of another layer.
             group: of the layer, for models that make something else of the keys first; None if it stores nothing.
 
+        Returns:
+            The rows, and the storage unless the keys are something else by now.
+
         Raises:
             ValueError: if the keys did not come from this step.
         """
         if id(keys) in self._handed:
-            return self._handed[id(keys)][1]
+            return self._handed[id(keys)][1:]
         if group is not None:
             table = self.placements[group].table
-            if any(other is table and held.shape[2] == keys.shape[2] for held, other in self._handed.values()):
-                return table
+            if any(other is table and held.shape[2] == keys.shape[2] for held, other, _ in self._handed.values()):
+                return table, None
         raise ValueError(
             f"Keys of shape {tuple(keys.shape)} were given to the attention function with the mask of a PagedCache "
             "that did not return them. In training mode Transformers takes the cache away from layers with gradient "

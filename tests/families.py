@@ -206,7 +206,7 @@ FAMILIES = [
             "topk_group": 1,
             "first_k_dense_replace": 1,
         },
-        note="what is cached is the expanded keys and values, as in DynamicCache",
+        note="expands the whole pool in each step: sdpa is faster",
     ),
     Family(
         "Llama 4",
@@ -228,6 +228,7 @@ FAMILIES = [
         "JetMoeConfig",
         "views the output of attention; experts",
         {"kv_channels": 16, **MOE},
+        note="repeats the whole pool in each step: sdpa is faster",
     ),
     Family(
         "BLOOM",

@@ -211,16 +211,17 @@ def test_what_is_returned_beside_the_tokens_is_the_same(family):
             torch.testing.assert_close(layer[real], other[real], **CLOSE)
 
 
-@pytest.mark.parametrize(("plain_attention", "attention"), [("sdpa", "paged_flex"), ("eager", "eager")])
-def test_attention_weights_are_returned_where_the_attention_has_them(plain_attention, attention):
+def test_attention_weights_are_returned_by_the_attention_that_has_them():
     model, mask = tiny_llama(), BATCHES["equal"]
     wanted = {"return_dict_in_generate": True, "output_attentions": True}
-    model.set_attn_implementation(plain_attention)
+    model.set_attn_implementation("eager")
     expected = generate(model, DynamicCache(config=model.config), ids_for(mask), mask, **wanted).attentions
-    model.set_attn_implementation(attention)
     actual = generate(model, PagedCache.from_model(model, page_size=16), ids_for(mask), mask, **wanted).attentions
-    assert [len(step) for step in expected] == [2 if attention == "eager" else 0] * NUM_NEW
+    assert [len(step) for step in expected] == [2] * NUM_NEW
     torch.testing.assert_close(actual, expected, **CLOSE)
+    model.set_attn_implementation("paged_flex")
+    with pytest.raises(ValueError, match=r"never has the attention weights at hand.*eager"):
+        generate(model, PagedCache.from_model(model, page_size=16), ids_for(mask), mask, **wanted)
 
 
 def test_a_row_may_leave_its_first_page_of_the_default_size_with_a_window():

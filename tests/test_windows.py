@@ -203,6 +203,24 @@ def test_a_fork_keeps_what_its_parent_lets_go(model):
     cache.pool.check_integrity()
 
 
+@pytest.mark.parametrize("differs", ["nowhere", "in the first layer", "in the last layer"])
+def test_repeated_prompts_share_the_pages_of_their_window_until_they_differ(differs):
+    config = MistralConfig(num_hidden_layers=2, num_key_value_heads=2, sliding_window=WINDOW)
+    cache = PagedCache(config, page_size=16)
+    layers = [torch.randn(1, 2, 100, 8).repeat(3, 1, 1, 1) for _ in range(2)]
+    if differs != "nowhere":
+        layers[0 if "first" in differs else 1][2] += 1
+    cache.get_mask_sizes(100, 0)
+    for layer, states in enumerate(layers):
+        cache.update(states, -states, layer)
+    assert num_held(cache, WINDOW) == (3 if differs == "nowhere" else 6)
+    for layer, states in enumerate(layers):
+        keys, values = cache.gather(layer)
+        assert torch.equal(keys, states[:, :, 100 + 1 - WINDOW :])
+        assert torch.equal(values, -keys)
+    cache.pool.check_integrity()
+
+
 # The masks
 
 
