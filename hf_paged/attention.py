@@ -153,12 +153,13 @@ def _write_and_attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """A layer's update and attention as a compiled graph has them: one operation, not to be looked into.
+    """A layer's attention in a compiled graph, and its update if that left it to this: not to be looked into.
 
     It writes to what is no input of the graph. That each layer's queries come from the layer before keeps the layers
     in order; nothing else needs an order.
     """
-    key, value = plan.batch.write(layer, key, value)
+    if plan.batch.is_written_by_attention:
+        key, value = plan.batch.write(layer, key, value)
     return _attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
 
 

@@ -148,7 +148,7 @@ class Step:
         table = self.placements[group].table
         if self.view is View.PAGES:
             keys, values = storage.tensors
-            self._handed[id(keys)] = keys, table, storage
+            self._handed[keys.data_ptr()] = keys, table, storage
             return keys, values
         window = table.group.window
         first_column = 0 if window is None else max(0, self.columns.count + 1 - window)
@@ -167,8 +167,8 @@ class Step:
         Raises:
             ValueError: if the keys did not come from this step.
         """
-        if id(keys) in self._handed:
-            return self._handed[id(keys)][1:]
+        if keys.data_ptr() in self._handed:
+            return self._handed[keys.data_ptr()][1:]
         if group is not None:
             table = self.placements[group].table
             if any(other is table and held.shape[2] == keys.shape[2] for held, other, _ in self._handed.values()):

@@ -7,6 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture

@@ -25,11 +25,6 @@ pytestmark = pytest.mark.usefixtures("quick_collection")
 
 
 @pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def cache():
     return PagedCache(tiny_config(), page_size=16)
 

@@ -8,6 +8,7 @@ from torch._inductor.utils import is_cudagraph_unsafe_op
 from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from hf_paged import OutOfPagesError, PagedCache
+from tests.families import FAMILIES
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama, tiny_model
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}
@@ -191,3 +192,15 @@ def test_keys_that_want_gradients_are_refused():
     compiled(model)
     with pytest.raises(ValueError, match=r"can't be differentiated. Run the model under torch.no_grad\(\)"):
         model(random_ids(1, 5), past_key_values=PagedCache.from_model(model))
+
+
+@pytest.mark.parametrize("name", ["Gemma 3n", "Gemma 2", "GPT-OSS", "Gemma 3"])
+def test_families_with_more_than_one_kind_of_layer_give_the_same_tokens(name):
+    (family,) = (family for family in FAMILIES if family.name == name)
+    ids, mask = random_ids(3, 20), left_padded(20, [20, 9, 16])
+    reference = family.load(family.oracle)
+    cache = DynamicCache(config=reference.config)
+    expected = generate(reference, family.oracle, cache, ids, attention_mask=mask)
+    model = family.load("paged_flex")
+    compiled(model, "eager")
+    assert torch.equal(paged_tokens(model, ids, attention_mask=mask), expected)

@@ -16,11 +16,6 @@ def model():
     return tiny_llama()
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def num_active(cache):
     return cache.pool.groups[0].allocator.num_active
 

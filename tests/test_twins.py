@@ -28,11 +28,6 @@ def model():
     return tiny_llama()
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def paged(model):
     model.set_attn_implementation("paged_flex")
     return PagedCache.from_model(model, page_size=16)
