@@ -28,6 +28,8 @@ _TILE_ROWS_CPU_16_BIT = 63
 # Sizes that change without a recompilation, for each argument of the kernel: tiles, their rows, slots, pages.
 _DYNAMIC_SIZES = ((0, 2), (2,), (2,), (0,), (0, 3), (0,), (0, 3), (0,), (0, 1, 2), ())
 
+_NO_SINKS = torch.zeros(1, 1)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -106,7 +108,7 @@ def paged_attention(
     )
     stacked = _stack(query, tiles)
     lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
-    by_group = query.new_zeros(1, 1) if sinks is None else sinks.to(query.dtype).view(keys.shape[1], tiles.group)
+    by_group = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(keys.shape[1], tiles.group)
     arguments = (stacked, keys, values, *lists, by_group)
     output = _specialization(variant, arguments)(*arguments)
     return _unstack(output, tiles, query.shape[0], query.shape[2])

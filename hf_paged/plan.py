@@ -43,13 +43,9 @@ class Plan(OpaqueBase):
         self.window = window
         self.visible = visible
         self._queries = queries
-        self._tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
+        self.shape = step.num_rows, 1, len(range(step.num_new)[queries]), step.next_columns.count
         """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
-        step = self.step
-        return step.num_rows, 1, len(range(step.num_new)[self._queries]), step.next_columns.count
+        self._tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
 
     def of(self, queries: slice) -> "Plan":
         """The same for some of these queries only."""
