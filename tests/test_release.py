@@ -32,6 +32,17 @@ def test_active_pages_fall_at_once_by_those_of_the_released_rows(generator):
     cache.pool.check_integrity()
 
 
+def test_an_end_token_in_half_of_the_rows_frees_just_their_pages(generator):
+    cache = PagedCache(tiny_config(), page_size=16)
+    reference = filled(cache, generator, 4, 40, padding=[0, 10, 30, 0])
+    ids = torch.tensor([[5, 2], [2, 6], [7, 7], [5, 3]])
+    stops = ReleaseFinished(cache, eos_token_id=[2, 3])(ids, torch.zeros(4, 8))
+    assert not stops.any()
+    assert num_active(cache) == 9 - 3 - 3
+    reference.release([0, 3])
+    assert_same(cache, reference)
+
+
 @pytest.mark.parametrize("rows", [torch.tensor([0, 2]), torch.tensor([True, False, True]), [0, -1, 0]], ids=str)
 def test_rows_are_named_by_index_or_by_mask(generator, rows):
     cache = PagedCache(tiny_config(), page_size=16)
