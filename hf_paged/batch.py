@@ -29,7 +29,7 @@ class Batch:
         self.columns = Columns()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
-        self._all_layers_store = len(self._layers) == len(pool.layers)
+        self._all_layers_store = len(self._layers) == pool.config.num_hidden_layers
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._is_fanned_out = False  # whether the pass under way made several rows of one
         self._records_past = False
