@@ -81,10 +81,7 @@ class Batch:
         self.settle()
         self._check_rows(num_rows, num_new)
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
-        columns = self.columns
-        if self._fans_out(num_rows):
-            columns = columns.selected([0] * num_rows)
-        new, past_is_visible = columns.split(mask, num_rows, num_new)
+        new, past_is_visible = self._columns_for(num_rows).split(mask, num_rows, num_new)
         self._is_planned = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
@@ -106,7 +103,7 @@ class Batch:
             if step is None or not is_ours:
                 # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
                 self._check_rows(num_rows, num_new)
-                new = self.columns.without_released(None, num_rows, num_new)
+                new = self._columns_for(num_rows).without_released(None, num_rows, num_new)
                 step = self._begin(num_rows, num_new, new, True, is_planned=False)
         elif self._written[layer]:
             missing = [index for index in self._layers if not self._written[index]]
@@ -186,14 +183,20 @@ class Batch:
     def _check_rows(self, num_rows: int, num_new: int) -> None:
         if num_new < 1:
             raise ValueError(f"A forward pass needs at least one new token, but was given {num_new}.")
-        if self.columns.count and num_rows != self.num_rows and not self._fans_out(num_rows):
+        if self.columns.count and num_rows != self._num_settled and not self._fans_out(num_rows):
             raise ValueError(
-                f"This cache holds {self.num_rows} rows, but a batch of {num_rows} was given. Use a new "
+                f"This cache holds {self._num_settled} rows, but a batch of {num_rows} was given. Use a new "
                 "PagedCache, reset() this one, or batch_repeat_interleave() or batch_select_indices() its rows."
             )
 
     def _fans_out(self, num_rows: int) -> bool:
-        return self.columns.count > 0 and self.num_rows == 1 and num_rows > 1
+        return self._num_settled == 1 and num_rows > 1
+
+    def _columns_for(self, num_rows: int) -> Columns:
+        """The columns as a batch of `num_rows` has them, which may be more than one cached row, or as many again."""
+        if self.columns.count == 0 or num_rows == self.num_rows:
+            return self.columns
+        return self.columns.selected([0] * num_rows)
 
     def _begin(
         self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, is_planned: bool

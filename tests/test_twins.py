@@ -199,6 +199,24 @@ def test_a_pass_that_fails_leaves_the_one_row(generator):
     cache.pool.check_integrity()
 
 
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_after_too_few_pages_for_many_rows_fewer_are_tried(generator, num_rows, is_padded):
+    cache = PagedCache(tiny_config(), num_pages=4, page_size=16)
+    reference = filled(cache, generator, 1, 20, padding=[4] if is_padded else None)
+
+    def mask(count, num_new):
+        return [reference.mask[0] + [1] * num_new] * count if is_padded else None
+
+    with pytest.raises(OutOfPagesError, match="are free"):
+        forward(cache, random_layers(5, 12, generator), mask(5, 12))
+    layers = random_layers(num_rows, 1, generator)
+    forward(cache, layers, mask(num_rows, 1))
+    reference.append(layers)
+    assert_same(cache, reference)
+    cache.pool.check_integrity()
+
+
 def test_several_rows_do_not_fan_out(generator):
     cache = PagedCache(tiny_config(), page_size=16)
     filled(cache, generator, 2, 20)
