@@ -43,7 +43,7 @@ class LayerStorage:
         self.dtype = keys.dtype
         self.key_shape = (keys.shape[1], keys.shape[3])
         self.value_shape = (values.shape[1], values.shape[3])
-        self.tensors = self._marked(self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages))
+        self.tensors = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
         """Keys and values, each `(1, num_kv_heads, num_slots, head_dim)`; the head sizes may differ."""
         # Growth replaces the tensors; a write by another thread must land before the copy or in the new ones.
         self._lock = threading.Lock()
@@ -114,9 +114,7 @@ class LayerStorage:
             keys, values = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
             keys[:, :, :kept].copy_(self.keys[:, :, :kept])
             values[:, :, :kept].copy_(self.values[:, :, :kept])
-            self.tensors = self._marked(
-                keys, values
-            )  # in one go: a reader must not get keys and values of different sizes
+            self.tensors = keys, values  # in one go: a reader must not get keys and values of different sizes
 
     def _by_page(self, tensor: Tensor) -> Tensor:
         _, num_heads, _, head_dim = tensor.shape
@@ -128,16 +126,14 @@ class LayerStorage:
         shape = (1, num_heads, max(1, num_pages) * self.page_size, head_dim)
         # Not an inference tensor, so that caches filled under inference_mode go on working outside of it.
         with torch.inference_mode(False):
-            if self.device.type != "cpu":
-                return torch.zeros(shape, dtype=self.dtype, device=self.device)
-            # Memory that the operating system zeroes when it is touched, and does not back before: torch.zeros would
-            # touch all of it.
-            num_bytes = math.prod(shape) * self.dtype.itemsize
-            memory = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
-            start = -memory.ctypes.data % _ALIGNMENT
-            return torch.from_numpy(memory[start : start + num_bytes]).view(self.dtype).view(shape)
-
-    def _marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        for tensor in (keys, values):
-            tensor._hf_paged_storage = True  # type: ignore[attr-defined]
-        return keys, values
+            if self.device.type == "cpu":
+                # Memory that the operating system zeroes when it is touched, and does not back before: torch.zeros
+                # would touch all of it.
+                num_bytes = math.prod(shape) * self.dtype.itemsize
+                memory = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
+                start = -memory.ctypes.data % _ALIGNMENT
+                tensor = torch.from_numpy(memory[start : start + num_bytes]).view(self.dtype).view(shape)
+            else:
+                tensor = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        tensor._hf_paged_storage = True  # type: ignore[attr-defined]
+        return tensor
