@@ -99,7 +99,8 @@ class PageGroup:
         with self._lock:
             storage = self._storages.get(layer)
             if storage is None:
-                storage = self._storages[layer] = LayerStorage(keys, values, self.num_pages, self.page_size)
+                storage = LayerStorage(keys, values, self.num_pages, self.page_size)
+                self._storages = self._storages | {layer: storage}  # not in place: other threads may go through it
             return storage
 
     def take(self, count: int, *, admit: bool = False) -> list[int]:

@@ -10,6 +10,7 @@ from transformers import MambaConfig
 
 from hf_paged import OutOfPagesError, PagePool
 from hf_paged.page_table import PageTable
+from hf_paged.storage import LayerStorage
 from tests.reference import (
     NUM_LAYERS,
     append_ids,
@@ -456,3 +457,18 @@ def test_forks_of_one_table_may_be_written_by_different_threads():
         workers.append(worker)
     work(pool, workers, num_steps=25, others=[prompt])
     assert read_ids(prompt) == rows_of(40)
+
+
+def test_a_layer_may_get_its_storage_while_others_are_cleared(monkeypatch):
+    group = PagePool(tiny_config(), page_size=16).groups[0]
+    tensor = torch.zeros(1, 2, 1, 16)
+    group.open_storage(0, tensor, tensor)
+    clear = LayerStorage.clear_values
+
+    def clear_while_another_thread_opens(storage, pages):
+        group.open_storage(1, tensor, tensor)
+        clear(storage, pages)
+
+    monkeypatch.setattr(LayerStorage, "clear_values", clear_while_another_thread_opens)
+    group.clear_values([0])
+    assert group.storage(1) is not None
