@@ -113,14 +113,21 @@ def _attend(
     sink_page = None if sinks is None else table.group.sink_page()
     if sink_page is not None and storage is not None:
         key, value = storage.tensors  # taking the page may have let the storage grow
-    layout = Layout(
-        group=query.shape[1] // key.shape[1],
-        max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
-        device=query.device,
-        sink_page=sink_page,
-    )
-    tiles = plan.tiles(table, layout, key.shape[2])
-    return kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, sinks)
+    # All layers of a group have the same, as a rule: what depends on it is made once per pass.
+    shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap)
+    attend = plan.attentions.get((table, table.version, sink_page, *shapes))
+    if attend is None:
+        layout = Layout(
+            group=query.shape[1] // key.shape[1],
+            max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
+            device=query.device,
+            sink_page=sink_page,
+        )
+        tiles = plan.tiles(table, layout, key.shape[2])
+        has_sinks = sink_page is not None
+        attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
+        plan.attentions[table, table.version, sink_page, *shapes] = attend
+    return attend(query, key, value, sinks)
 
 
 def _attend_to_columns(

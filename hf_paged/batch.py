@@ -33,7 +33,7 @@ class Batch:
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._is_fanned_out = False  # whether the pass under way made several rows of one
         self._records_past = False
-        self._written = [True] * len(pool.layers)  # layers without storage count as written
+        self._missing: set[int] = set()  # layers that the step under way has not written yet
 
     @property
     def num_rows(self) -> int:
@@ -98,15 +98,15 @@ class Batch:
         self.settle()
         num_rows, _, num_new, _ = keys.shape
         step = self.step
-        if step is None or not any(self._written[index] for index in self._layers):
+        if step is None or len(self._missing) == len(self._layers):
             is_ours = step is not None and self._is_planned and (num_rows, num_new) == (step.num_rows, step.num_new)
             if step is None or not is_ours:
                 # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
                 self._check_rows(num_rows, num_new)
                 new = self._columns_for(num_rows).without_released(None, num_rows, num_new)
                 step = self._begin(num_rows, num_new, new, True, is_planned=False)
-        elif self._written[layer]:
-            missing = [index for index in self._layers if not self._written[index]]
+        elif layer not in self._missing:
+            missing = sorted(self._missing)
             raise ValueError(
                 f"Layer {layer} was updated twice in one forward pass, but layers {missing} not yet. Update every "
                 "layer once per pass; after a pass that failed, call cache.crop(0) first."
@@ -121,7 +121,7 @@ class Batch:
 
     def note_written(self, layer: int) -> None:
         """Note that the step went through a layer."""
-        self._written[layer] = True
+        self._missing.discard(layer)
         self.settle()
 
     @property
@@ -153,13 +153,13 @@ class Batch:
         """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer."""
         self.settle()
         self._is_planned = False
-        if self.step is not None and self._written[layer]:
+        if self.step is not None and layer not in self._missing:
             self._abandon()  # the pass that wrote this layer did not get to its end
 
     def settle(self) -> None:
         """Make a step that went through all layers part of the rows."""
         step = self.step
-        if step is not None and self._written[self._layers[-1]] and all(self._written):
+        if step is not None and not self._missing:
             for table in self.tables:
                 table.commit(step.counts)
             self.columns = step.next_columns
@@ -214,8 +214,7 @@ class Batch:
         except Exception:
             self._undo()
             raise
-        for layer in self._layers:
-            self._written[layer] = False
+        self._missing.update(self._layers)
         return self.step
 
     def _abandon(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hf_paged.tiles import Tiles
@@ -65,6 +65,20 @@ def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
     return _TILE_ROWS_CPU_16_BIT if device.type == "cpu" and dtype.itemsize == 2 else _TILE_ROWS
 
 
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attends to the pages of each row.
+
+Args:
+    query: `(num_rows, num_heads, num_queries, head_dim)`.
+    keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer.
+    values: `(1, num_kv_heads, num_slots, value_head_dim)`.
+    sinks: `(num_heads,)` score of a token that every query sees and whose value is 0; None without.
+
+Returns:
+    `(num_rows, num_queries, num_heads, value_head_dim)`. Queries that see nothing give 0.
+"""
+
+
 def paged_attention(
     query: Tensor,
     keys: Tensor,
@@ -73,23 +87,19 @@ def paged_attention(
     page_size: int,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attend to the pages of each row.
+    has_sinks: bool = False,
+) -> Attention:
+    """Return the attention of layers with tensors of these shapes, dtype and device.
 
     Args:
         query: `(num_rows, num_heads, num_queries, head_dim)`.
-        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; read where `tiles` says.
+        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `tiles` says.
         values: `(1, num_kv_heads, num_slots, value_head_dim)`.
         tiles: the pages to read, for `num_queries` queries and `num_heads // num_kv_heads` as group.
         page_size: tokens per page.
         scale: factor on the scores.
         softcap: bound of the scores; None without.
-        sinks: `(num_heads,)` score of a token that every query sees and whose value is 0; None without. The sink page
-            of `tiles` is that token.
-
-    Returns:
-        `(num_rows, num_queries, num_heads, value_head_dim)`. Queries that see nothing give 0.
+        has_sinks: whether there are attention sinks. The sink page of `tiles` is their token.
 
     Source:
         FlexAttention: Dong et al., 2024. Paged through its block mask: Joshi et al., 2025.
@@ -104,23 +114,31 @@ def paged_attention(
         scale=scale,
         softcap=softcap,
         is_dense=tiles.seen.dtype == torch.bool,
-        has_sinks=sinks is not None,
+        has_sinks=has_sinks,
     )
-    stacked = _stack(query, tiles)
     lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
-    by_group = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(keys.shape[1], tiles.group)
-    arguments = (stacked, keys, values, *lists, by_group)
-    output = _specialization(variant, arguments)(*arguments)
-    return _unstack(output, tiles, query.shape[0], query.shape[2])
+    num_rows, num_heads, num_queries, _ = query.shape
+    by_group = (keys.shape[1], tiles.group)
+    scores = query.new_zeros(by_group) if has_sinks else _NO_SINKS
+    kernel = _specialization(variant, (_stack(query, tiles), keys, values, *lists, scores))
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        return _unstack(kernel(_stack(query, tiles), keys, values, *lists, scores), tiles, num_rows, num_queries)
+
+    def attend_with_one_query(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
+        stacked = query.reshape(num_rows, *by_group, -1).contiguous()
+        scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        return kernel(stacked, keys, values, *lists, scores).view(num_rows, 1, num_heads, -1)
+
+    return attend_with_one_query if num_queries == 1 else attend
 
 
 def _stack(query: Tensor, tiles: Tiles) -> Tensor:
     """`(num_rows, num_heads, num_queries, head_dim)` to `(num_tiles, num_kv_heads, tile_rows, head_dim)`."""
     num_rows, num_heads, num_queries, head_dim = query.shape
     group, num_kv_heads = tiles.group, num_heads // tiles.group
-    if num_queries == 1:
-        # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
-        return query.reshape(num_rows, num_kv_heads, group, head_dim).contiguous()
     missing = tiles.tiles_per_row * tiles.tile_length - num_queries
     padded = torch.nn.functional.pad(query, (0, 0, 0, missing)) if missing else query
     return (
@@ -135,8 +153,6 @@ def _unstack(output: Tensor, tiles: Tiles, num_rows: int, num_queries: int) -> T
     """`(num_tiles, num_kv_heads, tile_rows, head_dim)` to `(num_rows, num_queries, num_heads, head_dim)`."""
     num_kv_heads, head_dim = output.shape[1], output.shape[3]
     num_heads = num_kv_heads * tiles.group
-    if num_queries == 1:
-        return output.reshape(num_rows, 1, num_heads, head_dim)
     return (
         output.view(num_rows, tiles.tiles_per_row, num_kv_heads, tiles.tile_length, tiles.group, head_dim)
         .permute(0, 1, 3, 2, 4, 5)
@@ -178,14 +194,17 @@ def _compile(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., T
     the processor's caches, and the look takes several times as long as the attention of a short row. What the guards
     would find out is in the key of `_specialization`, so the kernel is called without them.
     """
-    captured: list[tuple[Any, list[str]]] = []
+    sources: list[str] = []
+    compiled: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         # Read before inductor takes the graph apart: where dynamo has each input from, as an expression over L.
-        sources = [node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder"]
-        compiled: Any = compile_fx(graph, inputs)
-        captured.append((compiled, sources))
-        return compiled
+        sources.extend(node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder")
+        return compile_fx(graph, inputs, inner_compile=compile_inner)
+
+    def compile_inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        compiled.append(compile_fx_inner(graph, inputs, **options))
+        return compiled[-1]
 
     attend = _build(variant)
     # Dynamo counts recompilations by code object and gives up at a limit: each specialisation gets one of its own.
@@ -198,22 +217,19 @@ def _compile(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., T
                 torch._dynamo.mark_dynamic(tensor, size)
     # Inside of a model compiled with dynamic=True, what is a constant of the kernel would become an input.
     static = torch._dynamo.config.patch(assume_static_by_default=True)
-    with static, torch.no_grad(), torch.autocast(variant.device, enabled=False):
+    # That cache would find what AOTAutograd makes of the kernel without compiling what is inside.
+    inside = torch._functorch.config.patch(enable_autograd_cache=False)
+    with static, inside, torch.no_grad(), torch.autocast(variant.device, enabled=False):
         torch.compile(own, backend=backend, fullgraph=True)(*arguments)
-    ((compiled, sources),) = captured
-    inputs = eval(f"lambda {', '.join(code.co_varnames[: code.co_argcount])}: ({_expression(sources)})")
-
-    def kernel(*arguments: Tensor) -> Tensor:
-        output: Tensor
-        (output,) = compiled(*inputs(*arguments))
-        return output
-
+    (graph,) = compiled
+    call = f"lambda {', '.join(code.co_varnames[: code.co_argcount])}: run([{_expression(sources)}])[0]"
+    kernel: Callable[..., Tensor] = eval(call, {"run": graph.current_callable})
     return kernel
 
 
 def _expression(sources: list[str]) -> str:
-    """Turn `["L['keys']", "L['keys'].size()[2]"]` into `"keys, keys.size()[2],"`."""
-    return "".join(re.sub(r"L\['(\w+)'\]", r"\1", source) + ", " for source in sources)
+    """Turn `["L['keys']", "L['keys'].size()[2]"]` into `"keys, keys.size()[2]"`."""
+    return ", ".join(re.sub(r"L\['(\w+)'\]", r"\1", source) for source in sources)
 
 
 def _build(variant: Variant) -> Callable[..., Tensor]:

@@ -6,6 +6,7 @@ from torch._opaque_base import OpaqueBase
 
 from hf_paged.batch import Batch
 from hf_paged.columns import BoolMatrix
+from hf_paged.kernel import Attention
 from hf_paged.page_table import PageTable
 from hf_paged.step import Step
 from hf_paged.tiles import Layout, Tiles
@@ -45,7 +46,13 @@ class Plan(OpaqueBase):
         self._queries = queries
         self.shape = step.num_rows, 1, len(range(step.num_new)[queries]), step.next_columns.count
         """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
+        self.attentions: dict[tuple[object, ...], Attention] = {}
+        """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
         self._tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all plans.
+        return object, ()
 
     def of(self, queries: slice) -> "Plan":
         """The same for some of these queries only."""
@@ -66,11 +73,8 @@ class Plan(OpaqueBase):
         layers, to `num_slots` slots.
 
         Raises:
-            RuntimeError: if another pass has begun meanwhile.
             ValueError: if a token is to be seen that was dropped.
         """
-        if self.step.is_cancelled:
-            raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
         key = (table, table.version, layout, num_slots)
         if key not in self._tiles:
             tiling = self.batch.tilings[table]

@@ -67,6 +67,8 @@ class PagePool:
                 from what the layer holds.
         """
         storage = self.storage(layer)
+        if storage is not None and storage.fits(keys, values):
+            return storage
         difference = disagreement(keys, values)
         if storage is None and difference is None:
             storage = self.groups[self.group_of_layer[layer]].open_storage(layer, keys, values)

@@ -82,11 +82,14 @@ class Step:
         Raises:
             OutOfPagesError: if the pool has too few pages.
         """
+        if self._is_reserved and self.leaders is None:
+            return
         if not self._is_reserved:
             assert self._possible_twins is not None
             self.leaders = confirmed_twins(self._possible_twins, keys, values)
             self._reserve()
-        elif self.leaders is not None:
+        else:
+            assert self.leaders is not None
             for row in parted_twins(self.leaders, keys, values):
                 for placement in self.placements:
                     placement.table.part(row)
@@ -136,7 +139,10 @@ class Step:
             values: like `keys`.
         """
         slots, token_index = self.placements[group].slots(self, storage.device)
-        keys, values = keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
+        if self.num_rows == 1:
+            keys, values = keys[0], values[0]
+        else:
+            keys, values = keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
         if token_index is not None:
             keys, values = keys.index_select(1, token_index), values.index_select(1, token_index)
         storage.write(keys, values, slots)
@@ -165,10 +171,14 @@ class Step:
             The rows, and the storage unless the keys are something else by now.
 
         Raises:
+            RuntimeError: if another pass has begun meanwhile.
             ValueError: if the keys did not come from this step.
         """
-        if keys.data_ptr() in self._handed:
-            return self._handed[keys.data_ptr()][1:]
+        if self.is_cancelled:
+            raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
+        handed = self._handed.get(keys.data_ptr())
+        if handed is not None:
+            return handed[1:]
         if group is not None:
             table = self.placements[group].table
             if any(other is table and held.shape[2] == keys.shape[2] for held, other, _ in self._handed.values()):

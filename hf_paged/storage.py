@@ -43,6 +43,7 @@ class LayerStorage:
         self.dtype = keys.dtype
         self.key_shape = (keys.shape[1], keys.shape[3])
         self.value_shape = (values.shape[1], values.shape[3])
+        self._held = (*self.key_shape, *self.value_shape, keys.dtype, keys.dtype, keys.device, keys.device)
         self.tensors = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
         """Keys and values, each `(1, num_kv_heads, num_slots, head_dim)`; the head sizes may differ."""
         # Growth replaces the tensors; a write by another thread must land before the copy or in the new ones.
@@ -69,6 +70,13 @@ class LayerStorage:
         elements = self.key_shape[0] * self.key_shape[1] + self.value_shape[0] * self.value_shape[1]
         return elements * self.dtype.itemsize
 
+    def fits(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether new keys and values belong together and are like what is stored here."""
+        num_rows, num_heads, num_tokens, head_dim = keys.shape
+        num_value_rows, num_value_heads, num_value_tokens, value_dim = values.shape
+        found = num_heads, head_dim, num_value_heads, value_dim, keys.dtype, values.dtype, keys.device, values.device
+        return found == self._held and num_rows == num_value_rows and num_tokens == num_value_tokens
+
     def mismatch(self, keys: Tensor, values: Tensor) -> str | None:
         """Say in words how new keys and values differ from what is stored here; None if they fit."""
         found = ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]), keys.dtype, keys.device)
@@ -88,8 +96,9 @@ class LayerStorage:
             slots: `(num_tokens,)` int64, distinct, all in pages with one holder.
         """
         with self._lock:
-            self.keys[0].index_copy_(1, slots, keys)
-            self.values[0].index_copy_(1, slots, values)
+            held_keys, held_values = self.tensors
+            held_keys[0].index_copy_(1, slots, keys)
+            held_values[0].index_copy_(1, slots, values)
 
     def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Read tokens: keys and values, each `(num_kv_heads, num_tokens, head_dim)`, of `slots` `(num_tokens,)`."""
