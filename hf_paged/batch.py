@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
-from hf_paged.step import Step, gather_columns
+from hf_paged.step import PaddedStep, Step, gather_columns
 from hf_paged.tiles import Tiling
 
 
@@ -210,7 +210,9 @@ class Batch:
             self._select([0] * num_rows)
             self._is_fanned_out = True
         try:
-            self.step = Step(self.tables, self.columns, num_new, new, past_is_visible, is_planned, self._records_past)
+            self.step = PaddedStep(
+                self.tables, self.columns, num_new, new, past_is_visible, is_planned, self._records_past
+            )
         except Exception:
             self._undo()
             raise
