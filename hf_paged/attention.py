@@ -120,7 +120,10 @@ def _attend(
         sink_page=sink_page,
     )
     tiles = plan.tiles(table, layout, key.shape[2])
-    return kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, sinks)
+    page_size, seats = table.group.page_size, tiles.seats
+    query = query if seats is None else seats.spread(query)
+    output = kernel.paged_attention(query, key, value, tiles, page_size, scale, softcap, sinks)
+    return output if seats is None else seats.collect(output)
 
 
 def _attend_to_columns(
