@@ -306,6 +306,12 @@ class Batch:
         self.columns = other.columns
         self._records_past = other._records_past
 
+    def exchange(self, other: "Batch") -> None:
+        """Hold what `other` holds, and let it hold what this does."""
+        self.tables, other.tables = other.tables, self.tables
+        self.tilings, other.tilings = other.tilings, self.tilings
+        self.columns, other.columns = other.columns, self.columns
+
     def gather(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy a layer into the padded layout; `(None, None)` when empty.
 

@@ -13,6 +13,7 @@ from hf_paged.layer import PagedLayer, layers_over
 from hf_paged.mask import NAME
 from hf_paged.memory_map import draw
 from hf_paged.pool import PagePool
+from hf_paged.prefill import prefill
 from hf_paged.stats import MemoryStats
 
 
@@ -123,6 +124,32 @@ class PagedCache(Cache):
     def is_initialized(self) -> bool:
         """Whether the storage of every layer exists."""
         return all(layer.is_initialized for layer in self.layers if isinstance(layer, PagedLayer))
+
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_tokens: int = 512,
+    ) -> None:
+        """Compute a prompt without its padding, so that `generate()` with the same arguments goes on from there.
+
+        The tokens of all rows follow one another in chunks of `max_tokens`, whatever the padding; equal rows are
+        computed once. All columns are computed that are not cached yet, but for the last one, with which `generate()`
+        begins. If it fails, nothing has changed.
+
+        Args:
+            model: a decoder, set to `"paged_flex"`.
+            input_ids: `(num_rows, num_columns)`, those that are cached included.
+            attention_mask: like `input_ids`, 0 for padding; None without padding.
+            max_tokens: tokens that are computed at once; bounds the memory of the activations.
+
+        Raises:
+            OutOfPagesError: if the prompt does not fit into the pool.
+            ValueError: for arguments that don't fit what is cached, or a model whose rows can't be packed.
+        """
+        prefill(model, self._batch, input_ids, attention_mask, max_tokens)
 
     def reset(self) -> None:
         """Release all pages; the cache is as new."""
