@@ -41,6 +41,8 @@ def prefill(
     batch.rest()
     num_cached = batch.columns.count
     _check_inputs(input_ids, attention_mask, max_tokens, num_cached)
+    if attention_mask is None:
+        _check_unpadded(model, input_ids)
     ids = input_ids[:, num_cached:-1]
     if ids.shape[1] == 0:
         return
@@ -111,6 +113,20 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: 
             f"The cache holds {num_cached} tokens, but input_ids has {input_ids.shape[1]}, so no token is left to "
             "compute. Pass the whole conversation so far plus at least one new token, or call cache.crop(-n) to take "
             "tokens away."
+        )
+
+
+def _check_unpadded(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Refuse what `generate()` would take for padding, when it is given no mask."""
+    settings = model.generation_config
+    padding = None if settings is None else settings.pad_token_id
+    ends = None if settings is None else settings.eos_token_id
+    if padding is None or padding in (ends if isinstance(ends, list) else [ends]):
+        return
+    if (input_ids == padding).any():
+        raise ValueError(
+            f"input_ids has the padding token {padding}, but no attention_mask was given. generate() would take it "
+            "for padding; pass the mask to both."
         )
 
 

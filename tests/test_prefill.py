@@ -588,6 +588,19 @@ def test_arguments_that_don_t_fit_raise_and_change_nothing():
     cache.pool.check_integrity()
 
 
+def test_padding_without_a_mask_raises_where_generate_would_make_one():
+    model, ids = llama(), random_ids(2, 30)
+    ids[1, :5] = model.generation_config.pad_token_id
+    cache = paged(model)
+    with pytest.raises(ValueError, match="has the padding token 0, but no attention_mask"):
+        cache.prefill(model, ids)
+    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids)
+    model.set_attn_implementation("paged_flex")
+    cache.prefill(model, ids, ids.ne(0).long())
+    assert cache.lengths == [29, 24]
+    assert torch.equal(generate(model, "paged_flex", cache, ids), expected)
+
+
 def test_released_rows_take_nothing_and_can_t_be_given_a_prompt():
     model, ids, mask = llama(), random_ids(3, 40), left_padded(40, [40, 40, 40])
     expected = generate(model, "sdpa", DynamicCache(config=model.config), ids)
