@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
-from hf_paged.step import Step, gather_columns
+from hf_paged.step import PaddedStep, Step, gather_columns
 from hf_paged.tiles import Tiling
 
 
@@ -210,7 +210,9 @@ class Batch:
             self._select([0] * num_rows)
             self._is_fanned_out = True
         try:
-            self.step = Step(self.tables, self.columns, num_new, new, past_is_visible, is_planned, self._records_past)
+            self.step = PaddedStep(
+                self.tables, self.columns, num_new, new, past_is_visible, is_planned, self._records_past
+            )
         except Exception:
             self._undo()
             raise
@@ -302,6 +304,12 @@ class Batch:
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = other.columns
         self._records_past = other._records_past
+
+    def exchange(self, other: "Batch") -> None:
+        """Hold what `other` holds, and let it hold what this does."""
+        self.tables, other.tables = other.tables, self.tables
+        self.tilings, other.tilings = other.tilings, self.tilings
+        self.columns, other.columns = other.columns, self.columns
 
     def gather(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy a layer into the padded layout; `(None, None)` when empty.

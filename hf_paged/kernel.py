@@ -104,6 +104,9 @@ def paged_attention(
     Source:
         FlexAttention: Dong et al., 2024. Paged through its block mask: Joshi et al., 2025.
     """
+    seats = tiles.seats
+    if seats is not None:
+        query = seats.spread(query)
     variant = Variant(
         device=query.device.type,
         dtype=query.dtype,
@@ -132,6 +135,12 @@ def paged_attention(
         scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
         return kernel(stacked, keys, values, *lists, scores).view(num_rows, 1, num_heads, -1)
 
+    def attend_from_seats(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        assert seats is not None
+        return seats.collect(attend(seats.spread(query), keys, values, sinks))
+
+    if seats is not None:
+        return attend_from_seats
     return attend_with_one_query if num_queries == 1 else attend
 
 

@@ -1,6 +1,7 @@
 """Rows and the pages they hold."""
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -61,6 +62,7 @@ class PageTable:
         self._rows = _Rows(group.page_size)
         # A row's last page may have other holders. Full pages are never written, so they need no look.
         self._tails_may_be_shared = False
+        self._superseded: weakref.ref[PageTable] | None = None
         group.register(self)
         finalizer = weakref.finalize(self, _release_rows, group, self._rows)
         finalizer.atexit = False
@@ -234,6 +236,10 @@ class PageTable:
         self._tails_may_be_shared = copy._tails_may_be_shared = True
         return copy
 
+    def supersede(self, other: "PageTable") -> None:
+        """Write behind the tokens of `other` in the pages that both hold, as `other` won't do any more."""
+        self._superseded = weakref.ref(other)
+
     def clear(self) -> None:
         """Release every page and have no rows."""
         rows = self._rows
@@ -247,17 +253,25 @@ class PageTable:
         """Rows that will write into a last page which somebody else holds too."""
         rows, allocator = self._rows, self.group.allocator
         holders: dict[int, int] = {}
+        silent = self._superseded_tails()
         shared = []
         partial = rows.lengths % self.group.page_size > 0
         for row in np.flatnonzero((counts > 0) & partial).tolist():
             page = int(rows.block_table[row, int(rows.num_pages[row]) - 1])
-            left = holders.get(page, allocator.ref_count(page))
+            left = holders.get(page, allocator.ref_count(page) - silent[page])
             if left > 1:
                 shared.append(row)
             holders[page] = left - 1
         if not shared and counts[partial].all():
             self._tails_may_be_shared = False
         return shared
+
+    def _superseded_tails(self) -> Counter[int]:
+        """How often the table that this one takes the place of holds each of its last pages."""
+        other = None if self._superseded is None else self._superseded()
+        if other is None:
+            return Counter()
+        return Counter(pages[-1] for row in range(other.num_rows) if (pages := other.row_pages(row)))
 
     def _replace_tails(self, shared: list[int], copies: list[int]) -> None:
         self._replace(shared, (self._rows.num_pages[shared] - 1).tolist(), copies)

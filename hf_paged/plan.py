@@ -81,9 +81,7 @@ class Plan(OpaqueBase):
             if self.visible is not None:
                 self._tiles[key] = tiling.dense(self.visible[:, self._queries], layout)
             else:
-                limits = self.step.limits[:, self._queries]
-                firsts = None if self.window is None else self.step.firsts(self.window)[:, self._queries]
-                self._tiles[key] = tiling.causal(limits, firsts, self.window, layout)
+                self._tiles[key] = self.step.tiles(tiling, self.window, self._queries, layout)
         return self._tiles[key]
 
 

@@ -1,6 +1,7 @@
 """One forward pass: which tokens are new, and where they go."""
 
 import enum
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.errors import OutOfPagesError
 from hf_paged.page_table import PageTable
 from hf_paged.storage import LayerStorage
+from hf_paged.tiles import Layout, Tiles, Tiling
 from hf_paged.twins import Leaders, confirmed_twins, parted_twins, possible_twins
 
 
@@ -21,57 +23,38 @@ class View(enum.Enum):
     DENSE = "a padded copy, `(num_rows, num_kv_heads, num_columns, head_dim)`, for any other attention"
 
 
-class Step:
+class Step(ABC):
     """The plan of one forward pass, made before the first layer runs and used by all of them.
 
     Args:
-        tables: the rows, in each group of layers.
+        view: what attention is handed.
         columns: the padded view before this step.
-        num_new: new columns.
-        new: `(num_rows, num_new)` True for tokens; None if there is no padding among them.
+        next_columns: and after it.
+        shape: rows of the pass, and its new columns.
         past_is_visible: whether every cached token may be seen.
-        is_planned: whether a mask function of ours made this plan, so that attention can read pages.
-        keeps_all: whether tokens that have left a window are stored, too.
     """
 
-    def __init__(
-        self,
-        tables: list[PageTable],
-        columns: Columns,
-        num_new: int,
-        new: BoolMatrix | None,
-        past_is_visible: bool,
-        is_planned: bool,
-        keeps_all: bool,
-    ) -> None:
-        self.num_rows = tables[0].num_rows
-        self.num_new = num_new
-        self.new = new
-        self.past_is_visible = past_is_visible
-        self.view = View.NEW if columns.count == 0 else View.PAGES if is_planned else View.DENSE
-        self.is_cancelled = False
-        self.columns = columns
-        self.next_columns = columns.extended(new, self.num_rows, num_new)
-        starts = tables[0].lengths[:, None]
-        if new is None:
-            self.counts: Counts = np.full(self.num_rows, num_new, dtype=np.int64)
-            self.limits: Counts = starts + np.arange(1, num_new + 1)
-        else:
-            self.counts = new.sum(axis=1, dtype=np.int64)
-            self.limits = np.where(new, starts + new.cumsum(axis=1), 0)
-        self.placements = [Placement(table, None if keeps_all else self._unread(table)) for table in tables]
-        self.leaders: Leaders | None = None
-        self._possible_twins = possible_twins(tables, num_new, new)
-        self._is_reserved = False
-        self._handed: dict[int, tuple[Tensor, PageTable, LayerStorage]] = {}
-        if self._possible_twins is None:
-            self._reserve()
+    counts: Counts
+    """`(num_rows,)` new tokens of each row of the tables."""
+    placements: list["Placement"]
+    """Where they go, in each group of layers."""
 
+    def __init__(
+        self, view: View, columns: Columns, next_columns: Columns, shape: tuple[int, int], past_is_visible: bool
+    ) -> None:
+        self.view = view
+        self.columns = columns
+        self.next_columns = next_columns
+        self.num_rows, self.num_new = shape
+        self.past_is_visible = past_is_visible
+        self.is_cancelled = False
+        self._handed: dict[int, tuple[Tensor, PageTable, LayerStorage]] = {}
+
+    @abstractmethod
     def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
         """Whether this is the plan for these new columns."""
-        same = self.new is new if self.new is None or new is None else np.array_equal(self.new, new)
-        return same and (self.num_rows, self.num_new) == (num_rows, num_new)
 
+    @abstractmethod
     def settle_twins(self, keys: Tensor, values: Tensor) -> None:
         """Let rows share their pages as long as all layers are given the same for them.
 
@@ -82,24 +65,31 @@ class Step:
         Raises:
             OutOfPagesError: if the pool has too few pages.
         """
-        if self._is_reserved and self.leaders is None:
-            return
-        if not self._is_reserved:
-            assert self._possible_twins is not None
-            self.leaders = confirmed_twins(self._possible_twins, keys, values)
-            self._reserve()
-        else:
-            assert self.leaders is not None
-            for row in parted_twins(self.leaders, keys, values):
-                for placement in self.placements:
-                    placement.table.part(row)
-                self.leaders[row] = row
 
-    def firsts(self, window: int) -> Counts:
-        """`(num_rows, num_new)` tokens of its row that each query no longer sees through a window."""
-        queries = self.columns.count + np.arange(self.num_new)
-        return self.next_columns.num_tokens_before(queries + 1 - window, self.num_rows)
+    @abstractmethod
+    def stored(self, placement: "Placement") -> tuple[Counts, Counts, Counts | None]:
+        """Say which tokens a group of layers stores.
 
+        Returns:
+            Their rows and their places in these, in shapes that broadcast, and `(num_tokens,)` their indices among
+            the new columns of all rows; None for all.
+        """
+
+    @abstractmethod
+    def tiles(self, tiling: Tiling, window: int | None, queries: slice, layout: Layout) -> Tiles:
+        """Make the block lists of queries that see their row up to themselves.
+
+        Args:
+            tiling: of the layer's rows.
+            window: tokens that a query sees, itself included; None: all before it.
+            queries: which of the new columns ask.
+            layout: how to stack them.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+
+    @abstractmethod
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
         """Turn a mask over columns into one over the tokens of each row.
 
@@ -111,23 +101,8 @@ class Step:
             `(num_rows, num_new, max_tokens)`, with `max_tokens` rounded up to whole pages.
 
         Raises:
-            ValueError: if the mask is not the same for all heads.
+            ValueError: if there is no such mask.
         """
-        if mask.shape[1] != 1:
-            raise ValueError(f"A mask of its own for each of {mask.shape[1]} heads is not supported over pages.")
-        by_column = mask[:, 0].cpu().numpy()
-        lengths = self.placements[0].table.lengths + self.counts
-        page_size = self.placements[0].table.group.page_size
-        max_tokens = -(-max(1, int(lengths.max())) // page_size) * page_size
-        by_token = np.zeros((self.num_rows, self.num_new, max_tokens), dtype=bool)
-        real = self.next_columns.real
-        if real is None:
-            by_token[:, :, first_column : self.next_columns.count] = by_column
-        else:
-            firsts = real[:, :first_column].sum(axis=1)
-            for row in range(self.num_rows):
-                by_token[row, :, firsts[row] : lengths[row]] = by_column[row][:, real[row, first_column:]]
-        return by_token
 
     def write(self, group: int, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
         """Store the new tokens of a layer, leaving out padding.
@@ -189,6 +164,116 @@ class Step:
             "checkpointing: call model.eval() first. Otherwise pass on what cache.update() returned in this pass."
         )
 
+
+class PaddedStep(Step):
+    """A pass over the new columns of a padded batch.
+
+    Args:
+        tables: the rows, in each group of layers.
+        columns: the padded view before this step.
+        num_new: new columns.
+        new: `(num_rows, num_new)` True for tokens; None if there is no padding among them.
+        past_is_visible: whether every cached token may be seen.
+        is_planned: whether a mask function of ours made this plan, so that attention can read pages.
+        keeps_all: whether tokens that have left a window are stored, too.
+    """
+
+    def __init__(
+        self,
+        tables: list[PageTable],
+        columns: Columns,
+        num_new: int,
+        new: BoolMatrix | None,
+        past_is_visible: bool,
+        is_planned: bool,
+        keeps_all: bool,
+    ) -> None:
+        num_rows = tables[0].num_rows
+        super().__init__(
+            View.NEW if columns.count == 0 else View.PAGES if is_planned else View.DENSE,
+            columns,
+            columns.extended(new, num_rows, num_new),
+            (num_rows, num_new),
+            past_is_visible,
+        )
+        self.new = new
+        starts = tables[0].lengths[:, None]
+        if new is None:
+            self.counts = np.full(num_rows, num_new, dtype=np.int64)
+            self.limits: Counts = starts + np.arange(1, num_new + 1)
+        else:
+            self.counts = new.sum(axis=1, dtype=np.int64)
+            self.limits = np.where(new, starts + new.cumsum(axis=1), 0)
+        self.placements = [Placement(table, None if keeps_all else self._unread(table)) for table in tables]
+        self.leaders: Leaders | None = None
+        self._possible_twins = possible_twins(tables, num_new, new)
+        self._is_reserved = False
+        if self._possible_twins is None:
+            self._reserve()
+
+    def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
+        """See `Step`."""
+        same = self.new is new if self.new is None or new is None else np.array_equal(self.new, new)
+        return same and (self.num_rows, self.num_new) == (num_rows, num_new)
+
+    def settle_twins(self, keys: Tensor, values: Tensor) -> None:
+        """See `Step`."""
+        if self._is_reserved and self.leaders is None:
+            return
+        if not self._is_reserved:
+            assert self._possible_twins is not None
+            self.leaders = confirmed_twins(self._possible_twins, keys, values)
+            self._reserve()
+        else:
+            assert self.leaders is not None
+            for row in parted_twins(self.leaders, keys, values):
+                for placement in self.placements:
+                    placement.table.part(row)
+                self.leaders[row] = row
+
+    def stored(self, placement: "Placement") -> tuple[Counts, Counts, Counts | None]:
+        """See `Step`."""
+        stored, starts = self.new, placement.starts
+        positions = placement.table.lengths[:, None] + np.arange(self.num_new) if stored is None else self.limits - 1
+        if starts is not None:
+            is_kept = positions >= starts[:, None]
+            stored = is_kept if stored is None else stored & is_kept
+        if self.leaders is not None:
+            leads = np.broadcast_to((self.leaders == np.arange(self.num_rows))[:, None], positions.shape)
+            stored = leads if stored is None else stored & leads
+        if stored is None:
+            return np.arange(self.num_rows)[:, None], positions, None
+        rows, new_columns = np.nonzero(stored)
+        return rows, positions[rows, new_columns], rows * self.num_new + new_columns
+
+    def tiles(self, tiling: Tiling, window: int | None, queries: slice, layout: Layout) -> Tiles:
+        """See `Step`."""
+        firsts = None if window is None else self.firsts(window)[:, queries]
+        return tiling.causal(self.limits[:, queries], firsts, window, layout)
+
+    def firsts(self, window: int) -> Counts:
+        """`(num_rows, num_new)` tokens of its row that each query no longer sees through a window."""
+        queries = self.columns.count + np.arange(self.num_new)
+        return self.next_columns.num_tokens_before(queries + 1 - window, self.num_rows)
+
+    def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
+        """See `Step`. It has to be the same for all heads."""
+        if mask.shape[1] != 1:
+            raise ValueError(f"A mask of its own for each of {mask.shape[1]} heads is not supported over pages.")
+        by_column = mask[:, 0].cpu().numpy()
+        lengths = self.placements[0].table.lengths + self.counts
+        page_size = self.placements[0].table.group.page_size
+        max_tokens = -(-max(1, int(lengths.max())) // page_size) * page_size
+        by_token = np.zeros((self.num_rows, self.num_new, max_tokens), dtype=bool)
+        real = self.next_columns.real
+        if real is None:
+            by_token[:, :, first_column : self.next_columns.count] = by_column
+        else:
+            firsts = real[:, :first_column].sum(axis=1)
+            for row in range(self.num_rows):
+                by_token[row, :, firsts[row] : lengths[row]] = by_column[row][:, real[row, first_column:]]
+        return by_token
+
     def _unread(self, table: PageTable) -> Counts | None:
         """`(num_rows,)` new tokens at the beginning of each row that nobody reads from pages; None: none."""
         window, count = table.group.window, self.next_columns.count
@@ -229,24 +314,11 @@ class Placement:
         return _on(self._slots, device), None if self._token_index is None else _on(self._token_index, device)
 
     def _find(self, step: Step) -> None:
-        page_size = self.table.group.page_size
-        stored = step.new
-        positions = self.table.lengths[:, None] + np.arange(step.num_new) if stored is None else step.limits - 1
-        if self.starts is not None:
-            is_kept = positions >= self.starts[:, None]
-            stored = is_kept if stored is None else stored & is_kept
-        if step.leaders is not None:
-            leads = np.broadcast_to((step.leaders == np.arange(step.num_rows))[:, None], positions.shape)
-            stored = leads if stored is None else stored & leads
-        if stored is None:
-            rows = np.arange(step.num_rows)[:, None]
-            self._token_index = None
-        else:
-            rows, new_columns = np.nonzero(stored)
-            positions = positions[rows, new_columns]
-            self._token_index = {torch.device("cpu"): torch.from_numpy(rows * step.num_new + new_columns)}
+        rows, positions, token_index = step.stored(self)
+        cpu, page_size = torch.device("cpu"), self.table.group.page_size
+        self._token_index = None if token_index is None else {cpu: torch.from_numpy(token_index)}
         pages = self.table.block_table[rows, positions // page_size].astype(np.int64)
-        self._slots = {torch.device("cpu"): torch.from_numpy((pages * page_size + positions % page_size).ravel())}
+        self._slots = {cpu: torch.from_numpy((pages * page_size + positions % page_size).ravel())}
         self._version = self.table.version
 
 

@@ -6,7 +6,7 @@ pages. With 2 key/value heads, 6 query heads and one new token in each of 4 rows
 and there are 4 tiles. Pages that every query of a tile sees whole are `full` and read without a mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_paged.page_table import Counts, PageTable
+from hf_paged.seats import Seats
 
 Pages = npt.NDArray[np.int32]
 
@@ -35,6 +36,7 @@ class Tiles:
         tile_length: query tokens of a tile.
         tiles_per_row: tiles of one row.
         group: query heads stacked on one key/value head.
+        seats: where packed queries are in the tiles; None for those of a padded batch.
     """
 
     num_full: Tensor
@@ -46,6 +48,7 @@ class Tiles:
     tile_length: int
     tiles_per_row: int
     group: int
+    seats: Seats | None = None
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,46 @@ class Tiling:
             ValueError: if a token is to be seen that was dropped.
         """
         num_rows, num_queries = limits.shape
-        starts = self._table.starts[:, None]
-        if starts.any() and (starts > (0 if firsts is None else firsts))[limits > 0].any():
-            raise _dropped(self._table)
+        self._check_kept(self._table.starts[:, None], limits, firsts)
         if num_queries == 1:
             buffers = self._decode.get((window, layout))
             if buffers is None or not buffers.fit(self._table, num_rows):
                 buffers = self._decode[window, layout] = _DecodeBuffers(self._table, num_rows, window, layout)
             return buffers.fill(limits[:, 0], None if firsts is None else firsts[:, 0])
-        page_size = self._table.group.page_size
         tile_length, tiles_per_row = _cut(num_queries, layout)
         last, first = np.zeros((2, num_rows, tiles_per_row * tile_length), dtype=np.int64)
         last[:, :num_queries] = limits
         first[:, :num_queries] = 0 if firsts is None else firsts
         last, first = (array.reshape(num_rows * tiles_per_row, tile_length) for array in (last, first))
+        return self._between(first, last, np.repeat(np.arange(num_rows), tiles_per_row), layout)
+
+    def packed(self, rows: Counts, limits: Counts, firsts: Counts | None, num_queries: int, layout: Layout) -> Tiles:
+        """Tiles for queries of several rows that follow one another; those behind `rows` belong to no row.
+
+        Args:
+            rows: `(num_tokens,)` row of each query, ascending.
+            limits: `(num_tokens,)` as for `causal`.
+            firsts: likewise.
+            num_queries: not below `num_tokens`.
+            layout: how to stack them.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        self._check_kept(self._table.starts[rows], limits, firsts)
+        seats, tile_rows = Seats.of(rows, num_queries, layout.group, layout.max_tile_rows, layout.device)
+        last, first = np.zeros((2, seats.num_tiles, seats.tile_length), dtype=np.int64)
+        last.flat[seats.taken] = limits
+        first.flat[seats.taken] = 0 if firsts is None else firsts
+        return replace(self._between(first, last, tile_rows, layout), seats=seats, tiles_per_row=1)
+
+    def _check_kept(self, starts: Counts, limits: Counts, firsts: Counts | None) -> None:
+        if starts.any() and (starts > (0 if firsts is None else firsts))[limits > 0].any():
+            raise _dropped(self._table)
+
+    def _between(self, first: Counts, last: Counts, rows: Counts, layout: Layout) -> Tiles:
+        """Tiles of the rows `rows`, `(num_tiles,)`, whose queries `(num_tiles, tile_length)` see what is between."""
+        page_size = self._table.group.page_size
         is_query = last > 0  # padding does not make pages partial
         limit = last.max(axis=1)
         begin = np.where(is_query, first, limit[:, None]).min(axis=1) // page_size
@@ -113,12 +142,12 @@ class Tiling:
         # Partial pages lie before and behind the full ones, or everywhere if there are none.
         num_before = np.where(num_full > 0, begin_full - begin, end - begin)
         num_partial = np.where(num_full > 0, num_before + end - end_full, num_before)
-        pages = np.repeat(self._table.block_table, tiles_per_row, axis=0)
+        pages = self._table.block_table[rows]
         offsets = np.arange(max(1, int(num_partial.max())))
         places = offsets + np.where(offsets < num_before[:, None], begin[:, None], (end_full - num_before)[:, None])
         full = _listed(pages, begin_full[:, None] + np.arange(max(_MIN_WIDTH, int(num_full.max()))))
         seen = np.repeat(np.stack([last, first], axis=2), layout.group, axis=1).astype(np.int32)
-        return self._tiles(num_full, full, num_partial, _listed(pages, places), seen, tile_length, layout)
+        return self._tiles(num_full, full, num_partial, _listed(pages, places), seen, last.shape[1], layout)
 
     def dense(self, visible: npt.NDArray[np.bool_], layout: Layout) -> Tiles:
         """Tiles for queries that see just the tokens that `visible` says.

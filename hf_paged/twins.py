@@ -43,7 +43,7 @@ def confirmed_twins(leaders: Leaders, keys: Tensor, values: Tensor) -> Leaders |
 
     Args:
         leaders: possible twins.
-        keys: `(num_rows, num_kv_heads, num_new, head_dim)`.
+        keys: `(num_rows, num_kv_heads, num_new, head_dim)`, or anything else that is to be the same.
         values: like `keys`.
     """
     found: dict[int, list[int]] = {}
@@ -54,6 +54,21 @@ def confirmed_twins(leaders: Leaders, keys: Tensor, values: Tensor) -> Leaders |
         if confirmed[row] == row:
             candidates.append(row)
     return None if (confirmed == np.arange(len(leaders))).all() else confirmed
+
+
+def equal_rows(tables: list[PageTable], tokens: npt.NDArray[np.int64], new: BoolMatrix | None) -> Leaders:
+    """Find rows that hold the same pages and get the same tokens, where these are known.
+
+    Args:
+        tables: the rows, in each group.
+        tokens: `(num_rows, num_new)`, 0 for padding.
+        new: as for `possible_twins`.
+    """
+    leaders = possible_twins(tables, tokens.shape[1], new)
+    if leaders is not None:
+        given = torch.from_numpy(tokens)
+        leaders = confirmed_twins(leaders, given, given)
+    return np.arange(len(tokens)) if leaders is None else leaders
 
 
 def parted_twins(leaders: Leaders, keys: Tensor, values: Tensor) -> list[int]:

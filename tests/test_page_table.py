@@ -273,6 +273,48 @@ def test_the_last_holder_writes_in_place(let_go, copies):
     assert read_ids(table) == rows_of(6)
 
 
+@pytest.mark.parametrize("ends", ["written", "given_up"])
+def test_a_table_that_supersedes_another_writes_behind_its_tokens(ends, copies):
+    pool = open_pool(num_pages=2)
+    recorded = copies(pool)
+    table = numbered_table(pool, 5, 7)
+    successor = table.fork()
+    successor.supersede(table)
+    append_ids(successor, [[5], [1007]])
+    assert recorded == []
+    assert read_ids(successor) == rows_of(6, 8)
+    assert read_ids(table) == rows_of(5, 7)
+    pool.check_integrity()
+    (table if ends == "written" else successor).clear()
+    kept = successor if ends == "written" else table
+    append_ids(kept, [[8000], [8001]])
+    assert recorded == []
+    pool.check_integrity()
+
+
+def test_a_table_that_supersedes_another_copies_what_others_or_several_rows_hold(copies):
+    pool = open_pool()
+    recorded = copies(pool)
+    table = numbered_table(pool, 5, 7)
+    other = table.fork()
+    other.select([0])
+    successor = table.fork()
+    successor.supersede(table)
+    successor.select([0, 1, 1])
+    shared = [table.row_pages(row)[0] for row in range(2)]
+    append_ids(successor, [[5], [1007], [8000]])
+    [(sources, _)] = recorded
+    assert sources == shared
+    assert read_ids(successor) == [*rows_of(6, 8), [*rows_of(5, 7)[1], 8000]]
+    assert (read_ids(table), read_ids(other)) == (rows_of(5, 7), rows_of(5))
+    table.clear()
+    fork = successor.fork()
+    append_ids(successor, [[6], [1008], [8001]])
+    assert len(recorded[1][0]) == 3, "what was superseded counts no longer"
+    assert read_ids(fork)[0] == list(range(6))
+    pool.check_integrity()
+
+
 @pytest.mark.parametrize(
     ("more", "needed"),
     [

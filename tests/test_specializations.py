@@ -35,6 +35,16 @@ for num_rows in (1, 2, 3, 5, 64, 1):
         run(model, cache, random_ids(num_rows, 90), [20, 1, 1, 1, 30, 7, 1, 2, 1, 26])
 """
 
+PACKED = """
+for num_rows in (1, 2, 5):
+    for max_tokens in (1, 2, 30, 90):
+        for turn in (7, 90):
+            cache = PagedCache.from_model(model, page_size=32)
+            cache.prefill(model, random_ids(num_rows, 20), max_tokens=max_tokens)
+            cache.prefill(model, random_ids(num_rows, 20 + turn), max_tokens=max_tokens)
+run(model, cache, random_ids(5, 10), [1] * 10)
+"""
+
 SHORT_RUN = """
 run(model, PagedCache.from_model(model, page_size=32), random_ids(1, 40), [30] + [1] * 10)
 """
@@ -61,6 +71,10 @@ def test_2000_tokens_alone_and_in_a_batch_of_4_compile_at_most_4_kernels(tmp_pat
 
 def test_batch_sizes_lengths_and_pool_sizes_don_t_recompile(tmp_path):
     assert counts(MANY_SHAPES, tmp_path)["specializations"] <= 3
+
+
+def test_all_packed_chunks_run_the_kernel_that_decodes_a_batch(tmp_path):
+    assert counts(PACKED, tmp_path)["specializations"] == 1
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,149 @@
+"""One layer of a cache over pages."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+from hf_paged.batch import Batch
+from hf_paged.config import LayerSpec
+from hf_paged.dtypes import autocast
+from hf_paged.graphs import outside_of_graphs
+from hf_paged.lengths import PastLength, PlannedLength
+from hf_paged.mask import NAME
+
+
+def layers_over(batch: Batch) -> list[Any]:
+    """Make the layers of a cache, one for each layer of the model, over these rows."""
+    return [
+        PagedLayer(batch, index, spec) if spec.stores else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
+        for index, spec in enumerate(batch.pool.layers)
+    ]
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a `PagedCache`. Its rows, lengths and pages are those of the cache.
+
+    Args:
+        batch: the rows of the cache.
+        index: which of its layers this is.
+        spec: what the layer stores.
+    """
+
+    is_compileable = True
+    is_croppable = True
+
+    def __init__(self, batch: Batch, index: int, spec: LayerSpec) -> None:
+        self._batch = batch
+        self.index = index
+        self.is_sliding = spec.window is not None
+
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens that have left a window are kept, so that `crop` can take back what came after."""
+        return self._batch.records_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self._batch.records_past = value
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether the storage of this layer exists."""
+        return self._batch.pool.storage(self.index) is not None
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """A padded copy of the keys, `(num_rows, num_kv_heads, num_columns, head_dim)`; None when empty."""
+        return self._batch.gather(self.index)[0]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """A padded copy of the values, like `keys`."""
+        return self._batch.gather(self.index)[1]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the storage for keys and values like these, `(batch, num_kv_heads, any, head_dim)`."""
+        self._batch.pool.open_storage(self.index, key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens into their slots.
+
+        Args:
+            key_states: `(num_rows, num_kv_heads, num_new, head_dim)`, rotary embedding applied.
+            value_states: like `key_states`.
+            *args: ignored.
+            **kwargs: ignored.
+
+        Returns:
+            Keys and values for the attention function: the storage of the layer where the step was planned by
+            `paged_flex`, otherwise `(num_rows, num_kv_heads, num_columns, head_dim)`, from the first column that a
+            query sees.
+
+        Raises:
+            OutOfPagesError: if the tokens don't fit; nothing is written.
+            ValueError: if shapes, dtype or device don't fit, or gradients are wanted; nothing is written.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError(
+                "Keys that require gradients were given to a PagedCache, which writes in place and can't be "
+                "differentiated. Run the model under torch.no_grad() or torch.inference_mode()."
+            )
+        key_states, value_states = autocast(key_states), autocast(value_states)
+        if not torch.compiler.is_compiling():
+            return self._batch.write(self.index, key_states, value_states)
+        if self._batch.is_written_by_attention:
+            return key_states, value_states
+        return _write(self._batch, self.index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that the next `query_length` queries see together, and the first of them."""
+        if torch.compiler.is_compiling():
+            return self._mask_sizes_between_graphs(query_length)
+        self._batch.begin_pass(self.index)
+        first = self._batch.first_column(self.index)
+        return PlannedLength(self._batch.columns.count - first + query_length, self._batch), first
+
+    @outside_of_graphs
+    def _mask_sizes_between_graphs(self, query_length: int) -> tuple[int, int]:
+        length, first = self.get_mask_sizes(query_length)
+        # Transformers' own mask functions are traced, and dynamo fails at an `int` that is more than an `int`.
+        return (length if self._batch.pool.config._attn_implementation == NAME else int(length)), first
+
+    def get_seq_length(self) -> int:
+        """Columns before the forward pass under way, padding included."""
+        if torch.compiler.is_compiling():
+            return self._batch.columns.count
+        self._batch.settle()
+        return PastLength(self._batch.columns.count)
+
+    def get_max_length(self) -> int:
+        """Tokens that fit into the pool; -1 without a bound."""
+        pool = self._batch.pool
+        return -1 if pool.max_pages is None or self.is_sliding else pool.max_pages * pool.page_size
+
+    def offload(self) -> None:
+        """Refuse: pages of all layers stay where the model is."""
+        self._refuse("offload")
+
+    def prefetch(self) -> None:
+        """Refuse, as `offload`."""
+        self._refuse("prefetch")
+
+    def reset(self) -> None:
+        """Refuse: rows belong to the whole cache."""
+        self._refuse("reset")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse: rows belong to the whole cache."""
+        self._refuse("reorder_cache")
+
+    def _refuse(self, method: str) -> None:
+        raise ValueError(
+            f"{method}() was called on layer {self.index} alone, but the layers of a PagedCache share their pages. "
+            "Call it on the cache, if it has it."
+        )
+
+
+_write = outside_of_graphs(Batch.write)
