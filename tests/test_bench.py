@@ -229,9 +229,13 @@ def test_the_compiled_static_cache_is_compiled_under_the_flags(subject, monkeypa
 
     monkeypatch.setattr(torch, "compile", stand_in)
     with line_up(subject.model, ("dynamic", "static-compiled"), 16) as contenders:
-        laps = race_once(contenders, subject.prompt(12), None, 3)
-    assert summarize([laps])[1]["same_tokens"]
-    assert seen == [(True, True, (1, 1))] * 2
+        laps = [race_once(contenders, subject.prompt(12), None, 3)]
+        cache = contenders[1].new_cache(15)
+        laps.append(race_once(contenders, subject.prompt(12), None, 3))
+        assert contenders[1].new_cache(15) is cache, "its tensors are part of the graph"
+        assert contenders[1].new_cache(16) is not cache
+    assert summarize(laps)[1]["same_tokens"]
+    assert seen == [(True, True, (1, 1))] * 4
     assert not inductor.freezing
 
 

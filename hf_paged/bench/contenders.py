@@ -16,6 +16,8 @@ from hf_paged.bench.contender import Contender
 from hf_paged.cache import PagedCache
 from hf_paged.mask import NAME
 
+_MAX_GRAPHS = 64
+
 
 def inductor_flags() -> AbstractContextManager[Any]:
     """The settings that a compiled contender is compiled under: constant weights, and the fastest GEMM of several."""
@@ -43,15 +45,17 @@ class StaticCompiled(Static):
     @override
     def open(self) -> None:
         super().open()
-        # A graph for each length of the cache: what it costs to compile is not in the time of a step.
-        self._compiled = torch.compile(self.model.forward, dynamic=False)
+        # A graph for each length of the cache: what it costs to compile is not in the time of a step. Beyond the limit
+        # it would run uncompiled without a word.
+        compile_: Any = torch.compile  # its annotations don't know the limit
+        self._compiled = compile_(self.model.forward, dynamic=False, recompile_limit=_MAX_GRAPHS)
         self._caches: dict[int, StaticCache] = {}
 
     @override
     def new_cache(self, max_length: int) -> Cache | None:
         # A frozen graph holds the tensors of the cache that it was compiled with, and reads no other.
         cache = self._caches.setdefault(max_length, StaticCache(config=self.model.config, max_cache_len=max_length))
-        cache.reset()
+        cache.reset()  # type: ignore[no-untyped-call]
         return cache
 
     @override
