@@ -120,10 +120,14 @@ def race_once(
 
 
 def warm_up(contenders: Sequence[Contender], subject: Subject, num_rows: int = 1) -> None:
-    """Let everyone compile what it needs, with short prompts of two lengths."""
+    """Let everyone compile what it needs, with short prompts of two lengths; one row is given more after them."""
     for length in (24, 40):
         ids, mask = subject.padded([length + row for row in range(num_rows)])
-        race_once(contenders, ids, mask if num_rows > 1 else None, 3)
+        race = Race(contenders, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
+        race.lap(ids, 3)
+        if num_rows == 1:
+            race.lap(ids, 3)
+        race.end()
 
 
 def summarize(laps: Sequence[dict[str, Lap]]) -> list[dict[str, Any]]:
