@@ -239,8 +239,8 @@ class PackedBatch(Batch):
         self.settle()
         if self.step is not None:
             raise ValueError(
-                f"The model passed over layers {sorted(self._missing)}, which its configuration has. Leave out cache.prefill(), or "
-                "make a PagedCache for the model as it is."
+                f"The model passed over layers {sorted(self._missing)}, which its configuration has. Leave out "
+                "cache.prefill(), or make a PagedCache for the model as it is."
             )
 
     def unpack(self) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged.batch import Batch
+from hf_paged.compiled import compiled_decoder
 from hf_paged.config import layer_specs
 from hf_paged.layer import layers_over
 from hf_paged.mask import NAME
@@ -20,8 +22,6 @@ def prefill(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     max_tokens: int,
-    *,
-    fills_up: bool = False,
 ) -> None:
     """Compute all columns but the last one, packed; if that fails, nothing has changed.
 
@@ -30,8 +30,7 @@ def prefill(
         batch: the rows of a cache.
         input_ids: `(num_rows, num_columns)`, those that are cached included.
         attention_mask: like `input_ids`, 0 for padding; None without padding.
-        max_tokens: tokens of a chunk.
-        fills_up: fill the last chunk up to `max_tokens`, for a model that is compiled for one shape.
+        max_tokens: tokens of a chunk. Where the model is compiled, the last chunk is filled up to as many.
 
     Raises:
         OutOfPagesError: if the pool has too few pages.
@@ -52,9 +51,10 @@ def prefill(
         _check_rotary(decoder, packed.longest)
         cache = Cache(layers=layers_over(packed))
         for first in range(0, packed.num_tokens, max_tokens):
-            num_queries = max_tokens if fills_up else min(max_tokens, packed.num_tokens - first)
+            is_compiled = compiled_decoder(decoder) is not None
+            num_queries = max_tokens if is_compiled else min(max_tokens, packed.num_tokens - first)
             chunk = packed.begin(first, num_queries)
-            _run(decoder, cache, chunk, num_queries, input_ids.device)
+            _run(model, cache, chunk, num_queries, input_ids.device)
             packed.end()
         packed.unpack()
         batch.exchange(packed)
@@ -63,12 +63,25 @@ def prefill(
 
 
 @torch.no_grad()
-def _run(decoder: torch.nn.Module, cache: Cache, chunk: Chunk, num_queries: int, device: torch.device) -> None:
+def _run(model: PreTrainedModel, cache: Cache, chunk: Chunk, num_queries: int, device: torch.device) -> None:
     """Let the decoder compute a chunk, filled up with tokens of no row to `num_queries`."""
     ids, positions = torch.zeros((2, 1, num_queries), dtype=torch.int64)
     ids[0, : len(chunk.ids)] = torch.from_numpy(chunk.ids)
     positions[0, : len(chunk.ids)] = torch.from_numpy(chunk.places)
-    decoder(input_ids=ids.to(device), position_ids=positions.to(device), past_key_values=cache, use_cache=True)
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    run = compiled_decoder(decoder)
+    if run is not None:
+        # Outside of the graph, as generate() does.
+        make_mask = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        inputs["attention_mask"] = make_mask(
+            config=model.config,
+            inputs_embeds=torch.empty((1, num_queries, 0), dtype=model.dtype, device=device),
+            attention_mask=None,
+            past_key_values=cache,
+            position_ids=inputs["position_ids"],
+        )
+    (run or decoder)(**inputs, past_key_values=cache, use_cache=True)
 
 
 def _decoder(model: PreTrainedModel, batch: Batch) -> torch.nn.Module:

@@ -1,6 +1,5 @@
 """Other ways to decode, and all of them by name."""
 
-import importlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +13,7 @@ from typing_extensions import override
 
 from hf_paged.bench.contender import Contender
 from hf_paged.cache import PagedCache
+from hf_paged.compiled import compiled
 from hf_paged.mask import NAME
 
 _MAX_GRAPHS = 64
@@ -126,9 +126,13 @@ class PagedRagged(Paged):
         if past == 0 and ids.shape[1] > 1:
             cache: Any = self.cache
             cache.prefill(self.model, ids, attention_mask=arguments.get("attention_mask"))
-            ids = ids[:, -1:]
+            past, ids = ids.shape[1] - 1, ids[:, -1:]
             if arguments:
                 arguments["position_ids"] = arguments["position_ids"][:, -1:]
+        return self.decode(ids, past, **arguments)
+
+    def decode(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
+        """Run what is not prefilled packed, as `compute`."""
         return super().compute(ids, past, **arguments)
 
 
@@ -140,8 +144,20 @@ class PagedCompiled(PagedRagged):
     @override
     def open(self) -> None:
         super().open()
-        compiled = importlib.import_module("hf_paged.compiled").compiled
         self._opened.enter_context(compiled(self.model))
+
+    @override
+    def decode(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
+        if ids.shape[1] > 1:
+            return super().decode(ids, past, **arguments)
+        # As generate() does it: the mask is made outside of the graph.
+        positions = arguments.pop("position_ids", torch.tensor([[past]], device=ids.device))
+        model: Any = self.model
+        inputs = model.prepare_inputs_for_generation(
+            ids, past_key_values=self.cache, use_cache=True, position_ids=positions, **arguments
+        )
+        logits: Tensor = model.get_compiled_call(model.generation_config.compile_config)(**inputs).logits
+        return logits
 
 
 class GenerateBatch(Contender):

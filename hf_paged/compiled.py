@@ -1,0 +1,74 @@
+"""Compiled decoding and compiled prefill."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import CompileConfig, PreTrainedModel
+
+from hf_paged import linear
+
+logger = logging.getLogger(__name__)
+
+Decoder = Callable[..., Any]
+
+_active: WeakKeyDictionary[torch.nn.Module, Decoder] = WeakKeyDictionary()
+
+
+@contextmanager
+def compiled(model: PreTrainedModel) -> Iterator[None]:
+    """Within, `generate()` decodes in compiled graphs, and so does `PagedCache.prefill`.
+
+    It sets the model's `generation_config.compile_config`, which Transformers looks at, and nothing else: a
+    `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row and
+    another one any other number of rows; neither depends on lengths, pages or caches. Compiling takes about half a
+    minute for each on the first use on a machine, and some seconds in each process after that; a log message tells.
+    Weights are not copied: the linear layers are compiled to read them as they are.
+
+    Args:
+        model: a decoder with `attn_implementation="paged_flex"`.
+
+    Raises:
+        ValueError: if the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
+    settings: Any = model.generation_config
+    previous = settings.compile_config
+    settings.compile_config = _config()
+    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    outer = _active.get(decoder)
+    # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
+    _active[decoder] = torch.compile(decoder.forward, backend=_backend, fullgraph=True, dynamic=False)
+    try:
+        yield
+    finally:
+        settings.compile_config = previous
+        if outer is None:
+            del _active[decoder]
+        else:
+            _active[decoder] = outer
+
+
+def compiled_decoder(decoder: torch.nn.Module) -> Decoder | None:
+    """The compiled forward pass of a model without its head; None outside of `compiled`."""
+    return _active.get(decoder)
+
+
+def _config() -> CompileConfig:
+    config: Any = CompileConfig(fullgraph=True, backend=_backend)
+    config.mode = None  # inductor's, not CUDA graphs
+    config._compile_all_devices = True
+    return config  # type: ignore[no-any-return]
+
+
+def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    logger.warning("Compiling a model for hf_paged: about half a minute the first time, some seconds later on.")
+    begin = time.perf_counter()
+    result = linear.backend(graph, inputs)
+    logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
+    return result

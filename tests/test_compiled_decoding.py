@@ -1,0 +1,145 @@
+"""`compiled(model)`: the same tokens, few graphs, nothing left behind."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+from hf_paged import PagedCache, linear
+from hf_paged.compiled import compiled
+from hf_paged.packaged import load_packaged_model, prompts
+from tests.models import generate, left_padded, random_ids, tiny_llama, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    """Graphs that were compiled; only dynamo's part of it takes place."""
+    torch._dynamo.reset()
+    counters.clear()
+    captured = []
+
+    def compile_nothing(graph, inputs):
+        captured.append(graph)
+        return graph
+
+    monkeypatch.setattr(linear, "compile_fx", compile_nothing)
+    return captured
+
+
+def plain_tokens(model, ids, **arguments):
+    return generate(model, "sdpa", DynamicCache(config=model.config), ids, **arguments)
+
+
+def compiled_tokens(model, ids, mask=None, max_tokens=None):
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    with compiled(model):
+        if max_tokens is not None:
+            cache.prefill(model, ids, mask, max_tokens=max_tokens)
+        tokens = generate(model, "paged_flex", cache, ids, attention_mask=mask)
+    cache.pool.check_integrity()
+    return tokens
+
+
+def test_one_graph_serves_one_row_and_one_more_any_other_batch(graphs):
+    model, reference = tiny_llama(), tiny_llama()
+    for num_rows, num_graphs in ((1, 1), (3, 2), (4, 2), (2, 2), (7, 2), (1, 2)):
+        ids, mask = random_ids(num_rows, 30), left_padded(30, [30, 2, 17, 16, 5, 9, 1][:num_rows])
+        assert torch.equal(compiled_tokens(model, ids, mask), plain_tokens(reference, ids, attention_mask=mask))
+        assert len(graphs) == num_graphs
+
+
+@pytest.mark.parametrize("max_tokens", [16, 64])
+def test_all_chunks_of_a_prefill_are_one_graph(graphs, max_tokens):
+    model, reference = tiny_llama(), tiny_llama()
+    for lengths in ([50, 3, 20, 41], [17, 50]):
+        ids, mask = random_ids(len(lengths), 50), left_padded(50, lengths)
+        tokens = compiled_tokens(model, ids, mask, max_tokens)
+        assert torch.equal(tokens, plain_tokens(reference, ids, attention_mask=mask))
+    values = [[node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")] for graph in graphs]
+    chunks = [inputs for inputs in values if any(getattr(value, "shape", ()) == (1, max_tokens) for value in inputs)]
+    assert len(chunks) == 1
+    assert len(graphs) <= 3, "beside it one for 4 rows, and one for any number"
+
+
+@pytest.mark.parametrize("family", [(MistralForCausalLM, MistralConfig), (GPT2LMHeadModel, GPT2Config)])
+def test_other_families_compile_too(family):
+    changes = {"sliding_window": 20} if family[1] is MistralConfig else {"n_head": 6, "n_embd": 48, "n_layer": 2}
+    model, reference = tiny_model(*family, **changes), tiny_model(*family, **changes)
+    ids = random_ids(2, 30)
+    assert torch.equal(compiled_tokens(model, ids, max_tokens=16), plain_tokens(reference, ids))
+
+
+def test_outside_of_the_context_nothing_is_compiled(graphs):
+    model = tiny_llama()
+    compiled_tokens(model, random_ids(1, 20))
+    del graphs[:]
+    assert model.generation_config.compile_config is None
+    cache = PagedCache.from_model(model, page_size=16)
+    cache.prefill(model, random_ids(2, 20))
+    generate(model, "paged_flex", cache, random_ids(2, 20))
+    assert not graphs
+
+
+def test_contexts_nest():
+    model = tiny_llama()
+    model.set_attn_implementation("paged_flex")
+    with compiled(model):
+        with compiled(model):
+            pass
+        assert torch.equal(compiled_tokens(model, random_ids(1, 20)), plain_tokens(tiny_llama(), random_ids(1, 20)))
+        assert model.generation_config.compile_config is not None
+
+
+def test_a_model_in_training_mode_is_refused():
+    with (
+        pytest.raises(ValueError, match=r"compiled\(\) is for inference. Call model.eval\(\)"),
+        compiled(tiny_llama().train()),
+    ):
+        pass
+
+
+def test_only_linear_layers_in_float32_are_compiled_in_another_way(graphs):
+    for dtype, names in ((torch.float32, {"linear_of_one_row"}), (torch.bfloat16, set())):
+        torch._dynamo.reset()
+        del graphs[:]
+        compiled_tokens(tiny_llama(dtype=dtype), random_ids(1, 20))
+        (graph,) = graphs
+        ours = {node.target._opname for node in graph.graph.nodes if "hf_paged.linear" in str(node.target)}
+        assert ours == names
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 16, 127, 128, 200])
+def test_linear_layers_of_rows_give_what_torch_gives(num_rows, has_bias):
+    generator = torch.Generator().manual_seed(num_rows)
+    x, weight = torch.randn(1, num_rows, 40, generator=generator), torch.randn(24, 40, generator=generator)
+    bias = torch.randn(24, generator=generator) if has_bias else None
+    actual = torch.ops.hf_paged.linear_of_rows(x, weight, bias)
+    torch.testing.assert_close(actual, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+    assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_inductor_gives_the_same_with_what_is_compiled_around(num_rows, has_bias, monkeypatch):
+    monkeypatch.undo()
+    layer, norm = torch.nn.Linear(40, 24, bias=has_bias), torch.nn.LayerNorm(40)
+
+    def function(x):
+        return torch.nn.functional.silu(layer(norm(x))) + 1
+
+    x = torch.randn(num_rows, 1, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        actual = torch.compile(function, backend=linear.backend, fullgraph=True)(x)
+        torch.testing.assert_close(actual, function(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.real_model
+def test_a_real_model_says_the_same_when_it_is_compiled(monkeypatch):
+    monkeypatch.undo()
+    model, tokenizer = load_packaged_model()
+    inputs = tokenizer.pad({"input_ids": prompts(tokenizer, [40, 150, 7])}, return_tensors="pt")
+    expected = plain_tokens(model, inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    tokens = compiled_tokens(model, inputs["input_ids"], inputs["attention_mask"], 128)
+    assert torch.equal(tokens, expected)
