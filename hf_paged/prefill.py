@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged.batch import Batch
-from hf_paged.compiled import compiled_decoder
+from hf_paged.compiled import Decoder, compiled_decoder
 from hf_paged.config import layer_specs
 from hf_paged.layer import layers_over
 from hf_paged.mask import NAME
@@ -30,7 +30,7 @@ def prefill(
         batch: the rows of a cache.
         input_ids: `(num_rows, num_columns)`, those that are cached included.
         attention_mask: like `input_ids`, 0 for padding; None without padding.
-        max_tokens: tokens of a chunk. Where the model is compiled, the last chunk is filled up to as many.
+        max_tokens: tokens of a chunk. Where the model is compiled, a last chunk of more than half of it is filled up.
 
     Raises:
         OutOfPagesError: if the pool has too few pages.
@@ -51,10 +51,14 @@ def prefill(
         _check_rotary(decoder, packed.longest)
         cache = Cache(layers=layers_over(packed))
         for first in range(0, packed.num_tokens, max_tokens):
-            is_compiled = compiled_decoder(decoder) is not None
-            num_queries = max_tokens if is_compiled else min(max_tokens, packed.num_tokens - first)
+            num_queries = min(max_tokens, packed.num_tokens - first)
+            # A compiled model takes chunks of one size. To fill up one that is nearly empty would cost more than it
+            # brings.
+            run = compiled_decoder(decoder) if 2 * num_queries > max_tokens else None
+            if run is not None:
+                num_queries = max_tokens
             chunk = packed.begin(first, num_queries)
-            _run(model, cache, chunk, num_queries, input_ids.device)
+            _run(model, run, cache, chunk, num_queries, input_ids.device)
             packed.end()
         packed.unpack()
         batch.exchange(packed)
@@ -63,15 +67,20 @@ def prefill(
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, cache: Cache, chunk: Chunk, num_queries: int, device: torch.device) -> None:
-    """Let the decoder compute a chunk, filled up with tokens of no row to `num_queries`."""
+def _run(
+    model: PreTrainedModel,
+    compiled: Decoder | None,
+    cache: Cache,
+    chunk: Chunk,
+    num_queries: int,
+    device: torch.device,
+) -> None:
+    """Let the decoder, compiled or not, compute a chunk, filled up with tokens of no row to `num_queries`."""
     ids, positions = torch.zeros((2, 1, num_queries), dtype=torch.int64)
     ids[0, : len(chunk.ids)] = torch.from_numpy(chunk.ids)
     positions[0, : len(chunk.ids)] = torch.from_numpy(chunk.places)
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
-    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    run = compiled_decoder(decoder)
-    if run is not None:
+    if compiled is not None:
         # Outside of the graph, as generate() does.
         make_mask = getattr(model, "create_masks_for_generate", create_masks_for_generate)
         inputs["attention_mask"] = make_mask(
@@ -81,7 +90,8 @@ def _run(model: PreTrainedModel, cache: Cache, chunk: Chunk, num_queries: int, d
             past_key_values=cache,
             position_ids=inputs["position_ids"],
         )
-    (run or decoder)(**inputs, past_key_values=cache, use_cache=True)
+    decoder: Decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    (compiled or decoder)(**inputs, past_key_values=cache, use_cache=True)
 
 
 def _decoder(model: PreTrainedModel, batch: Batch) -> torch.nn.Module:
