@@ -127,6 +127,9 @@ def _attend(
         has_sinks = sink_page is not None
         attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
         plan.attentions[table, table.version, sink_page, *shapes] = attend
+    if torch.autograd.profiler._is_profiler_enabled:
+        with torch.autograd.profiler.record_function("hf_paged::paged_attention"):
+            return attend(query, key, value, sinks)
     return attend(query, key, value, sinks)
 
 

@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged.batch import Batch
-from hf_paged.compiled import Decoder, compiled_decoder
+from hf_paged.compilation import Decoder, compiled_decoder
 from hf_paged.config import layer_specs
 from hf_paged.layer import layers_over
 from hf_paged.mask import NAME

@@ -4,15 +4,14 @@ import dataclasses
 import json
 import sys
 import types
-from contextlib import contextmanager
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_paged import PagedCache
-from hf_paged.bench import allocator, beam, compile, fork, latency, mixed, peers, plan, worker
+from hf_paged import linear
+from hf_paged.bench import allocator, beam, compile, fork, latency, mixed, peers, plan, profile, report, worker
 from hf_paged.bench.bandwidth import bandwidth_share, read_bandwidth
 from hf_paged.bench.contender import Contender, sharing_weights
 from hf_paged.bench.contenders import CONTENDERS, Paged, line_up
@@ -42,27 +41,10 @@ def in_this_process(monkeypatch):
 
 
 @pytest.fixture
-def compiled_stand_in(monkeypatch):
-    """`hf_paged.compiled` and `PagedCache.prefill`, compiling nothing; what is given is a list of what they did."""
-    calls = []
-
-    @contextmanager
-    def compiled(model):
-        calls.append("compiled")
-        yield
-        calls.append("closed")
-
-    def prefill(cache, model, input_ids, attention_mask=None, max_tokens=512):
-        calls.append("prefill")
-        mask = None if attention_mask is None else attention_mask[:, :-1]
-        positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-        model(input_ids[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache)
-
-    module = types.ModuleType("hf_paged.compiled")
-    module.compiled = compiled
-    monkeypatch.setitem(sys.modules, "hf_paged.compiled", module)
-    monkeypatch.setattr(PagedCache, "prefill", prefill, raising=False)
-    return calls
+def traced_only(monkeypatch):
+    """Compiled contenders run what dynamo makes of the model, and nothing is compiled."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(linear, "compile_fx", lambda graph, inputs: graph)
 
 
 # Scenarios
@@ -121,7 +103,7 @@ def test_beyond_the_positions_of_the_model_a_random_one_goes_on():
     assert only[0] is small
 
 
-def test_mixed_accounts_for_padding_speed_and_memory(subject, in_this_process, compiled_stand_in):
+def test_mixed_accounts_for_padding_speed_and_memory(subject, in_this_process):
     asked = settings(prompt_lengths=(5, 18, 40), baselines=("dynamic", "paged", "paged-ragged", "generate_batch"))
     results = mixed.measure(subject, asked)
     token_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, head size, float32
@@ -196,12 +178,32 @@ def test_a_worker_that_fails_says_why(monkeypatch):
     assert worker.start("peak", TINY, "dynamic") == {"error": "The process ended with 1."}
 
 
+def test_a_step_is_taken_apart_into_what_it_is_spent_on(subject):
+    rows = profile.measure(subject, settings(contexts=(24,), prompt_lengths=(5, 18), baselines=("dynamic", "paged")))
+    assert [(row["context"], row["contender"]) for row in rows["rows"]] == [
+        ("24", "dynamic"), ("24", "paged"), ("2 rows", "dynamic"), ("2 rows", "paged")
+    ]  # fmt: skip
+    for row in rows["rows"]:
+        assert row["linear_ms"] > 0
+        assert row["attention_ms"] > 0
+        assert row["guards_ms"] == row["graph_ms"] == 0
+
+
+def test_what_is_not_an_operation_is_python():
+    events = [("aten::mm", 40.0), ("aten::_scaled_dot_product_flash_attention_for_cpu", 2.0), ("aten::cat", 3.0)]
+    events += [("mkldnn::_linear_pointwise", 5.0), ("aten::add", 1.0), ("hf_paged::write_and_attend", 4.0)]
+    assert profile.by_kind(events, 60.0) == {
+        "linear_ms": 45.0, "attention_ms": 2.0, "copies_ms": 3.0, "guards_ms": 0.0, "graph_ms": 0.0,
+        "other_operations_ms": 1.0, "python_ms": 9.0,
+    }  # fmt: skip
+
+
 # Contenders
 
 
 @pytest.mark.parametrize("name", ["static", "no-cache", "paged", "paged-ragged", "paged-compiled", "generate_batch"])
 @pytest.mark.parametrize("lengths", [[24], [9, 24]])
-def test_contenders_give_the_same_tokens(subject, compiled_stand_in, name, lengths):
+def test_contenders_give_the_same_tokens(subject, traced_only, name, lengths):
     ids, mask = subject.padded(lengths)
     with line_up(subject.model, ("dynamic", name), page_size=16) as contenders:
         laps = race_once(contenders, ids, mask if len(lengths) > 1 else None, 5)
@@ -211,8 +213,6 @@ def test_contenders_give_the_same_tokens(subject, compiled_stand_in, name, lengt
     assert reference["ratio"] == reference["paired_ratio"] == 1.0
     assert laps[name].tokens.shape == (len(lengths), 5)
     assert len(laps[name].step_s) == 4
-    expected = {"paged-ragged": ["prefill"], "paged-compiled": ["compiled", "prefill", "closed"]}
-    assert compiled_stand_in == expected.get(name, [])
 
 
 def test_the_compiled_static_cache_is_compiled_under_the_flags(subject, monkeypatch):
@@ -464,3 +464,35 @@ def test_peers_that_are_missing_are_named(monkeypatch):
     assert unnamed["error"] == "No model was given. Add --model-path unnamed=PATH"
     assert "4 new tokens were asked for" in short["error"]
     assert set(there) == {"contender", "total_s", "tokens_per_s"}
+
+
+# Tables for docs
+
+RESULTS = {
+    "num_threads": 1,
+    "latency": {
+        "fits": [],
+        "rows": [
+            {"context": 128, "contender": "dynamic", "ms_per_step": 60.0, "first_token_s": 0.5, "same_tokens": True},
+            {"context": 128, "contender": "paged", "ms_per_step": 40.0, "first_token_s": 1.0, "same_tokens": True},
+            {"context": 512, "contender": "paged", "error": "RuntimeError: no"},
+        ],
+    },
+}
+
+
+def test_results_are_laid_out_beside_the_reference(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (title,) = made = report.tables(tmp_path)
+    assert title == "latency, 1 thread"
+    assert made[title].splitlines()[2:] == [
+        "| 128 | dynamic | 60.0 | 1.00 | 0.50 | 1.00 | yes |  |",
+        "| 128 | paged | 40.0 | 1.50 | 1.00 | 0.50 | yes |  |",
+        "| 512 | paged |  |  |  |  |  | RuntimeError: no |",
+    ]
+    page = "before\n\n<!-- table: latency, 1 thread -->\nold\n<!-- end -->\nafter\n"
+    filled = report.fill(page, made)
+    assert filled == page.replace("old", f"\n{made[title]}\n")
+    assert report.fill(filled, made) == filled
+    with pytest.raises(ValueError, match="wants a table of 'latency, 1 thread', but there are results of"):
+        report.fill(page, {})

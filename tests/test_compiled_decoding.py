@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from hf_paged import PagedCache, linear
-from hf_paged.compiled import compiled
+from hf_paged.compilation import compiled
 from hf_paged.packaged import load_packaged_model, prompts
 from tests.models import generate, left_padded, random_ids, tiny_llama, tiny_model
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from hf_paged.bench.contender import Contender
 from hf_paged.cache import PagedCache
-from hf_paged.compiled import compiled
+from hf_paged.compilation import compiled
 from hf_paged.mask import NAME
 
 _MAX_GRAPHS = 64

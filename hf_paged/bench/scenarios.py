@@ -13,6 +13,7 @@ from hf_paged.bench import (
     mixed,
     no_cache,
     plan,
+    profile,
     single,
 )
 from hf_paged.bench.settings import Settings, Subject
@@ -25,6 +26,7 @@ WITH_MODEL: dict[str, Callable[[Subject, Settings], dict[str, Any]]] = {
     "beam": beam.measure,
     "fork": fork.measure,
     "no-cache": no_cache.measure,
+    "profile": profile.measure,
 }
 """Scenarios that are given a model."""
 

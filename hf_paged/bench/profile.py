@@ -1,0 +1,83 @@
+"""Profile: where the milliseconds of a decoding step go."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from hf_paged.bench.contender import Contender
+from hf_paged.bench.contenders import line_up
+from hf_paged.bench.mixed import prompt_lengths
+from hf_paged.bench.progress import progress
+from hf_paged.bench.race import Race, summarize, warm_up
+from hf_paged.bench.settings import Settings, Subject
+
+CONTEXTS = (128, 2048)
+BASELINES = ("dynamic", "paged", "paged-compiled")
+_NUM_PROFILED = 8
+_KINDS = {
+    "linear_ms": ("aten::mm", "aten::addmm", "mkldnn::", "hf_paged::linear"),
+    "attention_ms": ("aten::_scaled_dot_product", "hf_paged::paged_attention"),
+    "copies_ms": ("aten::cat", "aten::index_copy_", "aten::index_fill_"),
+    "guards_ms": ("TorchDynamo Cache Lookup",),
+    "graph_ms": ("## Call CompiledFxGraph",),
+}
+_OTHER = "other_operations_ms"
+_PYTHON = "python_ms"
+
+
+def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """Take steps apart: one row at each context, and the batch of `mixed`.
+
+    Returns:
+        `rows` for each batch and contender: `ms_per_step` without the profiler, and of these, as the profiler saw
+        them, `linear_ms` and `attention_ms`; `copies_ms`, of keys and values into the cache; `guards_ms`, dynamo's;
+        `graph_ms`, what inductor compiled, with the linear layers of one token; `other_operations_ms`; and
+        `python_ms`, whatever is left: Python, planning and the dispatch of operations.
+    """
+    contexts = subject.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens + _NUM_PROFILED)
+    batches: list[tuple[str, Tensor, Tensor | None]] = [(str(n), subject.prompt(n), None) for n in contexts]
+    lengths = prompt_lengths(settings)
+    batches.append((f"{len(lengths)} rows", *subject.padded(lengths)))
+    rows = []
+    with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as contenders:
+        warm_up(contenders, subject)
+        warm_up(contenders, subject, len(lengths))
+        for name, ids, mask in progress(batches, "profile"):
+            race = Race(contenders, ids.shape[1] + settings.max_new_tokens + _NUM_PROFILED, mask)
+            summary = summarize([race.lap(ids, settings.max_new_tokens)])
+            for row in summary:
+                if "error" not in row:
+                    (contender,) = (other for other in contenders if other.name == row["contender"])
+                    row |= _taken_apart(contender, row["ms_per_step"])
+                rows.append({"context": name} | row)
+            race.end()
+    return {"rows": rows}
+
+
+def _taken_apart(contender: Contender, ms_per_step: float) -> dict[str, float]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(_NUM_PROFILED):
+            contender.step()
+    events = [(event.key, event.self_cpu_time_total / 1e3 / _NUM_PROFILED) for event in profiler.key_averages()]
+    return by_kind(events, ms_per_step)
+
+
+def by_kind(events: Sequence[tuple[str, float]], ms_per_step: float) -> dict[str, float]:
+    """Add up the times of operations by what they do.
+
+    Args:
+        events: name and milliseconds of each, without what it calls.
+        ms_per_step: of everything, Python included.
+    """
+    spent: dict[str, float] = defaultdict(float)
+    for name, milliseconds in events:
+        # What runs Python shows up as an operation.
+        if name.startswith(("hf_paged::write_and_attend", "Torch-Compiled Region", "Pregraph")):
+            continue
+        kinds = (kind for kind, prefixes in _KINDS.items() if name.startswith(prefixes))
+        spent[next(kinds, _OTHER)] += milliseconds
+    figures = {kind: spent[kind] for kind in (*_KINDS, _OTHER)}
+    return figures | {_PYTHON: ms_per_step - sum(figures.values())}
