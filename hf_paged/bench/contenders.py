@@ -117,18 +117,17 @@ class Paged(Contender):
 
 
 class PagedRagged(Paged):
-    """The same, but prompts are packed without their padding by `PagedCache.prefill`."""
+    """The same, but prompts with padding are packed without it by `PagedCache.prefill`."""
 
     name = "paged-ragged"
 
     @override
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
-        if past == 0 and ids.shape[1] > 1:
+        if past == 0 and ids.shape[1] > 1 and arguments:
             cache: Any = self.cache
-            cache.prefill(self.model, ids, attention_mask=arguments.get("attention_mask"))
+            cache.prefill(self.model, ids, attention_mask=arguments["attention_mask"])
             past, ids = ids.shape[1] - 1, ids[:, -1:]
-            if arguments:
-                arguments["position_ids"] = arguments["position_ids"][:, -1:]
+            arguments["position_ids"] = arguments["position_ids"][:, -1:]
         return self.decode(ids, past, **arguments)
 
     def decode(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
