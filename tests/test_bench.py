@@ -469,7 +469,6 @@ def test_peers_that_are_missing_are_named(monkeypatch):
 # Tables for docs
 
 RESULTS = {
-    "num_threads": 1,
     "latency": {
         "fits": [],
         "rows": [
@@ -483,16 +482,17 @@ RESULTS = {
 
 def test_results_are_laid_out_beside_the_reference(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    (title,) = made = report.tables(tmp_path)
-    assert title == "latency, 1 thread"
-    assert made[title].splitlines()[2:] == [
+    made = report.tables(tmp_path)
+    assert set(made) == {"results/latency", "results/fits"}
+    laid_out = made["results/latency"]
+    assert laid_out.splitlines()[2:] == [
         "| 128 | dynamic | 60.0 | 1.00 | 0.50 | 1.00 | yes |  |",
         "| 128 | paged | 40.0 | 1.50 | 1.00 | 0.50 | yes |  |",
         "| 512 | paged |  |  |  |  |  | RuntimeError: no |",
     ]
-    page = "before\n\n<!-- table: latency, 1 thread -->\nold\n<!-- end -->\nafter\n"
+    page = "before\n\n<!-- table: results/latency -->\nold\n<!-- end -->\nafter\n"
     filled = report.fill(page, made)
-    assert filled == page.replace("old", f"\n{made[title]}\n")
+    assert filled == page.replace("old", f"\n{laid_out}\n")
     assert report.fill(filled, made) == filled
-    with pytest.raises(ValueError, match="wants a table of 'latency, 1 thread', but there are results of"):
+    with pytest.raises(ValueError, match="wants a table of 'results/latency', but there are results of"):
         report.fill(page, {})

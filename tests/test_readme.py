@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_paged.bench.report import fill, tables
 from tests.families import FAMILIES
 
 README = Path(__file__).parent.parent / "README.md"
@@ -49,6 +50,11 @@ def test_the_figures_of_beams_and_copies_are_those_of_the_results():
         assert cells == [theirs, format(ours, ".2f" if theirs == "all" else ".1f")]
     assert beams["same_sequences"]
     assert beams["largest_score_difference"] < 1e-6
+
+
+def test_the_tables_of_the_performance_page_are_those_of_the_results():
+    page = (README.parent / "docs" / "performance.md").read_text()
+    assert fill(page, tables(README.parent / "docs" / "results" / "bench")) == page
 
 
 @pytest.mark.real_model

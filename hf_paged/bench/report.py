@@ -1,6 +1,6 @@
 """Results as the tables of a page: `python -m hf_paged.bench.report docs/performance.md docs/results/bench`.
 
-A table stands between two comments, `<!-- table: latency, 1 thread -->` and `<!-- end -->`.
+A table stands between `<!-- table: NAME/SCENARIO -->`, for the results in `NAME.json`, and `<!-- end -->`.
 """
 
 import json
@@ -25,19 +25,16 @@ def tables(folder: Path) -> dict[str, str]:
         folder: with the JSON files that `hf-paged bench --json` wrote, any number of scenarios in each.
 
     Returns:
-        Tables by scenario and number of threads, as in `"latency, 1 thread"`.
+        Tables by file and scenario, as in `"two-threads/latency"`; the lines through the times of `latency` are
+        `"two-threads/fits"`.
     """
     made: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        threads = f"{results['num_threads']} thread" + ("s" if results["num_threads"] > 1 else "")
-        for name, columns in _COLUMNS.items():
-            if name in results:
-                label = f"{name} with static-compiled" if _has(results[name], "static-compiled") else name
-                made[f"{label}, {threads}"] = markdown(_with_speed(results[name]["rows"]), columns)
-        fits = results.get("latency", {}).get("fits", [])
-        if fits and not _has(results["latency"], "static-compiled"):
-            made[f"fits, {threads}"] = markdown(fits, _FITS)
+        for name in results.keys() & _COLUMNS.keys():
+            made[f"{path.stem}/{name}"] = markdown(_with_speed(results[name]["rows"]), _COLUMNS[name])
+        if "latency" in results:
+            made[f"{path.stem}/fits"] = markdown(results["latency"]["fits"], _FITS)
     return made
 
 
@@ -70,10 +67,6 @@ def markdown(rows: Iterable[dict[str, Any]], columns: Sequence[tuple[str, str, F
         cells = (form(row[key]) if key in row else "" for key, _, form in shown)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _has(results: Results, contender: str) -> bool:
-    return any(row.get("contender") == contender for row in results["rows"])
 
 
 def _with_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
