@@ -98,6 +98,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     ),
     "compile": (Chart("Time of a new process to its first two tokens", "two_tokens_s", "seconds"),),
     "no-cache": (_STEP,),
+    "profile": (),  # a table says it better
 }
 """The pictures of each scenario."""
 
