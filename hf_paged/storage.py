@@ -1,13 +1,12 @@
 """Keys and values of one layer, for every page of the pool."""
 
 import math
+import mmap
 import threading
 
 import numpy as np
 import torch
 from torch import Tensor
-
-_ALIGNMENT = 64  # bytes, a cache line
 
 
 def disagreement(keys: Tensor, values: Tensor) -> str | None:
@@ -136,13 +135,17 @@ class LayerStorage:
         # Not an inference tensor, so that caches filled under inference_mode go on working outside of it.
         with torch.inference_mode(False):
             if self.device.type == "cpu":
-                # Memory that the operating system zeroes when it is touched, and does not back before: torch.zeros
-                # would touch all of it.
-                num_bytes = math.prod(shape) * self.dtype.itemsize
-                memory = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
-                start = -memory.ctypes.data % _ALIGNMENT
-                tensor = torch.from_numpy(memory[start : start + num_bytes]).view(self.dtype).view(shape)
+                tensor = _untouched_memory(math.prod(shape) * self.dtype.itemsize).view(self.dtype).view(shape)
             else:
                 tensor = torch.zeros(shape, dtype=self.dtype, device=self.device)
         tensor._hf_paged_storage = True  # type: ignore[attr-defined]
         return tensor
+
+
+def _untouched_memory(num_bytes: int) -> Tensor:
+    """Zeros, `(num_bytes,)` uint8, that take no memory before they are touched and give it back when they are gone.
+
+    Not from an allocator, which may keep what is freed, and zero by hand, and so touch, what it hands out again.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))
