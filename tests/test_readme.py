@@ -13,16 +13,35 @@ from tests.families import FAMILIES
 README = Path(__file__).parent.parent / "README.md"
 
 
-@pytest.mark.parametrize("page_size", [128, 16])
-def test_the_figures_of_the_table_are_those_of_the_results(page_size):
-    results = json.loads((README.parent / "docs" / "results" / f"demo-page-{page_size}.json").read_text())
-    figures = results["ragged_batch"]
-    column = {128: (1, 2), 16: (3, 4)}[page_size]
-    for name, form in (("KV cache, MiB", ".1f"), ("first token, s", ".2f"), ("ms per decoding step", ".1f")):
-        (line,) = [line for line in README.read_text().splitlines() if line.startswith(f"| {name}")]
-        cells = [cell.strip(" *") for cell in line.split("|")[1:-1]]
-        assert cells[column[0]] == format(figures["DynamicCache"][name], form)
-        assert cells[column[1]] == format(figures["PagedCache"][name], form)
+def speed_lines() -> list[str]:
+    """The table of speed and memory."""
+
+    def rows(name, scenario):
+        results = json.loads((README.parent / "docs" / "results" / "bench" / f"{name}.json").read_text())[scenario]
+        return {(row.get("context"), row["contender"]): row for row in results["rows"]}, results
+
+    mixed, results = rows("mixed-2", "mixed")
+    latency, _ = rows("latency-2", "latency")
+    assert all(row["same_tokens"] for row in (*mixed.values(), *latency.values()))
+    names = {"dynamic": "dynamic", "paged": "paged-ragged", "paged-compiled": "paged-compiled"}
+    minimum = results["minimum_bytes"] / 2**20
+    lines = ["| | DynamicCache + sdpa | PagedCache | PagedCache, `compiled` |", "|---|---|---|---|"]
+    for label, key, unit, form in (
+        ("batch: all, s", "total_s", 1, ".1f"),
+        ("batch: ms per decoding step", "ms_per_step", 1, ".0f"),
+        (f"batch: KV cache, MiB (the tokens alone: {minimum:.0f})", "kv_bytes", 2**20, ".0f"),
+        ("batch: peak memory beyond the model, MiB", "peak_bytes", 2**20, ".0f"),
+    ):
+        cells = [format(mixed[None, mixed_name][key] / unit, form) for mixed_name in names.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for context in (128, 2048, 8000):
+        cells = [format(latency[context, name]["ms_per_step"], ".1f") for name in names]
+        lines.append(f"| one row: ms per token after {context} tokens | {' | '.join(cells)} |")
+    return lines
+
+
+def test_the_table_of_speed_and_memory_is_that_of_the_results():
+    assert "\n".join(speed_lines()) in README.read_text()
 
 
 def test_the_number_of_families_is_that_of_the_table():
@@ -71,6 +90,5 @@ def test_the_page_about_generate_runs_from_top_to_bottom(capsys):
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, names)
-    assert torch.equal(names["compiled"][:, : names["inputs"].input_ids.shape[1]], names["inputs"].input_ids)
     assert names["samples"].shape[0] == 4
     assert "pages are held by several beams" in capsys.readouterr().out
