@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from hf_paged.bench.report import fill, tables
 from tests.families import FAMILIES
