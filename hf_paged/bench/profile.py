@@ -32,8 +32,8 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Take steps apart: one row at each context, and the batch of `mixed`.
 
     Returns:
-        `rows` for each batch and contender: `ms_per_step` without the profiler, and of these, as the profiler saw
-        them, `linear_ms` and `attention_ms`; `copies_ms`, of keys and values into the cache; `guards_ms`, dynamo's;
+        `rows` for each batch and contender: `ms_per_step` without the profiler, `profiled_ms` with it, and of these
+        `linear_ms` and `attention_ms`; `copies_ms`, of keys and values into the cache; `guards_ms`, dynamo's;
         `graph_ms`, what inductor compiled, with the linear layers of one token; `other_operations_ms`; and
         `python_ms`, whatever is left: Python, planning and the dispatch of operations.
     """
@@ -51,26 +51,25 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
             for row in summary:
                 if "error" not in row:
                     (contender,) = (other for other in contenders if other.name == row["contender"])
-                    row |= _taken_apart(contender, row["ms_per_step"])
+                    row |= _taken_apart(contender)
                 rows.append({"context": name} | row)
             race.end()
     return {"rows": rows}
 
 
-def _taken_apart(contender: Contender, ms_per_step: float) -> dict[str, float]:
+def _taken_apart(contender: Contender) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(_NUM_PROFILED):
-            contender.step()
+        seconds = sum(contender.step() for _ in range(_NUM_PROFILED))
     events = [(event.key, event.self_cpu_time_total / 1e3 / _NUM_PROFILED) for event in profiler.key_averages()]
-    return by_kind(events, ms_per_step)
+    return by_kind(events, 1e3 * seconds / _NUM_PROFILED)
 
 
-def by_kind(events: Sequence[tuple[str, float]], ms_per_step: float) -> dict[str, float]:
+def by_kind(events: Sequence[tuple[str, float]], profiled_ms: float) -> dict[str, float]:
     """Add up the times of operations by what they do.
 
     Args:
         events: name and milliseconds of each, without what it calls.
-        ms_per_step: of everything, Python included.
+        profiled_ms: of everything, Python included.
     """
     spent: dict[str, float] = defaultdict(float)
     for name, milliseconds in events:
@@ -80,4 +79,4 @@ def by_kind(events: Sequence[tuple[str, float]], ms_per_step: float) -> dict[str
         kinds = (kind for kind, prefixes in _KINDS.items() if name.startswith(prefixes))
         spent[next(kinds, _OTHER)] += milliseconds
     figures = {kind: spent[kind] for kind in (*_KINDS, _OTHER)}
-    return figures | {_PYTHON: ms_per_step - sum(figures.values())}
+    return {"profiled_ms": profiled_ms} | figures | {_PYTHON: profiled_ms - sum(figures.values())}

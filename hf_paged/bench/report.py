@@ -159,6 +159,7 @@ _COLUMNS: dict[str, Sequence[tuple[str, str, Form]]] = {
         ("context", "context", str),
         ("contender", "", str),
         ("ms_per_step", "ms per step", _digits(1)),
+        ("profiled_ms", "with the profiler", _digits(1)),
         ("linear_ms", "linear layers", _digits(1)),
         ("graph_ms", "compiled graph", _digits(1)),
         ("attention_ms", "attention", _digits(1)),
