@@ -193,8 +193,8 @@ def test_what_is_not_an_operation_is_python():
     events = [("aten::mm", 40.0), ("aten::_scaled_dot_product_flash_attention_for_cpu", 2.0), ("aten::cat", 3.0)]
     events += [("mkldnn::_linear_pointwise", 5.0), ("aten::add", 1.0), ("hf_paged::write_and_attend", 4.0)]
     assert profile.by_kind(events, 60.0) == {
-        "profiled_ms": 60.0, "linear_ms": 45.0, "attention_ms": 2.0, "copies_ms": 3.0, "guards_ms": 0.0, "graph_ms": 0.0,
-        "other_operations_ms": 1.0, "python_ms": 9.0,
+        "profiled_ms": 60.0, "linear_ms": 45.0, "attention_ms": 2.0, "copies_ms": 3.0, "guards_ms": 0.0,
+        "graph_ms": 0.0, "other_operations_ms": 1.0, "python_ms": 9.0,
     }  # fmt: skip
 
 
