@@ -344,12 +344,17 @@ def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, one_shape):
     ids = random_ids(len(mask), NUM_COLUMNS + 3)[:, :NUM_COLUMNS]
     cache = paged(model)
     shapes, hook = tokens_of_passes(model)
-    cache.prefill(model, ids, mask, max_tokens=32)
+    cache.prefill(model, ids, mask, max_tokens=40)
     hook.remove()
-    assert shapes == [(1, 32)] * 4
+    assert shapes == [(1, 40)] * 3
     assert_same_content(cache, expected)
     cache.pool.check_integrity()
-    one_shape.undo()
+    cache = paged(model)
+    shapes, hook = tokens_of_passes(model)
+    cache.prefill(model, ids, mask, max_tokens=32)
+    hook.remove()
+    assert shapes == [(1, 32)] * 3 + [(1, 14)], "a chunk that is nearly empty is not worth filling up"
+    assert_same_content(cache, expected)
 
 
 def test_chunks_hold_max_tokens_whatever_the_padding():
