@@ -37,13 +37,13 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     """
     if model.training:
         raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
+    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     settings: Any = model.generation_config
     previous = settings.compile_config
-    settings.compile_config = _config()
-    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     outer = _active.get(decoder)
     # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
     _active[decoder] = torch.compile(decoder.forward, backend=_backend, fullgraph=True, dynamic=False)
+    settings.compile_config = _config()
     try:
         yield
     finally:
