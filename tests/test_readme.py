@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_paged.bench.report import fill, tables
+from hf_paged.bench.report import tables
+from hf_paged.lab.page import fill
 from tests.families import FAMILIES
 
 README = Path(__file__).parent.parent / "README.md"

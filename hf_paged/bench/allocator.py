@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from hf_paged.allocator import PageAllocator
-from hf_paged.bench.progress import progress
 from hf_paged.bench.settings import Settings
+from hf_paged.lab.progress import progress
 
 POOL_SIZES = (10**3, 10**4, 10**5, 10**6)
 NUM_THREADS = (1, 8)

@@ -7,9 +7,10 @@ from typing import Any
 
 from hf_paged.bench import worker
 from hf_paged.bench.contenders import line_up
-from hf_paged.bench.progress import progress
 from hf_paged.bench.race import race_once
-from hf_paged.bench.settings import Settings, Subject
+from hf_paged.bench.settings import Settings
+from hf_paged.lab.progress import progress
+from hf_paged.lab.subject import Subject
 
 BASELINES = ("paged", "paged-compiled", "static-compiled")
 PROMPT_LENGTH = 128

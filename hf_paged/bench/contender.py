@@ -1,20 +1,14 @@
 """The plain way to decode, which every other one is compared with and derived from."""
 
-import copy
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-
-def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model, its configuration included, but none of its weights and buffers."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)
+from hf_paged.lab.candidate import sharing_weights
 
 
 class Contender:

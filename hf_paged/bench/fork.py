@@ -7,11 +7,12 @@ from typing import Any
 
 from hf_paged.bench.contender import Contender
 from hf_paged.bench.contenders import line_up
-from hf_paged.bench.memory import kv_bytes
-from hf_paged.bench.progress import progress
 from hf_paged.bench.race import Race, warm_up
-from hf_paged.bench.settings import Settings, Subject
+from hf_paged.bench.settings import Settings
 from hf_paged.cache import PagedCache
+from hf_paged.lab.memory import kv_bytes
+from hf_paged.lab.progress import progress
+from hf_paged.lab.subject import Subject
 
 CONTEXTS = (1000, 4000, 8000)
 BASELINES = ("dynamic", "paged")

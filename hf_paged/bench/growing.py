@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from hf_paged.bench.contenders import line_up
-from hf_paged.bench.memory import PeakMemory
-from hf_paged.bench.progress import progress
 from hf_paged.bench.race import Lap, Race, summarize, warm_up
-from hf_paged.bench.settings import Settings, Subject, random_llama
+from hf_paged.bench.settings import Settings
+from hf_paged.lab.memory import PeakMemory
+from hf_paged.lab.progress import progress
+from hf_paged.lab.subject import Subject, random_llama
 
 
 def grow(
@@ -61,6 +62,6 @@ def subjects(subject: Subject, settings: Settings, default: Sequence[int]) -> li
     asked = sorted(settings.contexts or default)
     chosen = [(subject, subject.contexts(settings.contexts, default, settings.max_new_tokens))]
     if len(chosen[0][1]) < len(asked):
-        tiny = random_llama(settings)
+        tiny = random_llama(settings.dtype, settings.device)
         chosen.append((tiny, tiny.contexts(settings.contexts, default, settings.max_new_tokens)))
     return [(model, contexts) for model, contexts in chosen if contexts]

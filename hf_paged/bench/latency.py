@@ -5,10 +5,11 @@ from typing import Any
 from hf_paged.bench.bandwidth import bandwidth_share, read_bandwidth
 from hf_paged.bench.contenders import line_up
 from hf_paged.bench.fit import fit_line
-from hf_paged.bench.memory import weight_bytes
-from hf_paged.bench.progress import progress
 from hf_paged.bench.race import race_once, summarize, warm_up
-from hf_paged.bench.settings import Settings, Subject
+from hf_paged.bench.settings import Settings
+from hf_paged.lab.memory import weight_bytes
+from hf_paged.lab.progress import progress
+from hf_paged.lab.subject import Subject
 
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
 BASELINES = ("dynamic", "static", "flex", "paged")

@@ -6,10 +6,11 @@ from typing import Any
 
 from hf_paged.bench import worker
 from hf_paged.bench.contenders import line_up
-from hf_paged.bench.memory import PeakMemory
-from hf_paged.bench.progress import progress
 from hf_paged.bench.race import Lap, race_once, summarize, warm_up
-from hf_paged.bench.settings import Settings, Subject
+from hf_paged.bench.settings import Settings
+from hf_paged.lab.memory import PeakMemory
+from hf_paged.lab.progress import progress
+from hf_paged.lab.subject import Subject
 
 BASELINES = ("dynamic", "paged", "paged-ragged", "paged-compiled", "generate_batch")
 NUM_PROMPTS = 16

@@ -3,9 +3,10 @@
 from typing import Any
 
 from hf_paged.bench.contenders import line_up
-from hf_paged.bench.progress import progress
 from hf_paged.bench.race import race_once, summarize, warm_up
-from hf_paged.bench.settings import Settings, Subject
+from hf_paged.bench.settings import Settings
+from hf_paged.lab.progress import progress
+from hf_paged.lab.subject import Subject
 
 CONTEXTS = (128, 512, 1024)
 BASELINES = ("dynamic", "no-cache")

@@ -22,9 +22,9 @@ import numpy as np
 
 from hf_paged.bench.mixed import prompt_lengths
 from hf_paged.bench.settings import Settings
-from hf_paged.bench.table import table
+from hf_paged.lab.provenance import provenance, write_results
+from hf_paged.lab.table import table
 from hf_paged.packaged import load_packaged_model, prompts
-from hf_paged.provenance import provenance, write_results
 
 Prompts = Sequence[list[int]]
 Generate = Callable[[Prompts, int], list[list[int]]]

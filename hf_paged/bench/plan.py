@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
-from hf_paged.bench.progress import progress
 from hf_paged.bench.settings import Settings
 from hf_paged.cache import PagedCache
+from hf_paged.lab.progress import progress
 from hf_paged.mask import NAME, PagedMask
 from hf_paged.tiles import Layout
 

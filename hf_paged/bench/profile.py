@@ -10,9 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from hf_paged.bench.contender import Contender
 from hf_paged.bench.contenders import line_up
 from hf_paged.bench.mixed import prompt_lengths
-from hf_paged.bench.progress import progress
 from hf_paged.bench.race import Race, summarize, warm_up
-from hf_paged.bench.settings import Settings, Subject
+from hf_paged.bench.settings import Settings
+from hf_paged.lab.progress import progress
+from hf_paged.lab.subject import Subject
 
 CONTEXTS = (128, 2048)
 BASELINES = ("dynamic", "paged", "paged-compiled")

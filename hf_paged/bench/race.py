@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_paged.bench.contender import Contender
-from hf_paged.bench.memory import kv_bytes
-from hf_paged.bench.settings import Subject
+from hf_paged.lab.memory import kv_bytes
+from hf_paged.lab.subject import Subject
 
 logger = logging.getLogger(__name__)
 

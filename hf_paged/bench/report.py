@@ -1,21 +1,18 @@
 """Results as the tables of a page: `python -m hf_paged.bench.report docs/performance.md docs/results/bench`.
 
-A table stands between `<!-- table: NAME/SCENARIO -->`, for the results in `NAME.json`, and `<!-- end -->`.
+The table of `<!-- table: NAME/SCENARIO -->` is that of the results in `NAME.json`.
 """
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_paged.bench.race import REFERENCE
+from hf_paged.lab.page import Column, answer, digits, fill, markdown, mib, percent
 
 Results = dict[str, Any]
-Form = Callable[[Any], str]
-
-_MIB = 2**20
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -38,37 +35,6 @@ def tables(folder: Path) -> dict[str, str]:
     return made
 
 
-def fill(page: str, made: dict[str, str]) -> str:
-    """Put tables into a page, in place of those that it has.
-
-    Raises:
-        ValueError: if the page has a place for a table that there are no results for.
-    """
-
-    def replace(match: re.Match[str]) -> str:
-        if match[1] not in made:
-            raise ValueError(f"The page wants a table of {match[1]!r}, but there are results of {list(made)} only.")
-        return f"<!-- table: {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)
-
-
-def markdown(rows: Iterable[dict[str, Any]], columns: Sequence[tuple[str, str, Form]]) -> str:
-    """Lay rows out in Markdown.
-
-    Args:
-        rows: figures by key.
-        columns: key, heading and form of each; a row that lacks the key has an empty cell.
-    """
-    chosen = list(rows)
-    shown = [column for column in columns if any(column[0] in row for row in chosen)]
-    lines = ["| " + " | ".join(heading for _, heading, _ in shown) + " |", "|---" * len(shown) + "|"]
-    for row in chosen:
-        cells = (form(row[key]) if key in row else "" for key, _, form in shown)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def _with_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add how many times as fast as the reference a row is, to its first token and in all."""
     references = {_case(row): row for row in rows if row.get("contender") == REFERENCE}
@@ -88,93 +54,77 @@ def _case(row: dict[str, Any]) -> Any:
     return row.get("context"), row.get("turn")
 
 
-def _digits(count: int) -> Form:
-    return lambda value: f"{value:.{count}f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-def _mib(value: int) -> str:
-    return f"{value / _MIB:.1f}"
-
-
-def _answer(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 _LAP = (
     ("context", "context", str),
     ("contender", "", str),
-    ("ms_per_step", "ms per step", _digits(1)),
-    ("ms_per_step_speed", "times as fast", _digits(2)),
-    ("first_token_s", "first token, s", _digits(2)),
-    ("first_token_s_speed", "times as fast", _digits(2)),
+    ("ms_per_step", "ms per step", digits(1)),
+    ("ms_per_step_speed", "times as fast", digits(2)),
+    ("first_token_s", "first token, s", digits(2)),
+    ("first_token_s_speed", "times as fast", digits(2)),
 )
-_SAME = ("same_tokens", "same tokens", _answer)
+_SAME = ("same_tokens", "same tokens", answer)
 _ERROR = ("error", "", str)
-_COLUMNS: dict[str, Sequence[tuple[str, str, Form]]] = {
-    "latency": (*_LAP, ("bandwidth_share", "of the bandwidth", _percent), _SAME, _ERROR),
+_COLUMNS: dict[str, Sequence[Column]] = {
+    "latency": (*_LAP, ("bandwidth_share", "of the bandwidth", percent), _SAME, _ERROR),
     "mixed": (
         *_LAP,
-        ("total_s", "all, s", _digits(1)),
-        ("total_s_speed", "times as fast", _digits(2)),
-        ("tokens_per_s", "tokens/s", _digits(0)),
-        ("last_tokens_per_s", "last 256, tokens/s", _digits(0)),
-        ("kv_bytes", "KV cache, MiB", _mib),
-        ("overhead", "over the minimum", _percent),
-        ("peak_bytes", "peak over the model, MiB", _mib),
+        ("total_s", "all, s", digits(1)),
+        ("total_s_speed", "times as fast", digits(2)),
+        ("tokens_per_s", "tokens/s", digits(0)),
+        ("last_tokens_per_s", "last 256, tokens/s", digits(0)),
+        ("kv_bytes", "KV cache, MiB", mib),
+        ("overhead", "over the minimum", percent),
+        ("peak_bytes", "peak over the model, MiB", mib),
         _SAME,
         _ERROR,
     ),
     "beam": (
         *_LAP,
-        ("peak_kv_bytes", "KV cache at most, MiB", _mib),
-        ("same_tokens", "same sequences", _answer),
+        ("peak_kv_bytes", "KV cache at most, MiB", mib),
+        ("same_tokens", "same sequences", answer),
         _ERROR,
     ),
     "fork": (
         ("context", "tokens", str),
         ("contender", "", str),
-        ("ms", "ms", _digits(3)),
-        ("new_bytes", "new MiB", _mib),
+        ("ms", "ms", digits(3)),
+        ("new_bytes", "new MiB", mib),
     ),
     "no-cache": (*_LAP, _SAME, _ERROR),
     "allocator": (
         ("num_pages", "pages", str),
         ("num_threads", "threads", str),
-        ("us_per_page", "µs per page", _digits(3)),
+        ("us_per_page", "µs per page", digits(3)),
     ),
-    "plan": (("num_pages", "pages", str), ("us", "µs", _digits(0))),
+    "plan": (("num_pages", "pages", str), ("us", "µs", digits(0))),
     "compile": (
         ("contender", "", str),
         ("start", "start", str),
-        ("first_token_s", "first token, s", _digits(1)),
-        ("two_tokens_s", "second token after, s", _digits(1)),
-        ("ms_per_step", "ms per step", _digits(1)),
+        ("first_token_s", "first token, s", digits(1)),
+        ("two_tokens_s", "second token after, s", digits(1)),
+        ("ms_per_step", "ms per step", digits(1)),
         _ERROR,
     ),
     "profile": (
         ("context", "context", str),
         ("contender", "", str),
-        ("ms_per_step", "ms per step", _digits(1)),
-        ("profiled_ms", "with the profiler", _digits(1)),
-        ("linear_ms", "linear layers", _digits(1)),
-        ("graph_ms", "compiled graph", _digits(1)),
-        ("attention_ms", "attention", _digits(1)),
-        ("copies_ms", "copies of KV", _digits(1)),
-        ("other_operations_ms", "other operations", _digits(1)),
-        ("guards_ms", "guards", _digits(1)),
-        ("python_ms", "Python and planning", _digits(1)),
+        ("ms_per_step", "ms per step", digits(1)),
+        ("profiled_ms", "with the profiler", digits(1)),
+        ("linear_ms", "linear layers", digits(1)),
+        ("graph_ms", "compiled graph", digits(1)),
+        ("attention_ms", "attention", digits(1)),
+        ("copies_ms", "copies of KV", digits(1)),
+        ("other_operations_ms", "other operations", digits(1)),
+        ("guards_ms", "guards", digits(1)),
+        ("python_ms", "Python and planning", digits(1)),
     ),
 }
 _FITS = (
     ("contender", "", str),
-    ("intercept_ms", "ms at length 0", _digits(1)),
-    ("slope_us", "µs per token of context", _digits(2)),
-    ("r_squared", "R²", _digits(3)),
-    ("growth", "128 to 2048", _digits(2)),
+    ("intercept_ms", "ms at length 0", digits(1)),
+    ("slope_us", "µs per token of context", digits(2)),
+    ("r_squared", "R²", digits(3)),
+    ("growth", "128 to 2048", digits(2)),
 )
 
 

@@ -16,7 +16,8 @@ from hf_paged.bench import (
     profile,
     single,
 )
-from hf_paged.bench.settings import Settings, Subject
+from hf_paged.bench.settings import Settings
+from hf_paged.lab.subject import Subject
 
 WITH_MODEL: dict[str, Callable[[Subject, Settings], dict[str, Any]]] = {
     "latency": latency.measure,

@@ -3,7 +3,8 @@
 from typing import Any
 
 from hf_paged.bench.growing import grow, subjects
-from hf_paged.bench.settings import Settings, Subject
+from hf_paged.bench.settings import Settings
+from hf_paged.lab.subject import Subject
 
 CONTEXTS = (1000, 4000, 8000, 16000, 32000, 64000, 100000)
 

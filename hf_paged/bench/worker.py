@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hf_paged.bench.settings import Settings, Subject, load
+from hf_paged.bench.settings import Settings, load
+from hf_paged.lab.subject import Subject
 
 
 def start(task: str, settings: Settings, contender: str, **environment: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _processor() -> str:
 
 def _commit() -> str:
     """The commit that the code is at, marked if the code has changed since."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", ".", "../examples"])
     try:
         head, changes = (
