@@ -26,7 +26,7 @@ class PagedCache(Cache):
     Args:
         config: the model's configuration.
         num_pages: at most so many pages, reserved at once. None: the pool grows by doubling.
-        page_size: tokens per page: 16, 32, 64 or 128.
+        page_size: tokens per page: 16, 32, 64, 128 or 256.
         pool: hold pages of this pool, which other caches may share, instead of one of its own.
 
     Raises:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-PAGE_SIZES = (16, 32, 64, 128)
+PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
 
 _WINDOWED = ("sliding_attention", "reference_sliding_attention", "chunked_attention")

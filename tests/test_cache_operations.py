@@ -71,7 +71,7 @@ def test_update_returns_what_dynamic_cache_returns(cache, generator, num_rows, c
     cache.pool.check_integrity()
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
 def test_every_page_size_holds_the_same(generator, page_size):
     cache = PagedCache(tiny_config(), page_size=page_size)
     reference = filled(cache, generator, 2, page_size - 1)
