@@ -122,6 +122,15 @@ def test_mixed_accounts_for_padding_speed_and_memory(subject, in_this_process):
     assert "kv_bytes" not in by_name["generate_batch"]
 
 
+def test_page_sizes_are_compared_on_one_batch(subject):
+    results = WITH_MODEL["page-size"](subject, settings(prompt_lengths=(5, 18, 300), max_new_tokens=3))
+    assert [row["page_size"] for row in results["rows"]] == [None, 16, 32, 64, 128, 256]
+    assert all(row["same_tokens"] for row in results["rows"])
+    for row in results["rows"][1:]:
+        pages = sum(-(-(length + 2) // row["page_size"]) for length in (5, 18, 300))
+        assert row["overhead"] == pytest.approx(pages * row["page_size"] / (323 + 3 * 2) - 1)
+
+
 def test_the_default_batch_is_sixteen_prompts_of_up_to_1024_tokens():
     lengths = mixed.prompt_lengths(Settings())
     assert len(lengths) == 16

@@ -58,6 +58,10 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     ),
     "compile": (Chart("Time of a new process to its first two tokens", "two_tokens_s", "seconds"),),
     "no-cache": (_STEP,),
+    "page-size": (
+        Chart("Keys and values beyond the minimum", "overhead", "percent", unit=0.01),
+        Chart("Time of a step of the batch", "ms_per_step", "ms per step"),
+    ),
     "profile": (),  # a table says it better
 }
 """The pictures of each scenario."""

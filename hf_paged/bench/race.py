@@ -120,9 +120,13 @@ def race_once(
 
 
 def warm_up(contenders: Sequence[Contender], subject: Subject, num_rows: int = 1) -> None:
-    """Let everyone compile what it needs, with short prompts of two lengths; one row is given more after them."""
-    for length in (24, 40):
-        ids, mask = subject.padded([length + row for row in range(num_rows)])
+    """Let everyone compile what it needs, with short prompts, then with one of several pages among them.
+
+    A single row is given more after its first tokens.
+    """
+    several_pages = 2 * max(contender.page_size for contender in contenders) + 1
+    for first, last in ((24, 24 + num_rows), (40, several_pages)):
+        ids, mask = subject.padded([*range(first, first + num_rows - 1), last])
         race = Race(contenders, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
         race.lap(ids, 3)
         if num_rows == 1:

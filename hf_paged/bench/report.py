@@ -91,6 +91,14 @@ _COLUMNS: dict[str, Sequence[Column]] = {
         ("new_bytes", "new MiB", mib),
     ),
     "no-cache": (*_LAP, _SAME, _ERROR),
+    "page-size": (
+        *_LAP,
+        ("total_s", "all, s", digits(1)),
+        ("kv_bytes", "KV cache, MiB", mib),
+        ("overhead", "over the minimum", percent),
+        _SAME,
+        _ERROR,
+    ),
     "allocator": (
         ("num_pages", "pages", str),
         ("num_threads", "threads", str),

@@ -12,6 +12,7 @@ from hf_paged.bench import (
     latency,
     mixed,
     no_cache,
+    page_size,
     plan,
     profile,
     single,
@@ -27,6 +28,7 @@ WITH_MODEL: dict[str, Callable[[Subject, Settings], dict[str, Any]]] = {
     "beam": beam.measure,
     "fork": fork.measure,
     "no-cache": no_cache.measure,
+    "page-size": page_size.measure,
     "profile": profile.measure,
 }
 """Scenarios that are given a model."""
