@@ -71,22 +71,18 @@ class PageAllocator:
             OutOfPagesError: if there are fewer; nothing is taken.
         """
         with self._lock:
-            self._collect()
-            num_free = self._count_free()
+            if self._dropped:
+                self._collect()
+            free, counts = self._free, self._ref_counts
             held_back = self.watermark if admit else 0
-            if count > num_free - held_back:
-                kept = f" ({held_back} of them held back for running rows)" if held_back else ""
-                raise OutOfPagesError(
-                    f"This step needs {count} more pages, but {num_free} of {self.num_pages} are free{kept}. "
-                    "Raise num_pages, or free pages: reset() or delete caches that are done."
-                )
-            reused = min(count, len(self._free))
-            pages = self._free[len(self._free) - reused :][::-1]
-            del self._free[len(self._free) - reused :]
-            pages.extend(range(self._num_touched, self._num_touched + count - reused))
-            self._num_touched += count - reused
+            first = len(free) - count
+            if first >= held_back:
+                pages = free[first:]
+                del free[first:]
+            else:
+                pages = self._take_untouched_too(count, held_back)
             for page in pages:
-                self._ref_counts[page] = 1
+                counts[page] = 1
             return pages
 
     def retain(self, pages: Sequence[int], times: int = 1) -> None:
@@ -156,6 +152,21 @@ class PageAllocator:
             if self._num_shared != sum(count > 1 for count in counted.values()):
                 raise RuntimeError(f"{self._num_shared} pages are said to be shared, which is not so.")
 
+    def _take_untouched_too(self, count: int, held_back: int) -> list[int]:
+        num_free = self._count_free()
+        if count > num_free - held_back:
+            kept = f" ({held_back} of them held back for running rows)" if held_back else ""
+            raise OutOfPagesError(
+                f"This step needs {count} more pages, but {num_free} of {self.num_pages} are free{kept}. "
+                "Raise num_pages, or free pages: reset() or delete caches that are done."
+            )
+        reused = min(count, len(self._free))
+        pages = self._free[len(self._free) - reused :]
+        del self._free[len(self._free) - reused :]
+        pages.extend(range(self._num_touched, self._num_touched + count - reused))
+        self._num_touched += count - reused
+        return pages
+
     def _count_free(self) -> int:
         return len(self._free) + self.num_pages - self._num_touched
 
@@ -164,19 +175,21 @@ class PageAllocator:
             self._release(self._dropped.popleft())
 
     def _release(self, pages: Sequence[int]) -> None:
-        counts = self._ref_counts
-        freed = []
-        num_unshared = 0
-        for done, page in enumerate(pages):
-            count = counts[page] if 0 <= page < len(counts) else 0
-            if count < 1:
-                for undone in pages[:done]:
-                    counts[undone] += 1
-                raise ValueError(f"Page {page} was released more often than it was held.")
-            counts[page] = count - 1
+        counts, free = self._ref_counts, self._free
+        num_pages = len(counts)
+        done = num_unshared = 0
+        num_free = len(free)
+        for page in pages:
+            count = counts[page] if 0 <= page < num_pages else 0
             if count == 1:
-                freed.append(page)
+                free.append(page)
             elif count == 2:
                 num_unshared += 1
-        self._free.extend(freed)
+            elif count == 0:
+                for undone in pages[:done]:
+                    counts[undone] += 1
+                del free[num_free:]
+                raise ValueError(f"Page {page} was released more often than it was held.")
+            counts[page] = count - 1
+            done += 1
         self._num_shared -= num_unshared
