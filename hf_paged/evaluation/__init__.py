@@ -1,0 +1,1 @@
+"""Whether a model says the same through every cache."""
