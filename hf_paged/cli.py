@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from hf_paged.commands import bench
+from hf_paged.commands import audit, bench
 
-COMMANDS = (bench,)
+COMMANDS = (bench, audit)
 Run = Callable[[argparse.Namespace], None]
 
 
