@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from hf_paged.commands import bench
+from hf_paged.commands import bench, long_context
 
-COMMANDS = (bench,)
+COMMANDS = (bench, long_context)
 Run = Callable[[argparse.Namespace], None]
 
 

@@ -1,0 +1,1 @@
+"""What a cache does to a model's answers."""
