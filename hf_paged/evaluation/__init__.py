@@ -1,5 +1,6 @@
-"""Whether a model says the same through every cache."""
+"""What a cache does to a model's results, and to memory."""
 
+from hf_paged.evaluation.audit import AuditStep, MemoryAudit
 from hf_paged.evaluation.perplexity import CacheFigures, Perplexity, perplexity
 
-__all__ = ["CacheFigures", "Perplexity", "perplexity"]
+__all__ = ["AuditStep", "CacheFigures", "MemoryAudit", "Perplexity", "perplexity"]
