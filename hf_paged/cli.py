@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from hf_paged.commands import bench
+from hf_paged.commands import bench, ppl
 
-COMMANDS = (bench,)
+COMMANDS = (bench, ppl)
 Run = Callable[[argparse.Namespace], None]
 
 
@@ -20,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; return the exit code, 2 for a caller's mistake."""
+    """Run a subcommand; return the exit code, 2 for a caller's mistake or a hub out of reach."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     namespace = parser.parse_args(arguments)
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Run = namespace.run
     try:
         run(namespace)
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hf_paged.cache import PagedCache
 
@@ -21,6 +21,14 @@ def kv_bytes(cache: Cache | None) -> int:
         return cache.stats().active_bytes
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@torch.no_grad()
+def token_bytes(model: PreTrainedModel) -> int:
+    """Keys and values of one token in all layers, bytes."""
+    cache = DynamicCache(config=model.config)
+    model(torch.zeros((1, 1), dtype=torch.long, device=model.device), past_key_values=cache)
+    return kv_bytes(cache)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

@@ -9,14 +9,13 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from hf_paged.lab.memory import kv_bytes
+from hf_paged.lab.memory import token_bytes
 from hf_paged.packaged import load_packaged_model, prompts
 
 _SEED = 0
@@ -75,10 +74,7 @@ class Subject:
 
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers, bytes."""
-        cache = DynamicCache(config=self.model.config)
-        with torch.no_grad():
-            self.model(self.prompt(1), past_key_values=cache)
-        return kv_bytes(cache)
+        return token_bytes(self.model)
 
 
 def load_subject(name: str | None = None, dtype: str = "float32", device: str = "cpu") -> Subject:
