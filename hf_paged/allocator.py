@@ -33,6 +33,11 @@ class PageAllocator:
         return len(self._ref_counts)
 
     @property
+    def num_touched(self) -> int:
+        """Pages at the beginning that somebody holds or held; what is behind them was never handed out."""
+        return self._num_touched
+
+    @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
         with self._lock:

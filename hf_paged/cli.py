@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from hf_paged.commands import bench, ppl
+from hf_paged.commands import audit, bench, ppl
 
-COMMANDS = (bench, ppl)
+COMMANDS = (bench, audit, ppl)
 Run = Callable[[argparse.Namespace], None]
 
 

@@ -45,6 +45,8 @@ class LayerStorage:
         self._held = (*self.key_shape, *self.value_shape, keys.dtype, keys.dtype, keys.device, keys.device)
         self.tensors = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
         """Keys and values, each `(1, num_kv_heads, num_slots, head_dim)`; the head sizes may differ."""
+        self.num_carried_pages = 0
+        """Pages at the beginning that these tensors were made with: the last `resize` wrote every slot of them."""
         # Growth replaces the tensors; a write by another thread must land before the copy or in the new ones.
         self._lock = threading.Lock()
 
@@ -118,10 +120,12 @@ class LayerStorage:
     def resize(self, num_pages: int) -> None:
         """Hold `num_pages` pages from now on, keeping the content of those that remain."""
         with self._lock:
-            kept = min(num_pages, self.num_pages) * self.page_size
+            num_carried = min(num_pages, self.num_pages)
+            kept = num_carried * self.page_size
             keys, values = self._zeros(self.key_shape, num_pages), self._zeros(self.value_shape, num_pages)
             keys[:, :, :kept].copy_(self.keys[:, :, :kept])
             values[:, :, :kept].copy_(self.values[:, :, :kept])
+            self.num_carried_pages = num_carried
             self.tensors = keys, values  # in one go: a reader must not get keys and values of different sizes
 
     def _by_page(self, tensor: Tensor) -> Tensor:

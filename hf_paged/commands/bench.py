@@ -13,6 +13,7 @@ from hf_paged.bench.contenders import CONTENDERS
 from hf_paged.bench.plot import draw
 from hf_paged.bench.scenarios import DESCRIPTIONS, WITH_MODEL, WITHOUT_MODEL
 from hf_paged.bench.settings import Settings, load
+from hf_paged.commands.arguments import numbers
 from hf_paged.config import PAGE_SIZES
 from hf_paged.lab.provenance import provenance, write_results
 from hf_paged.lab.table import table
@@ -40,8 +41,8 @@ def add(subcommands: Any) -> None:
     parser.add_argument("--page-size", type=int, default=default.page_size, choices=PAGE_SIZES, help="%(default)s")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="of each figure (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="(default: %(default)s)")
-    parser.add_argument("--contexts", type=_numbers, metavar="N,N,...", help="tokens (default: the scenario's own)")
-    parser.add_argument("--prompt-lengths", type=_numbers, metavar="N,N,...", help="of mixed (default: 16 to 1024)")
+    parser.add_argument("--contexts", type=numbers, metavar="N,N,...", help="tokens (default: the scenario's own)")
+    parser.add_argument("--prompt-lengths", type=numbers, metavar="N,N,...", help="of mixed (default: 16 to 1024)")
     parser.add_argument(
         "--baselines", type=_names, metavar="NAME,...", help="contenders (default: the scenario's own)"
     )
@@ -78,10 +79,6 @@ def run(arguments: argparse.Namespace) -> None:
             write_results(arguments.json, results)  # after each, so that what is measured is not lost
         if arguments.plot:
             draw(name, results[name]["rows"], arguments.plot)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Whether a model says the same through every cache."""
+"""What a cache does to a model's results, and to memory."""
 
 from hf_paged.evaluation.perplexity import CacheFigures, Perplexity, perplexity
 

@@ -68,6 +68,14 @@ class PeakMemory:
             _reset_high_water_mark()
 
     @property
+    def held_bytes(self) -> int | None:
+        """Bytes held now, less those at the beginning; None where the system tells the peak only."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) - self._before
+        held = _status("VmRSS")
+        return None if held is None else held - self._before
+
+    @property
     def bytes(self) -> int:
         """Bytes at the peak, less those at the beginning."""
         if self._device.type == "cuda":
