@@ -9,6 +9,7 @@ import huggingface_hub
 import pandas
 import pytest
 
+from hf_paged.cli import main
 from hf_paged.evaluation.texts import load_texts
 from hf_paged.packaged import prose
 
@@ -129,6 +130,14 @@ def test_without_the_hub_a_local_file_is_recommended(without_hub):
         load_texts("wikitext-2")
     with pytest.raises(ConnectionError, match=r"can't be reached.* Give a local file \(\.txt, \.json, \.jsonl, "):
         load_texts("owner/name")
+
+
+@pytest.mark.parametrize("dataset", ["owner/name", "none.txt"])
+def test_the_command_says_in_one_line_which_texts_it_lacks(without_hub, capsys, dataset):
+    assert main(["ppl", "--dataset", dataset]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hf-paged: The ")
+    assert dataset in line
 
 
 def test_a_dataset_that_the_hub_does_not_have_is_named(monkeypatch):
