@@ -29,6 +29,9 @@ class PagedCache(Cache):
         page_size: tokens per page: 16, 32, 64, 128 or 256.
         pool: hold pages of this pool, which other caches may share, instead of one of its own.
 
+    Attributes:
+        pool: where its pages are.
+
     Raises:
         ValueError: for arguments that exclude each other, a page size that the kernel can't take, or a model whose
             layers keep another state than keys and values.
@@ -64,9 +67,9 @@ class PagedCache(Cache):
         """Make a cache for a model.
 
         Args:
-            model: a decoder.
-            num_pages: as for the class.
-            page_size: as for the class.
+            model: a decoder, or a model that has one.
+            num_pages: at most so many pages, reserved at once. None: the pool grows by doubling.
+            page_size: tokens per page, one of those that the class takes.
 
         Raises:
             ValueError: if the model can't run the attention that it is set to.
@@ -175,11 +178,21 @@ class PagedCache(Cache):
         self._batch.truncate(held + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row `i` be what row `beam_idx[i]` was; no token is copied."""
+        """Let row `i` be what row `beam_idx[i]` was; no token is copied.
+
+        Args:
+            beam_idx: `(num_rows,)` int64, indices of rows; as many as the next pass has.
+
+        Raises:
+            ValueError: if a row does not exist; nothing has changed.
+        """
         self._batch.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows that `indices`, or a bool mask over all rows, names.
+        """Keep some rows; those that are left out give their pages back.
+
+        Args:
+            indices: `(num_kept,)` int64, in the order wanted, or a bool mask over all rows.
 
         Raises:
             ValueError: if a row does not exist, or the mask has another length; nothing has changed.
@@ -187,7 +200,11 @@ class PagedCache(Cache):
         self._batch.select(self._indices(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times, sharing its pages."""
+        """Repeat each row, sharing its pages; the copies of a row follow one another.
+
+        Args:
+            repeats: how often each row is there afterwards.
+        """
         self._batch.select(np.repeat(np.arange(len(self.lengths)), repeats).tolist())
 
     def release(self, rows: Sequence[int] | Tensor) -> None:
@@ -205,7 +222,10 @@ class PagedCache(Cache):
         self._batch.release(self._indices(rows))
 
     def activate_past_recording(self) -> None:
-        """Keep what leaves a sliding window until the next `crop`, so that it can be exact. Assisted decoding asks."""
+        """Keep what leaves a sliding window until the next `crop`, so that `crop` can be exact.
+
+        Assisted decoding calls this by itself.
+        """
         self._batch.records_past = True
 
     def fork(self) -> "PagedCache":
@@ -237,11 +257,15 @@ class PagedCache(Cache):
         return self._batch.gather(layer_idx)
 
     def stats(self) -> MemoryStats:
-        """Account for the pages and bytes that this cache holds."""
+        """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
         self._batch.tidy()
         return self.pool.account([[table] for table in self._batch.tables])
 
     def memory_map(self, width: int = 64) -> str:
-        """Draw the pages of each group of layers, `width` to a line, and the pages of each row."""
+        """Draw the pages of each group of layers, and list the pages of each row.
+
+        Args:
+            width: pages to a line.
+        """
         self._batch.settle()
         return draw(self._batch.tables, width)

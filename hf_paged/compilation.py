@@ -21,7 +21,7 @@ _active: WeakKeyDictionary[torch.nn.Module, Decoder] = WeakKeyDictionary()
 
 @contextmanager
 def compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Within, `generate()` decodes in compiled graphs, and so does `PagedCache.prefill`.
+    """Let `generate()` decode in compiled graphs within this context, and `PagedCache.prefill` compute in them.
 
     It sets the model's `generation_config.compile_config`, which Transformers looks at, and nothing else: a
     `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row and
