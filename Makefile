@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(PINS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench bench-llama bench-llama-paged docs test test-oldest check format clean
+.PHONY: help install demo bench bench-llama bench-llama-paged reproduce docs test test-oldest check format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
@@ -32,6 +32,9 @@ bench-llama: $(STAMP) ## measure the contiguous cache alone: latency and a mixed
 
 bench-llama-paged: $(STAMP) ## measure the paged cache beside the contiguous one (ARGS goes to hf-paged bench)
 	@$(BIN)/hf-paged bench latency mixed --baselines dynamic,paged,paged-compiled $(ARGS)
+
+reproduce: $(STAMP) ## run the paper's evaluation and write docs/reproduction.md (half an hour; ARGS="--full" for hours)
+	@$(BIN)/hf-paged reproduce --folder docs $(ARGS)
 
 docs: $(STAMP) ## build the documentation into site/; any warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -182,9 +182,8 @@ class PageAllocator:
     def _release(self, pages: Sequence[int]) -> None:
         counts, free = self._ref_counts, self._free
         num_pages = len(counts)
-        done = num_unshared = 0
-        num_free = len(free)
-        for page in pages:
+        num_free, num_unshared = len(free), 0
+        for done, page in enumerate(pages):
             count = counts[page] if 0 <= page < num_pages else 0
             if count == 1:
                 free.append(page)
@@ -196,5 +195,4 @@ class PageAllocator:
                 del free[num_free:]
                 raise ValueError(f"Page {page} was released more often than it was held.")
             counts[page] = count - 1
-            done += 1
         self._num_shared -= num_unshared

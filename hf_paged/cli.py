@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from hf_paged.commands import audit, bench, long_context, ppl
+from hf_paged.commands import audit, bench, long_context, ppl, reproduce
 
-COMMANDS = (bench, ppl, audit, long_context)
+COMMANDS = (bench, ppl, audit, long_context, reproduce)
 Run = Callable[[argparse.Namespace], None]
 
 

@@ -20,10 +20,11 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Measure one row at each context.
 
     Returns:
-        `bandwidth_gb_s`; `rows` for each context and contender, with `bandwidth_share`: the bytes that a step must
-        read (weights, and the keys and values of the context) per second, as a part of the bandwidth; `fits` for each
-        contender, a line through the times of a step with `slope_us` per token of context, and the `growth` of the
-        time from the first context to 2048, or to the last where that was not measured.
+        `bandwidth_gb_s`; `weight_bytes`, which a step reads; `rows` for each context and contender, with
+        `bandwidth_share`: the bytes that a step must read (weights, and the keys and values of the context) per
+        second, as a part of the bandwidth; `fits` for each contender, a line through the times of a step with
+        `slope_us` per token of context, and the `growth` of the time from the first context to 2048, or to the last
+        where that was not measured.
     """
     contexts = subject.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
     bandwidth = read_bandwidth(subject.device)
@@ -39,7 +40,7 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
                     num_bytes = weights + context * token_bytes
                     row["bandwidth_share"] = bandwidth_share(num_bytes, row["ms_per_step"] / 1e3, bandwidth)
                 rows.append({"context": context} | row)
-    return {"bandwidth_gb_s": bandwidth / 1e9, "rows": rows, "fits": fits(rows)}
+    return {"bandwidth_gb_s": bandwidth / 1e9, "weight_bytes": weights, "rows": rows, "fits": fits(rows)}
 
 
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def _with_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _case(row: dict[str, Any]) -> Any:
-    return row.get("context"), row.get("turn")
+    return row.get("model"), row.get("context")
 
 
 _LAP = (
@@ -62,10 +62,17 @@ _LAP = (
     ("first_token_s", "first token, s", digits(2)),
     ("first_token_s_speed", "times as fast", digits(2)),
 )
+_GROWING = (
+    ("model", "model", str),
+    *_LAP,
+    ("kv_bytes", "KV cache, MiB", mib),
+)
 _SAME = ("same_tokens", "same tokens", answer)
 _ERROR = ("error", "", str)
 _COLUMNS: dict[str, Sequence[Column]] = {
     "latency": (*_LAP, ("bandwidth_share", "of the bandwidth", percent), _SAME, _ERROR),
+    "single": (*_GROWING, _SAME, _ERROR),
+    "chat": (*_GROWING, _SAME, _ERROR),
     "mixed": (
         *_LAP,
         ("total_s", "all, s", digits(1)),

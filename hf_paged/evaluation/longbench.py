@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_paged.evaluation.example import Example, Task, truncate
 from hf_paged.evaluation.answer_metrics import Metric, choice_accuracy, number_precision, token_f1
+from hf_paged.evaluation.example import Example, Task, truncate
 
 ARCHIVE = "hf://datasets/zai-org/LongBench/data.zip"
 """Version 1. Its loading script is of a kind that `datasets` no longer runs; the files in here need none."""

@@ -9,8 +9,8 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_paged.evaluation.example import Example, Prompt, Task, compose, fill
 from hf_paged.evaluation.answer_metrics import string_match, word_similarity
+from hf_paged.evaluation.example import Example, Prompt, Task, compose, fill
 from hf_paged.packaged import prose
 
 NUM_DOCUMENTS = 5
