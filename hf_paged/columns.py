@@ -58,15 +58,18 @@ class Columns:
         past, new = mask[:, : self.count], mask[:, self.count :]
         if self.released is not None:
             past = past & ~self.released[:, None]
-        recorded = True if self.real is None else self.real
-        if (past & ~np.asarray(recorded)).any():
-            row, column = np.argwhere(past & ~np.asarray(recorded))[0].tolist()
+        stored = self.without_released(new, num_rows, num_new)
+        stored = None if stored is None or stored.all() else stored
+        if self.real is None:
+            return stored, bool(past.all())
+        unknown = past & ~self.real
+        if unknown.any():
+            row, column = np.argwhere(unknown)[0].tolist()
             raise ValueError(
                 f"attention_mask wants a token in row {row}, column {column}, but that column was padding when the "
                 "cache was filled, and padding is not stored. Pass the mask that the cache was filled with."
             )
-        stored = self.without_released(new, num_rows, num_new)
-        return (None if stored is None or stored.all() else stored), bool((past == recorded).all())
+        return stored, np.array_equal(past, self.real)
 
     def without_released(self, new: BoolMatrix | None, num_rows: int, num_new: int) -> BoolMatrix | None:
         """Take the rows that were released out of `new` `(num_rows, num_new)`, which columns are tokens.

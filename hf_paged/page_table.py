@@ -118,6 +118,9 @@ class PageTable:
             OutOfPagesError: if the pool has too few pages; nothing has changed then.
         """
         rows, page_size = self._rows, self.group.page_size
+        has_room = (rows.lengths + counts <= rows.num_pages * page_size).all()
+        if has_room and starts is None and leaders is None and not self._tails_may_be_shared:
+            return  # as in most steps of decoding
         is_new = not (rows.num_pages > 0).any()
         if starts is not None:
             rows.starts = starts.copy()

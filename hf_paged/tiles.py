@@ -126,7 +126,7 @@ class Tiling:
         return replace(self._between(first, last, tile_rows, layout), seats=seats, tiles_per_row=1)
 
     def _check_kept(self, starts: Counts, limits: Counts, firsts: Counts | None) -> None:
-        if starts.any() and (starts > (0 if firsts is None else firsts))[limits > 0].any():
+        if self._table.group.window is not None and (starts > (0 if firsts is None else firsts))[limits > 0].any():
             raise _dropped(self._table)
 
     def _between(self, first: Counts, last: Counts, rows: Counts, layout: Layout) -> Tiles:
@@ -236,6 +236,9 @@ class _DecodeBuffers:
         else:
             self._full = torch.zeros((num_rows, max(_MIN_WIDTH, self._window // page_size)), dtype=torch.int32)
         self._host = [self._num_full, self._num_partial, self._partial[:, :3], self._seen]
+        self._row_index = np.arange(num_rows)
+        # Views of the same memory: to make them takes as long as to fill them.
+        self._written = tuple(tensor.numpy() for tensor in (*self._host[:2], self._partial, self._seen, self._full))
         # On the CPU `to` returns the same tensors, so filling the host side is all there is to do.
         num_full, num_partial, partial, seen = (
             tensor.to(device) for tensor in (self._num_full, self._num_partial, self._partial, self._seen)
@@ -265,29 +268,28 @@ class _DecodeBuffers:
     def fill(self, limits: Counts, firsts: Counts | None) -> Tiles:
         """Describe rows that see tokens from `firsts` to `limits`, both `(num_rows,)`."""
         page_size = self._table.group.page_size
-        last = limits // page_size
-        num_full, num_partial = last, (limits % page_size > 0).astype(np.int64)
-        rows, width = np.arange(len(limits)), self._block_table.shape[1] - 1
-        partial = self._partial.numpy()
+        to_num_full, to_num_partial, partial, seen, full = self._written
+        last, in_last = np.divmod(limits, page_size)
+        num_full, num_partial = last, (in_last > 0).astype(np.int64)
+        rows, width = self._row_index, self._block_table.shape[1] - 1
         partial[:, 0] = self._block_table[rows, np.minimum(last, width)]
         if firsts is not None:
             begin = firsts // page_size
             begin_full = -(-firsts // page_size)
             num_full = np.maximum(last - begin_full, 0)
-            full = self._full.numpy()
             full[:] = _listed(self._block_table, begin_full[:, None] + np.arange(full.shape[1]))
             # The window begins inside of a page other than the last one, or inside of one that is full otherwise.
             begins_inside = (firsts % page_size > 0) & (begin < last)
             inside = rows[begins_inside]
             partial[inside, num_partial[inside]] = self._block_table[inside, begin[inside]]
             num_partial = num_partial + begins_inside
-            self._seen.numpy()[:, :, 1] = firsts[:, None]
+            seen[:, :, 1] = firsts[:, None]
         if self._layout.sink_page is not None:
             partial[rows, num_partial] = self._layout.sink_page
             num_partial = num_partial + 1
-        self._num_full.numpy()[:] = num_full
-        self._num_partial.numpy()[:] = num_partial
-        self._seen.numpy()[:, :, 0] = limits[:, None]
+        to_num_full[:] = num_full
+        to_num_partial[:] = num_partial
+        seen[:, :, 0] = limits[:, None]
         if self._layout.device.type != "cpu":
             for mirror, host in zip(self._mirror, self._host, strict=True):
                 mirror.copy_(host)
