@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_paged import PagedCache, ReleaseFinished
+from hf_paged.evaluation.audit import MemoryAudit
 from tests.families import FAMILIES
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
 
@@ -58,3 +59,15 @@ def test_beams_and_released_rows_leave_the_tokens_as_they_are():
     actual = generate(model, "paged_flex", cache, ids, stopping_criteria=finished, **settings)
     assert torch.equal(actual, expected)
     assert cache.lengths[0] == 0
+
+
+def test_what_the_accounting_reserves_is_allocated():
+    model = tiny_llama().cuda()
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    with MemoryAudit(model, cache) as audit:
+        run(model, cache, random_ids(2, 300).cuda(), [100, 200])
+    assert audit.summary()["agrees"]
+    for step in audit.steps:
+        assert step.residence.resident_bytes == step.pool.reserved_bytes
+        assert step.process_bytes >= step.pool.reserved_bytes

@@ -169,8 +169,13 @@ class MemoryAudit:
         self._handle.remove()
         self._handle = None
         self._peak_process_bytes = self._memory.bytes
-        if kind is None and int(self._cache.get_seq_length()) > self._num_columns:
-            logger.warning("Some passes ran in graphs compiled before, without the hook of this audit.")
+        num_missed = int(self._cache.get_seq_length()) - self._num_columns
+        if kind is None and num_missed > 0:
+            logger.warning(
+                "%d columns were added in passes that this audit did not see: a graph that was compiled before it "
+                "began has no hook.",
+                num_missed,
+            )
 
     def observe(self, event: str) -> AuditStep:
         """Account for what is held now, as after a pass.
@@ -208,9 +213,9 @@ class MemoryAudit:
         """Sum the run up.
 
         Returns:
-            `num_passes` with this cache. `peak_X_bytes` over all steps; of the process beyond its beginning, also
-            between the steps. `overheads`: for each kind of `AuditStep.overheads` its value after the first pass
-            (`first`), `worst`, `mean` and after the `last` pass, over the passes with this cache; empty without any.
+            `num_steps`, and of these `num_passes` with this cache. `peak_X_bytes` over all steps; of the process
+            beyond its beginning, also between the steps. `overheads`: how each kind of `AuditStep.overheads` went over
+            the passes with this cache, from the `first` to the `last`, with `worst` and `mean`; empty without any.
             `agrees`, None if not all could be checked, and `disagreements`.
         """
         rows = [step.row() for step in self.steps]
@@ -221,8 +226,9 @@ class MemoryAudit:
             if any(row[f"{name}_bytes"] is not None for row in rows)
         }
         found = [f"step {number}: {words}" for number, step in enumerate(self.steps) for words in step.disagreements]
-        is_complete = all(step.agrees is not None for step in self.steps)
+        is_complete = bool(self.steps) and all(step.agrees is not None for step in self.steps)
         return {
+            "num_steps": len(self.steps),
             "num_passes": len(passes),
             **peaks,
             "peak_process_bytes": self._peak(),
@@ -249,7 +255,8 @@ class MemoryAudit:
         if self._handle is None:  # a graph that was compiled meanwhile still calls it
             return
         given = (*arguments, *named.values())
-        is_own = any(self._cache in (value, getattr(value, "self_attention_cache", None)) for value in given)
+        caches = (getattr(value, "self_attention_cache", value) for value in given)
+        is_own = any(cache is self._cache for cache in caches)
         self.observe(PASS if is_own else OTHER_PASS)
 
 
@@ -265,6 +272,8 @@ def agreement(summary: dict[str, Any]) -> str:
     """Say in a sentence, or a list, whether memory and accounting agreed."""
     if summary["disagreements"]:
         return "\n".join(["Memory and accounting DISAGREE:", *(f"  {line}" for line in summary["disagreements"])])
+    if not summary["num_steps"]:
+        return "Nothing was observed."
     if summary["agrees"] is None:
         return "This system does not tell what is resident: the accounting was checked against the storage alone."
     return "Resident memory and accounting agree in every step."
