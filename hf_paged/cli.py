@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from hf_paged.commands import audit, bench, ppl
+from hf_paged.commands import audit, bench, long_context, ppl
 
-COMMANDS = (bench, audit, ppl)
+COMMANDS = (bench, ppl, long_context, audit)
 Run = Callable[[argparse.Namespace], None]
 
 
