@@ -25,7 +25,7 @@ class PagedCache(Cache):
 
     Args:
         config: the model's configuration.
-        num_pages: at most so many pages, reserved at once. None: the pool grows by doubling.
+        num_pages: at most so many pages, reserved at once. None: the pool grows as needed.
         page_size: tokens per page: 16, 32, 64, 128 or 256.
         pool: hold pages of this pool, which other caches may share, instead of one of its own.
 
@@ -68,7 +68,7 @@ class PagedCache(Cache):
 
         Args:
             model: a decoder, or a model that has one.
-            num_pages: at most so many pages, reserved at once. None: the pool grows by doubling.
+            num_pages: at most so many pages, reserved at once. None: the pool grows as needed.
             page_size: tokens per page, one of those that the class takes.
 
         Raises:

@@ -1,5 +1,6 @@
 """The pages of the layers that keep the same tokens."""
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -15,6 +16,8 @@ from hf_paged.errors import OutOfPagesError
 from hf_paged.storage import LayerStorage
 
 _FIRST_PAGES = 16  # a group that grows starts with as many
+# On CPU the system backs only what was touched. Elsewhere what is reserved is gone, so a pool grows by less, more often.
+_GROWTH_ON_CPU, _GROWTH = 2.0, 1.25
 
 
 class PageHolder(Protocol):
@@ -35,7 +38,7 @@ class PageGroup:
         layers: indices of the layers.
         window: tokens that a query of these layers sees, itself included; None without a bound.
         num_pages: pages that exist at once.
-        max_pages: pages that it may grow to, by doubling; None without a bound.
+        max_pages: pages that it may grow to; None without a bound.
         page_size: tokens per page.
         watermark: pages that new rows leave free for the rows that are already running.
     """
@@ -120,7 +123,7 @@ class PageGroup:
                 return self.allocator.allocate(count, admit=admit)
             except OutOfPagesError:
                 missing = count + self.allocator.watermark - self.allocator.num_free
-                wanted = max(2 * self.num_pages, self.num_pages + missing, _FIRST_PAGES)
+                wanted = max(math.ceil(self._growth * self.num_pages), self.num_pages + missing, _FIRST_PAGES)
                 self._grow(wanted if self.max_pages is None else min(wanted, self.max_pages))
                 return self.allocator.allocate(count, admit=admit)
 
@@ -187,6 +190,11 @@ class PageGroup:
         for layer, storage in self._storages.items():
             if storage.num_pages < self.num_pages:
                 raise RuntimeError(f"Layer {layer} has {storage.num_pages} pages of {self.num_pages}.")
+
+    @property
+    def _growth(self) -> float:
+        on_cpu = all(storage.device.type == "cpu" for storage in self._storages.values())
+        return _GROWTH_ON_CPU if on_cpu else _GROWTH
 
     def _grow(self, num_pages: int) -> None:
         # The allocator comes last: pages are handed out only when every layer has them.

@@ -20,7 +20,7 @@ class PagePool:
     Args:
         config: the model's configuration; says how many layers store keys and values.
         num_pages: at most so many pages in each group. Layers without a window reserve theirs at once; those with one
-            need few and grow. None: all grow by doubling, without a bound.
+            need few and grow. None: all grow without a bound.
         page_size: tokens per page: 16, 32, 64, 128 or 256. Small pages waste less memory, large ones are faster.
         watermark: pages that new rows leave free for the rows that are already running.
 

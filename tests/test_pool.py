@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_collection")
 TOKEN_BYTES = NUM_LAYERS * 2 * 2 * 4  # keys and values of one head of size 2 in float32
 
 
-@pytest.mark.parametrize("page_size", [0, 1, 8, 24, 100, 256, 16.5, "16"])
+@pytest.mark.parametrize("page_size", [0, 1, 8, 24, 100, 512, 16.5, "16"])
 def test_a_page_size_that_the_kernel_cannot_take_is_refused(page_size):
     with pytest.raises(ValueError, match="a page must be a tile that the kernel can take: choose one of 16, 32, 64"):
         PagePool(tiny_config(), page_size=page_size)
@@ -74,6 +74,18 @@ def test_an_unbounded_pool_doubles_and_keeps_its_content():
             pool.check_integrity()
     assert sizes == [sizes[0] * 2**power for power in range(len(sizes))]
     assert len(sizes) > 2
+
+
+def test_a_pool_whose_storage_takes_memory_at_once_grows_by_a_quarter():
+    pool = PagePool(tiny_config(), page_size=16)
+    keys = torch.zeros(1, 2, 1, 16, device="meta")
+    group = pool.groups[0]
+    group.open_storage(0, keys, keys)
+    sizes = []
+    for _ in range(33):
+        group.take(1)
+        sizes.append(group.num_pages)
+    assert list(dict.fromkeys(sizes)) == [16, 20, 25, 32, 40]
 
 
 def test_growth_makes_room_for_a_long_prompt_at_once():
