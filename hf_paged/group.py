@@ -16,7 +16,7 @@ from hf_paged.errors import OutOfPagesError
 from hf_paged.storage import LayerStorage
 
 _FIRST_PAGES = 16  # a group that grows starts with as many
-# On CPU the system backs only what was touched. Elsewhere what is reserved is gone, so a pool grows by less, more often.
+# On CPU the system backs only what was touched. Elsewhere what is reserved is taken, so a pool grows in small steps.
 _GROWTH_ON_CPU, _GROWTH = 2.0, 1.25
 
 

@@ -63,6 +63,14 @@ class PagedMask(BlockMask):
         """Return itself: block lists are made on the device of the layer that reads them."""
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        # PEFT's prefix tuning, for one, asks for `dtype`.
+        raise AttributeError(
+            f"A mask of attn_implementation={NAME!r} was asked for its {name!r}, but it is no tensor: it lists the "
+            "pages that each query sees. Code that looks into masks needs the model loaded with "
+            'attn_implementation="sdpa" or "eager".'
+        )
+
     def __repr__(self) -> str:
         return f"PagedMask(shape={self.shape})"
 

@@ -1,7 +1,8 @@
 """PEFT adapters over a paged cache."""
 
+import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 from transformers import DynamicCache
 
 from hf_paged import PagedCache
@@ -18,3 +19,11 @@ def test_a_lora_model_generates_the_same_tokens():
     with model.disable_adapter():
         cache = PagedCache.from_model(model, page_size=16)
         assert not torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), expected)
+
+
+def test_prefix_tuning_is_told_that_a_paged_mask_is_no_tensor():
+    config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    model = get_peft_model(tiny_llama(), config).eval()
+    cache = PagedCache.from_model(model, page_size=16)
+    with pytest.raises(AttributeError, match="was asked for its 'dtype', but it is no tensor"):
+        generate(model, "paged_flex", cache, random_ids(1, 5))
