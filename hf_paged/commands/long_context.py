@@ -33,7 +33,9 @@ def add(subcommands: Any) -> None:
     parser.add_argument("--tasks", type=_names, default=default.tasks, metavar="NAME,...", help="see above")
     parser.add_argument("--contexts", type=_numbers, default=default.contexts, metavar="N,N,...", help="prompt tokens")
     parser.add_argument("--limit", type=int, default=default.limit, help="examples of each (default: %(default)s)")
-    parser.add_argument("--caches", type=_names, default=default.caches, metavar="NAME,...", help="the first is right")
+    parser.add_argument(
+        "--caches", type=_names, default=default.caches, metavar="NAME,...", help="the first is the reference"
+    )
     parser.add_argument("--page-size", type=int, default=default.page_size, choices=PAGE_SIZES, help="%(default)s")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="(default: %(default)s)")
     parser.add_argument("--prefill-chunk-size", type=int, metavar="N", help="of long prompts (default: all at once)")

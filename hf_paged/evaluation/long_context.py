@@ -88,7 +88,7 @@ class _Answers:
     kv_bytes: int
 
 
-Lap = tuple[_Batch, dict[str, _Answers]]
+_Lap = tuple[_Batch, dict[str, _Answers]]
 """A batch, and the answers from each cache."""
 
 
@@ -108,13 +108,13 @@ class _FirstToken(StoppingCriteria):
 def evaluate_long_context(subject: Subject, settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """Let a model do tasks with each cache, greedily, and compare.
 
-    The caches take turns, batch by batch. Before, each generates two tokens, so that no figure contains the
-    compilation of a kernel.
+    The caches take turns, batch by batch. Before, each generates two tokens for the first batch of each size, so that
+    the kernels for decoding are compiled when it counts.
 
     Returns:
         Under `rows`, for each task, context and cache: the number of `examples`, the `prompt_tokens` of the longest
-        one, the mean `score`, whether these are the `same_answers` as those of the first cache, token for token,
-        medians over the batches of `first_token_s` and `total_s`, and `kv_bytes`, the most at the end of a batch.
+        one, whether these are the `same_answers` as those of the first cache, token for token, medians over the
+        batches of `first_token_s` and `total_s`, `kv_bytes`, the most at the end of a batch, and the mean `score`.
         Under `answers`, each answer and what it is scored beside.
 
     Raises:
@@ -125,22 +125,25 @@ def evaluate_long_context(subject: Subject, settings: Settings) -> dict[str, lis
     tokenizer = subject.tokenizer
     if tokenizer is None:
         raise ValueError(f"{subject.name} has no tokenizer, and can't be asked anything. Choose another model.")
-    contenders = candidates(subject.model, settings.caches, settings.page_size)
+    compared = candidates(subject.model, settings.caches, settings.page_size)
     batches = _batches(subject, tokenizer, settings)
-    for contender in contenders:
-        _generate(contender, batches[0], min(2, batches[0].max_new_tokens), settings.prefill_chunk_size)
-    laps: dict[tuple[str, int], list[Lap]] = {}
+    for batch in {len(batch.examples): batch for batch in reversed(batches)}.values():
+        for candidate in compared:
+            _generate(candidate, batch, min(2, batch.max_new_tokens), settings.prefill_chunk_size)
+    laps: dict[tuple[str, int], list[_Lap]] = {}
     for batch in progress(batches, "long context"):
         answers = {
-            contender.name: _generate(contender, batch, batch.max_new_tokens, settings.prefill_chunk_size)
-            for contender in contenders
+            candidate.name: _generate(candidate, batch, batch.max_new_tokens, settings.prefill_chunk_size)
+            for candidate in compared
         }
         laps.setdefault((batch.task.name, batch.context), []).append((batch, answers))
-    places = [(own, cache) for own in laps.values() for cache in settings.caches]
-    return {
-        "rows": [_row(tokenizer, own, cache, settings.caches[0]) for own, cache in places],
-        "answers": [answer for own, cache in places for answer in _texts(tokenizer, own, cache)],
-    }
+    rows, texts = [], []
+    for own in laps.values():
+        for cache in settings.caches:
+            scored = _scored(tokenizer, own, cache)
+            rows.append(_row(own, cache, settings.caches[0]) | {"score": fmean(answer["score"] for answer in scored)})
+            texts += scored
+    return {"rows": rows, "answers": texts}
 
 
 def _batches(subject: Subject, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[_Batch]:
@@ -162,12 +165,12 @@ def _batches(subject: Subject, tokenizer: PreTrainedTokenizerBase, settings: Set
     return batches
 
 
-def _generate(contender: Candidate, batch: _Batch, max_new_tokens: int, prefill_chunk_size: int | None) -> _Answers:
-    model: Any = contender.model
+def _generate(candidate: Candidate, batch: _Batch, max_new_tokens: int, prefill_chunk_size: int | None) -> _Answers:
+    model: Any = candidate.model
     prompts = [torch.tensor(example.prompt.input_ids) for example in batch.examples]
     ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(model.device)
     mask = pad_sequence(list(map(torch.ones_like, prompts)), batch_first=True, padding_side="left").to(ids.device)
-    cache = contender.new_cache(ids.shape[1] + max_new_tokens)
+    cache = candidate.new_cache(ids.shape[1] + max_new_tokens)
     first_token = _FirstToken()
     start = time.perf_counter()
     output = model.generate(
@@ -196,7 +199,8 @@ def _until_end(tokens: list[int], ends: Sequence[int | None]) -> list[int]:
     return tokens[: next((index for index, token in enumerate(tokens) if token in ends), None)]
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, laps: Sequence[Lap], cache: str, reference: str) -> dict[str, Any]:
+def _row(laps: Sequence[_Lap], cache: str, reference: str) -> dict[str, Any]:
+    """Figures of one task, context and cache."""
     batch = laps[0][0]
     prompts = [example.prompt.input_ids for batch, _ in laps for example in batch.examples]
     own = [answers[cache] for _, answers in laps]
@@ -206,7 +210,6 @@ def _row(tokenizer: PreTrainedTokenizerBase, laps: Sequence[Lap], cache: str, re
         "cache": cache,
         "examples": len(prompts),
         "prompt_tokens": max(map(len, prompts)),
-        "score": fmean(answer["score"] for answer in _texts(tokenizer, laps, cache)),
         "same_answers": all(answers[cache].tokens == answers[reference].tokens for _, answers in laps),
         "first_token_s": median(answers.first_token_s for answers in own),
         "total_s": median(answers.total_s for answers in own),
@@ -214,19 +217,13 @@ def _row(tokenizer: PreTrainedTokenizerBase, laps: Sequence[Lap], cache: str, re
     }
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, laps: Sequence[Lap], cache: str) -> list[dict[str, Any]]:
-    texts = []
+def _scored(tokenizer: PreTrainedTokenizerBase, laps: Sequence[_Lap], cache: str) -> list[dict[str, Any]]:
+    """Each answer of one task, context and cache."""
+    scored = []
     for batch, answers in laps:
+        place = {"task": batch.task.name, "context": batch.context, "cache": cache}
         for example, tokens in zip(batch.examples, answers[cache].tokens, strict=True):
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            texts.append(
-                {
-                    "task": batch.task.name,
-                    "context": batch.context,
-                    "cache": cache,
-                    "answer": text,
-                    "references": list(example.references),
-                    "score": batch.task.score(text, example),
-                }
-            )
-    return texts
+            score = batch.task.score(text, example)
+            scored.append(place | {"answer": text, "references": list(example.references), "score": score})
+    return scored

@@ -27,7 +27,7 @@ def passkey(tokenizer: PreTrainedTokenizerBase, context: int, depth: float, seed
 
     Args:
         tokenizer: counts the tokens.
-        context: the most tokens of the prompt, which falls short of it by at most 16.
+        context: the most tokens of the prompt, which falls short of it by less than one more word would take.
         depth: share of the prose that comes before the number, 0 to 1.
         seed: chooses number and prose.
 
@@ -57,7 +57,7 @@ def documents(tokenizer: PreTrainedTokenizerBase, context: int, seed: int = 0) -
 
     Args:
         tokenizer: counts the tokens.
-        context: the most tokens of the prompt, which falls short of it by at most 16.
+        context: the most tokens of the prompt, which falls short of it by less than one more word would take.
         seed: chooses facts, their places, and the prose around them.
 
     Raises:
@@ -90,7 +90,7 @@ def copy(tokenizer: PreTrainedTokenizerBase, context: int, depth: float, seed: i
 
     Args:
         tokenizer: counts the tokens.
-        context: the most tokens of the prompt, which falls short of it by at most 16.
+        context: the most tokens of the prompt, which falls short of it by less than one more word would take.
         depth: share of the prose that comes before the passage, 0 to 1.
         seed: chooses passage and prose.
 
