@@ -15,15 +15,15 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from hf_paged.cli import main
 from hf_paged.evaluation import long_context, longbench, tasks
-from hf_paged.evaluation.example import Example, Prompt, Task, compose, fill, truncate
-from hf_paged.evaluation.long_context import TASKS, Settings, evaluate_long_context
-from hf_paged.evaluation.metrics import (
+from hf_paged.evaluation.answer_metrics import (
     choice_accuracy,
     number_precision,
     string_match,
     token_f1,
     word_similarity,
 )
+from hf_paged.evaluation.example import Example, Prompt, Task, compose, fill, truncate
+from hf_paged.evaluation.long_context import TASKS, Settings, evaluate_long_context
 from hf_paged.lab.subject import Subject, load_subject, random_llama
 from tests.models import tiny_model
 
