@@ -1,16 +1,12 @@
 """`hf-paged audit`: where the memory of a run goes, and whether the system says the same."""
 
 import argparse
-import importlib.util
-import logging
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from hf_paged.bench.mixed import prompt_lengths
 from hf_paged.bench.settings import Settings, load
-from hf_paged.commands.arguments import numbers
+from hf_paged.commands.arguments import add_model, add_place, add_plot, numbers, prepare
 from hf_paged.config import PAGE_SIZES, check_page_size
 from hf_paged.evaluation.audit import PASS, AuditStep, MemoryAudit, agreement, overhead_rows
 from hf_paged.evaluation.audited_batch import audit_batch
@@ -35,26 +31,20 @@ def add(subcommands: Any) -> None:
     parser.set_defaults(run=run)
     default = Settings()
     sizes = ",".join(map(str, PAGE_SIZES))
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the packaged SmolLM2-135M)")
+    add_model(parser)
     parser.add_argument("--random-llama", action="store_true", help="a tiny random model of 131,072 positions instead")
     parser.add_argument("--page-sizes", type=numbers, default=(16, 64, 128), metavar="N,N,...", help=f"of {sizes}")
     parser.add_argument("--prompt-lengths", type=numbers, metavar="N,N,...", help="(default: 16 of 16 to 1024 tokens)")
     parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="(default: %(default)s)")
     parser.add_argument("--num-beams", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--max-length", type=int, help="of a static cache (default: the columns that are used)")
-    parser.add_argument("--dtype", default=default.dtype, help="of the weights (default: %(default)s)")
-    parser.add_argument("--device", default=default.device, help="(default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", metavar="FILE", help="write every step to FILE, and where the figures come from")
-    parser.add_argument("--plot", metavar="FOLDER", type=Path, help="draw bytes against steps into FOLDER, as SVG")
+    add_place(parser)
+    add_plot(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Audit the batch with each page size, printing what comes of it; then write."""
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('--plot needs matplotlib, which is not installed. Run: pip install "hf-paged[bench]"')
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    prepare(arguments)
     page_sizes = [check_page_size(page_size) for page_size in dict.fromkeys(arguments.page_sizes)]
     settings = Settings(
         model=arguments.model,

@@ -1,19 +1,14 @@
 """`hf-paged bench`: speed and memory beside Transformers' own caches."""
 
 import argparse
-import importlib.util
-import logging
 import sys
-from pathlib import Path
 from typing import Any
-
-import transformers
 
 from hf_paged.bench.contenders import CONTENDERS
 from hf_paged.bench.plot import draw
 from hf_paged.bench.scenarios import DESCRIPTIONS, WITH_MODEL, WITHOUT_MODEL
 from hf_paged.bench.settings import Settings, load
-from hf_paged.commands.arguments import numbers
+from hf_paged.commands.arguments import add_place, add_plot, names, numbers, prepare
 from hf_paged.config import PAGE_SIZES
 from hf_paged.lab.provenance import provenance, write_results
 from hf_paged.lab.table import table
@@ -35,28 +30,20 @@ def add(subcommands: Any) -> None:
     parser.add_argument("scenarios", nargs="+", choices=list(DESCRIPTIONS), metavar="SCENARIO", help="see above")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a causal LM (default: the packaged SmolLM2-135M)")
     parser.add_argument("--random-llama", action="store_true", help="a tiny random model of 131,072 positions instead")
-    parser.add_argument("--dtype", default=default.dtype, help="of the weights (default: %(default)s)")
-    parser.add_argument("--device", default=default.device, help="(default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--page-size", type=int, default=default.page_size, choices=PAGE_SIZES, help="%(default)s")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="of each figure (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="(default: %(default)s)")
     parser.add_argument("--contexts", type=numbers, metavar="N,N,...", help="tokens (default: the scenario's own)")
     parser.add_argument("--prompt-lengths", type=numbers, metavar="N,N,...", help="of mixed (default: 16 to 1024)")
-    parser.add_argument(
-        "--baselines", type=_names, metavar="NAME,...", help="contenders (default: the scenario's own)"
-    )
+    parser.add_argument("--baselines", type=names, metavar="NAME,...", help="contenders (default: the scenario's own)")
     parser.add_argument("--chunk-size", type=int, default=default.chunk_size, help="of long prompts (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE, and where they come from")
-    parser.add_argument("--plot", metavar="FOLDER", type=Path, help="draw the figures into FOLDER, as SVG")
+    add_place(parser)
+    add_plot(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run scenarios one after the other, printing the tables of each; then write."""
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('--plot needs matplotlib, which is not installed. Run: pip install "hf-paged[bench]"')
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    prepare(arguments)
     settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
     subject = load(settings) if any(name in WITH_MODEL for name in arguments.scenarios) else None
     results: dict[str, Any] = provenance() | {
@@ -79,7 +66,3 @@ def run(arguments: argparse.Namespace) -> None:
             write_results(arguments.json, results)  # after each, so that what is measured is not lost
         if arguments.plot:
             draw(name, results[name]["rows"], arguments.plot)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))

@@ -1,12 +1,9 @@
 """`hf-paged long-context`: tasks over long contexts, answered from several caches."""
 
 import argparse
-import logging
 from typing import Any
 
-import torch
-import transformers
-
+from hf_paged.commands.arguments import add_model, add_place, names, numbers, prepare
 from hf_paged.config import PAGE_SIZES
 from hf_paged.evaluation.long_context import TASKS, Settings, evaluate_long_context
 from hf_paged.lab.candidate import CANDIDATES
@@ -29,31 +26,25 @@ def add(subcommands: Any) -> None:
     )
     parser.set_defaults(run=run)
     default = Settings()
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the packaged SmolLM2-135M)")
-    parser.add_argument("--tasks", type=_names, default=default.tasks, metavar="NAME,...", help="see above")
-    parser.add_argument("--contexts", type=_numbers, default=default.contexts, metavar="N,N,...", help="prompt tokens")
+    add_model(parser)
+    parser.add_argument("--tasks", type=names, default=default.tasks, metavar="NAME,...", help="see above")
+    parser.add_argument("--contexts", type=numbers, default=default.contexts, metavar="N,N,...", help="prompt tokens")
     parser.add_argument("--limit", type=int, default=default.limit, help="examples of each (default: %(default)s)")
     parser.add_argument(
-        "--caches", type=_names, default=default.caches, metavar="NAME,...", help="the first is the reference"
+        "--caches", type=names, default=default.caches, metavar="NAME,...", help="the first is the reference"
     )
     parser.add_argument("--page-size", type=int, default=default.page_size, choices=PAGE_SIZES, help="%(default)s")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="(default: %(default)s)")
     parser.add_argument("--prefill-chunk-size", type=int, metavar="N", help="of long prompts (default: all at once)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the task's own)")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the examples (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", metavar="FILE", help="write figures and answers to FILE, and where they come from")
+    add_place(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the table, and write."""
     settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    if arguments.num_threads is not None:
-        torch.set_num_threads(arguments.num_threads)
+    prepare(arguments)
     try:
         subject = load_subject(arguments.model, arguments.dtype, arguments.device)
         results = evaluate_long_context(subject, settings)
@@ -64,11 +55,3 @@ def run(arguments: argparse.Namespace) -> None:
         asked = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
         about = {"command": arguments.command, "model": subject.name, "settings": asked}
         write_results(arguments.json, provenance() | about | results)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))

@@ -1,13 +1,12 @@
 """`hf-paged ppl`: perplexity through the caches of Transformers and of this package."""
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from hf_paged.commands.arguments import add_model, add_place, names, prepare
 from hf_paged.config import PAGE_SIZES
 from hf_paged.evaluation.journal import delete, files
 from hf_paged.evaluation.perplexity import Perplexity, perplexity
@@ -33,13 +32,13 @@ def add(subcommands: Any) -> None:
         epilog="Several processes share the work: accelerate launch --multi_gpu --num_processes 2 -m hf_paged ppl ...",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the packaged SmolLM2-135M)")
+    add_model(parser)
     parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="texts (default: the packaged prose)")
     parser.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
     parser.add_argument("--text-column", default="text", help="of the data set (default: %(default)s)")
     parser.add_argument(
         "--caches",
-        type=lambda text: tuple(text.split(",")),
+        type=names,
         default=("dynamic", "paged"),
         metavar="NAME,...",
         help=f"out of {', '.join(CANDIDATES)}; the first is the reference (default: dynamic,paged)",
@@ -50,19 +49,12 @@ def add(subcommands: Any) -> None:
     parser.add_argument("--chunk-size", type=int, default=256, help="tokens run at once (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows run at once (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens to score (default: all)")
-    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write the figures to FILE, and where they come from; until then FILE.journal.0 (and .1, ... for further "
-        "processes) has what is finished",
-    )
+    add_place(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from FILE.journal, if there is one; without --resume, a journal left by another run is an error",
+        help="go on from where a run was interrupted: what is finished is in FILE.journal.0 (.1, ... for further "
+        "processes) until FILE is written; without --resume, a journal that was left is an error",
     )
 
 
@@ -70,10 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Compute and print; then write, and delete the journal."""
     processes = Processes(torch.device(arguments.device))
     journal = processes.from_main(lambda: _journal(arguments))
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    if arguments.num_threads is not None:
-        torch.set_num_threads(arguments.num_threads)
+    prepare(arguments)
     texts = load_texts(arguments.dataset, **{name: getattr(arguments, name) for name in _OF_TEXTS})
     subject = load_subject(arguments.model, arguments.dtype, str(processes.device))
     assert subject.tokenizer is not None  # it was loaded by its name
