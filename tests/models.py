@@ -1,8 +1,22 @@
 """Tiny random models, and the plain path that the paged one is compared with."""
 
+import random
+from string import ascii_lowercase
+
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 def tiny_llama(num_heads=6, num_kv_heads=2, head_dim=16, num_layers=2, dtype=torch.float32) -> LlamaForCausalLM:
@@ -75,3 +89,17 @@ def generate(model: PreTrainedModel, attention: str, cache: Cache, ids: Tensor, 
     model.set_attn_implementation(attention)
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
     return model.generate(ids, past_key_values=cache, **(settings | arguments))
+
+
+def letter_tokenizer(has_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A token for each letter, space and full stop, of the 200 that tiny models know."""
+    vocab = {"<unk>": 0, "<s>": 1} | {letter: 100 + index for index, letter in enumerate(ascii_lowercase + " .")}
+    letters = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    letters.pre_tokenizer = Split("", "isolated")
+    if has_bos:
+        letters.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", unk_token="<unk>")
+
+
+def letters(count: int, seed: int = 0) -> str:
+    return "".join(random.Random(seed).choices(ascii_lowercase + " .", k=count))

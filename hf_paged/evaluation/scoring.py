@@ -57,16 +57,16 @@ class _Lane:
         self._seconds: list[float] = []
         self._kv_bytes = 0
 
-    def feed(self, start: int, stop: int) -> Tensor:
-        """Run columns `start` to `stop`; return their logits, `(num_rows, stop - start, vocab_size)`."""
+    def feed(self, columns: slice) -> Tensor:
+        """Run some columns; return their logits, `(num_rows, num_columns, vocab_size)`."""
         inputs = self._inputs
         device = inputs.ids.device
         _synchronize(device)
         began = time.perf_counter()
         logits: Tensor = self._model(
-            inputs.ids[:, start:stop],
-            attention_mask=inputs.mask[:, :stop],
-            position_ids=inputs.positions[:, start:stop],
+            inputs.ids[:, columns],
+            attention_mask=inputs.mask[:, : columns.stop],
+            position_ids=inputs.positions[:, columns],
             past_key_values=self._cache,
         ).logits
         _synchronize(device)
@@ -118,19 +118,22 @@ def score(candidates: Sequence[Candidate], windows: Sequence[Window], chunk_size
     """
     inputs = _Inputs(windows, candidates[0].model.device)
     lanes = [_Lane(candidate, inputs) for candidate in candidates]
-    turns = list(range(len(lanes)))
-    for start in range(0, inputs.num_columns, chunk_size):
-        stop = min(start + chunk_size, inputs.num_columns)
-        logits = {turn: lanes[turn].feed(start, stop) for turn in turns}
-        turns.append(turns.pop(0))  # the next chunk begins with the next one
-        scored = inputs.is_scored[:, start:stop].nonzero()
-        for first in range(0, len(scored), _BLOCK):
-            rows, columns = scored[first : first + _BLOCK].unbind(1)
-            targets = inputs.targets[rows, start + columns]
-            reference = logits[0][rows, columns]
-            for turn, lane in enumerate(lanes):
-                lane.note(rows.tolist(), targets, logits[turn][rows, columns], reference)
+    for index, start in enumerate(range(0, inputs.num_columns, chunk_size)):
+        _run_chunk(lanes, inputs, slice(start, min(start + chunk_size, inputs.num_columns)), index % len(lanes))
     return {candidate.name: lane.score() for candidate, lane in zip(candidates, lanes, strict=True)}
+
+
+def _run_chunk(lanes: Sequence[_Lane], inputs: _Inputs, columns: slice, first: int) -> None:
+    """Run some columns through all lanes, beginning with `first`; a function, so that the logits end with it."""
+    order = [*range(first, len(lanes)), *range(first)]
+    logits = {index: lanes[index].feed(columns) for index in order}
+    scored = inputs.is_scored[:, columns].nonzero()
+    for block in range(0, len(scored), _BLOCK):
+        rows, new = scored[block : block + _BLOCK].unbind(1)
+        targets = inputs.targets[:, columns][rows, new]
+        reference = logits[0][rows, new]
+        for index, lane in enumerate(lanes):
+            lane.note(rows.tolist(), targets, logits[index][rows, new], reference)
 
 
 def _synchronize(device: torch.device) -> None:
