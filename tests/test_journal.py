@@ -16,7 +16,7 @@ from tests.models import letter_tokenizer, letters, tiny_llama
 TEXTS = [letters(70), letters(33, 1), letters(20, 2)]
 SETTINGS = {"page_size": 16, "max_length": 32, "stride": 16, "chunk_size": 9, "batch_size": 2}
 NUM_BATCHES = 4
-RECORD = Record(3, {"paged": Score([0.1 + 0.2, 1e-300, 1 / 3], 5e-324, 1e-7, 12, 0.7, 2**40)})
+RECORD = Record(3, {"paged": Score([0.1 + 0.2, 1e-300, 1 / 3], 2e-9, 5e-324, 1e-7, 12, 0.7, 2**40)})
 
 
 @pytest.fixture(scope="module")

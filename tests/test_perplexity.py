@@ -9,6 +9,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from hf_paged.evaluation import perplexity
+from hf_paged.evaluation.perplexity import _standard_error
+from hf_paged.evaluation.record import Score
 from hf_paged.evaluation.scoring import score
 from hf_paged.evaluation.windows import Window, cut
 from hf_paged.lab.candidate import Candidate, candidates
@@ -181,10 +183,19 @@ def test_a_cache_is_compared_with_the_reference_token_by_token(model):
         )
     p, q = one.double().log_softmax(-1), two.double().log_softmax(-1)
     assert found.kl == pytest.approx(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum").item(), 1e-5)
+    targets = torch.tensor([*ids[10:], *ids[1:20]])[:, None]
+    assert found.squared_difference == pytest.approx((p - q).gather(1, targets).square().sum().item(), rel=1e-5)
     assert found.max_logit_difference == pytest.approx((one - two).abs().max().item(), rel=1e-5)
     assert found.num_agreeing == (one.argmax(-1) == two.argmax(-1)).sum()
     assert 0 < found.num_agreeing < len(one)
     assert found.nll == pytest.approx([sum(dense_nll(other, ids)[9:]), sum(dense_nll(other, ids[:20]))], rel=1e-5)
+
+
+def test_the_standard_error_is_that_of_the_mean_of_the_differences(model):
+    draws = torch.randn(400, generator=torch.Generator().manual_seed(0)).double() * 0.01 + 0.002
+    scores = [Score([], part.square().sum().item(), 0.0, 0.0, 0, 0.0, 0) for part in draws.split(150)]
+    expected = (draws.std(correction=0) / 20).item()
+    assert _standard_error(scores, draws.mean().item(), 400) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_reference_differs_from_itself_by_nothing(model):
@@ -192,6 +203,7 @@ def test_the_reference_differs_from_itself_by_nothing(model):
     static, paged = result.figures
     assert (static.cache, paged.cache) == ("static", "paged")
     assert (static.difference, static.relative_difference, static.max_logit_difference, static.kl) == (0, 0, 0, 0)
+    assert static.standard_error == 0 < paged.standard_error < 1e-6
     assert static.agreement == paged.agreement == 1
     assert paged.difference == abs(paged.perplexity - static.perplexity)
     assert paged.relative_difference == paged.difference / static.perplexity < 1e-6

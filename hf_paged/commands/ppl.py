@@ -111,5 +111,6 @@ def _print(model: str, result: Perplexity) -> None:
     for row in others:
         print(
             f"The perplexity of {row.cache} ({row.perplexity:.6f}) differs from that of {reference.cache} "
-            f"({reference.perplexity:.6f}) by {row.difference:.2g}, which is {row.relative_difference:.2g} of it."
+            f"({reference.perplexity:.6f}) by {row.difference:.2g}, which is {row.relative_difference:.2g} of it; the "
+            f"scatter of the tokens leaves {row.standard_error:.2g} open (the standard error)."
         )

@@ -32,6 +32,8 @@ class CacheFigures:
         perplexity: exp of the mean negative log-likelihood per scored token.
         difference: of the perplexity from that of the reference, absolute.
         relative_difference: the same as a share of the reference's.
+        standard_error: of the relative difference, what the scatter of the tokens' differences leaves open. A
+            difference within two of it is as good as none: rounding in 16 bit takes every token another way.
         max_logit_difference: the largest difference of a logit from the reference's, over all scored tokens.
         kl: mean Kullback-Leibler divergence of the cache's predictions from the reference's per scored token, nats.
         agreement: share of the scored tokens for which both find the same token the likeliest.
@@ -44,6 +46,7 @@ class CacheFigures:
     perplexity: float
     difference: float
     relative_difference: float
+    standard_error: float
     max_logit_difference: float
     kl: float
     agreement: float
@@ -233,6 +236,12 @@ def _summarize(
     )
 
 
+def _standard_error(scores: Sequence[Score], mean: float, num_tokens: int) -> float:
+    """Of the mean difference of the NLL per token, which is the relative difference of the perplexity."""
+    variance = math.fsum(score.squared_difference for score in scores) / num_tokens - mean**2
+    return math.sqrt(max(0.0, variance) / num_tokens)
+
+
 def _figures(name: str, windows: Sequence[Window], scores: Sequence[Score], reference: float | None) -> CacheFigures:
     sums = [nll for score in scores for nll in score.nll]
     num_tokens = sum(window.num_scored for window in windows)
@@ -245,7 +254,8 @@ def _figures(name: str, windows: Sequence[Window], scores: Sequence[Score], refe
         cache=name,
         perplexity=own,
         difference=difference,
-        relative_difference=difference / (own if reference is None else reference),
+        relative_difference=0.0 if reference is None else difference / reference,
+        standard_error=_standard_error(scores, 0.0 if reference is None else math.log(own / reference), num_tokens),
         max_logit_difference=max(score.max_logit_difference for score in scores),
         kl=math.fsum(score.kl for score in scores) / num_tokens,
         agreement=sum(score.num_agreeing for score in scores) / num_tokens,

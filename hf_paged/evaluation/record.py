@@ -10,6 +10,7 @@ class Score:
 
     Attributes:
         nll: of each window, the sum over its scored tokens, nats.
+        squared_difference: of the NLL from the reference's, squared, the sum over the scored tokens of the batch.
         kl: from the reference, the sum over the scored tokens of the batch, nats.
         max_logit_difference: from the reference, the largest over the vocabulary and the scored tokens.
         num_agreeing: scored tokens for which the reference finds the same token the likeliest.
@@ -18,6 +19,7 @@ class Score:
     """
 
     nll: list[float]
+    squared_difference: float
     kl: float
     max_logit_difference: float
     num_agreeing: int

@@ -51,6 +51,7 @@ class _Lane:
         self._cache = candidate.new_cache(inputs.num_columns)
         self._inputs = inputs
         self._nll: list[list[float]] = [[] for _ in inputs.ids]
+        self._squared_differences: list[float] = []
         self._kl: list[float] = []
         self._max_logit_difference = 0.0
         self._num_agreeing = 0
@@ -86,9 +87,10 @@ class _Lane:
         # The divergence of logits that differ in their last bits is far below what float32 resolves.
         own, other = logits.double(), reference.double()
         log_probabilities, expected = own.log_softmax(-1), other.log_softmax(-1)
-        nll = -log_probabilities.gather(1, targets[:, None])[:, 0]
+        nll, other_nll = (-each.gather(1, targets[:, None])[:, 0] for each in (log_probabilities, expected))
         for row, value in zip(rows, nll.tolist(), strict=True):
             self._nll[row].append(value)
+        self._squared_differences += (nll - other_nll).square().tolist()
         self._kl += (expected.exp() * (expected - log_probabilities)).sum(-1).tolist()
         self._max_logit_difference = max(self._max_logit_difference, (own - other).abs().max().item())
         self._num_agreeing += int((logits.argmax(-1) == reference.argmax(-1)).sum())
@@ -97,6 +99,7 @@ class _Lane:
         """What came out."""
         return Score(
             nll=[math.fsum(row) for row in self._nll],
+            squared_difference=math.fsum(self._squared_differences),
             kl=math.fsum(self._kl),
             max_logit_difference=self._max_logit_difference,
             num_agreeing=self._num_agreeing,

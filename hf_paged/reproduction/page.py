@@ -56,6 +56,7 @@ _PERPLEXITY: tuple[Column, ...] = (
     ("cache", "cache", str),
     ("perplexity", "perplexity", digits(6)),
     ("relative_difference", "difference", "{:.1e}".format),
+    ("standard_error", "standard error", "{:.1e}".format),
     ("max_logit_difference", "largest of a logit", "{:.1e}".format),
     ("kl", "KL, nats", "{:.1e}".format),
     ("agreement", "same likeliest token", lambda share: f"{100 * share:.2f} %"),
