@@ -127,3 +127,14 @@ def test_the_command_takes_a_folder_with_any_tokenizer(pieces, folders, model, k
     for row in figures["figures"]:
         assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert f"{count} tokens scored" in capsys.readouterr().out
+
+
+def test_a_sentencepiece_model_alone_is_enough(pieces, model, tmp_path):
+    # As the first Llamas were published. Which tokens come of it is up to Transformers.
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(pieces.serialized_model_proto())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    result = perplexity(model, tokenizer, documents(), page_size=16, chunk_size=7)
+    expected, count = dense_perplexity(model, [tokenizer(text)["input_ids"] for text in documents()])
+    assert result.num_tokens == count > 100
+    assert [figures.perplexity for figures in result.figures] == pytest.approx([expected] * 2, rel=1e-5)
