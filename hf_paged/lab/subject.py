@@ -91,9 +91,9 @@ def load_subject(name: str | None = None, dtype: str = "float32", device: str = 
     torch_dtype = _read_dtype(dtype)
     if name is None:
         model, tokenizer = load_packaged_model(torch_dtype)
-        return Subject("SmolLM2-135M-Instruct", _place(model, torch_dtype, device), tokenizer)
+        return Subject("SmolLM2-135M-Instruct", _place(model, device), tokenizer)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
-    return Subject(Path(name).name, _place(model, torch_dtype, device), AutoTokenizer.from_pretrained(name))
+    return Subject(Path(name).name, _place(model, device), AutoTokenizer.from_pretrained(name))
 
 
 def random_llama(dtype: str = "float32", device: str = "cpu") -> Subject:
@@ -113,7 +113,10 @@ def random_llama(dtype: str = "float32", device: str = "cpu") -> Subject:
             pad_token_id=0,
         )
     )
-    return Subject("random Llama", _place(model, _read_dtype(dtype), device))
+    torch_dtype = _read_dtype(dtype)
+    for weight in model.parameters():  # not the buffers: the frequencies of rotary embeddings stay in float32
+        weight.data = weight.data.to(torch_dtype)
+    return Subject("random Llama", _place(model, device))
 
 
 def _read_dtype(name: str) -> torch.dtype:
@@ -123,7 +126,7 @@ def _read_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _place(model: PreTrainedModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _place(model: PreTrainedModel, device: str) -> PreTrainedModel:
     module: torch.nn.Module = model
-    module.to(device, dtype).eval()
+    module.to(device).eval()
     return model
