@@ -12,11 +12,15 @@ from torch import Tensor
 from transformers import (
     Cache,
     DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from hf_paged import PagedCache
 
 
 def tiny_llama(num_heads=6, num_kv_heads=2, head_dim=16, num_layers=2, dtype=torch.float32) -> LlamaForCausalLM:
@@ -46,6 +50,23 @@ def tiny_model(model_class, config_class, **changes) -> PreTrainedModel:
     }
     torch.manual_seed(0)
     return model_class(config_class(**(sizes | changes))).eval()
+
+
+def tiny_gemma(window: int) -> PreTrainedModel:
+    """Two layers with a sliding window, and one without between them."""
+    return tiny_model(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        sliding_window=window,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+
+
+def paged_cache(model: PreTrainedModel, page_size: int = 16, **arguments) -> PagedCache:
+    """An empty cache for a model, which gets the attention for it."""
+    model.set_attn_implementation("paged_flex")
+    return PagedCache.from_model(model, page_size=page_size, **arguments)
 
 
 def random_ids(num_rows: int, num_columns: int, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool, ReleaseFinished, compiled
 from hf_paged.bench.mixed import prompt_lengths
@@ -15,7 +15,7 @@ from hf_paged.cli import main
 from hf_paged.evaluation.audit import MemoryAudit, agreement
 from hf_paged.evaluation.audited_batch import audit_batch
 from hf_paged.lab.subject import random_llama
-from tests.models import generate, left_padded, random_ids, run, tiny_llama, tiny_model
+from tests.models import generate, left_padded, paged_cache, random_ids, run, tiny_gemma, tiny_llama
 
 WINDOW = 24
 PAGE_SIZE = 16
@@ -29,18 +29,7 @@ def llama():
 
 @pytest.fixture
 def gemma():
-    return tiny_model(
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        sliding_window=WINDOW,
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    )
-
-
-def paged(model, **arguments):
-    model.set_attn_implementation("paged_flex")
-    return PagedCache.from_model(model, page_size=PAGE_SIZE, **arguments)
+    return tiny_gemma(WINDOW)
 
 
 def counted(*caches):
@@ -97,7 +86,7 @@ def test_each_pass_is_accounted_for_as_counted_by_hand(request, family, lengths)
     mask = torch.cat([left_padded(max(lengths), lengths), torch.ones(len(lengths), 18, dtype=torch.long)], dim=1)
     dynamic = contiguous_bytes(model, DynamicCache(config=model.config), ids, splits, mask)
     static = contiguous_bytes(model, StaticCache(config=model.config, max_cache_len=60), ids, splits, mask)
-    cache = paged(model)
+    cache = paged_cache(model)
     expected = []
     with MemoryAudit(model, cache, max_length=60) as audit:
         for done in range(len(splits)):
@@ -126,8 +115,8 @@ def test_each_pass_is_accounted_for_as_counted_by_hand(request, family, lengths)
 
 def test_beams_share_their_prompt_and_contiguous_beams_do_not(llama):
     ids = random_ids(2, 40)
-    expected = generate(llama, "paged_flex", paged(llama), ids, num_beams=3, max_new_tokens=10)
-    cache = paged(llama)
+    expected = generate(llama, "paged_flex", paged_cache(llama), ids, num_beams=3, max_new_tokens=10)
+    cache = paged_cache(llama)
     with MemoryAudit(llama, cache) as audit:
         tokens = generate(llama, "paged_flex", cache, ids, num_beams=3, max_new_tokens=10)
         reordered = audit.observe("reordered")
@@ -144,9 +133,9 @@ def test_beams_share_their_prompt_and_contiguous_beams_do_not(llama):
 
 def test_rows_that_end_early_are_held_by_a_contiguous_cache_only(llama):
     ids = random_ids(3, 33)
-    tokens = generate(llama, "paged_flex", paged(llama), ids, max_new_tokens=6)
+    tokens = generate(llama, "paged_flex", paged_cache(llama), ids, max_new_tokens=6)
     end = int(tokens[0, 34])
-    cache = paged(llama)
+    cache = paged_cache(llama)
     with MemoryAudit(llama, cache) as audit:
         generate(llama, "paged_flex", cache, ids, max_new_tokens=6, stopping_criteria=[ReleaseFinished(cache, end)])
     assert cache.lengths[0] == 0
@@ -157,7 +146,7 @@ def test_rows_that_end_early_are_held_by_a_contiguous_cache_only(llama):
 
 
 def test_a_fork_on_the_same_pool_is_the_pools_and_not_the_caches(llama):
-    cache = paged(llama)
+    cache = paged_cache(llama)
     ids = random_ids(1, 60)
     run(llama, cache, ids[:, :40], [40])
     fork = cache.fork()
@@ -175,7 +164,7 @@ def test_a_fork_on_the_same_pool_is_the_pools_and_not_the_caches(llama):
 
 def test_a_packed_prompt_is_the_caches_once_it_is_whole(llama):
     ids, mask = random_ids(3, 70), left_padded(70, [70, 17, 33])
-    cache = paged(llama)
+    cache = paged_cache(llama)
     with MemoryAudit(llama, cache) as audit:
         cache.prefill(llama, ids, mask, max_tokens=50)
         assert audit.observe("prefilled").cache.num_tokens == 69 + 16 + 32
@@ -187,7 +176,7 @@ def test_a_packed_prompt_is_the_caches_once_it_is_whole(llama):
 
 
 def test_a_static_cache_that_is_too_small_is_left_out(llama):
-    cache = paged(llama)
+    cache = paged_cache(llama)
     with MemoryAudit(llama, cache, max_length=16) as audit:
         run(llama, cache, random_ids(2, 17), [16, 1])
     assert [step.static_bytes for step in audit.steps] == [2 * 16 * TOKEN_BYTES, None]
@@ -214,7 +203,7 @@ def test_little_is_wasted_on_prompts_of_16_to_1024_tokens(page_size, limit):
 
 
 def test_the_hook_is_gone_after_an_error_and_a_failed_pass_is_no_step(llama):
-    cache = paged(llama, num_pages=2)
+    cache = paged_cache(llama, num_pages=2)
     audit = MemoryAudit(llama, cache)
     with pytest.raises(OutOfPagesError, match="needs 2 more pages"), audit:
         run(llama, cache, random_ids(1, 60), [20, 40])
@@ -227,8 +216,8 @@ def test_the_hook_is_gone_after_an_error_and_a_failed_pass_is_no_step(llama):
 def test_it_does_not_change_what_is_generated(gemma):
     ids, mask = random_ids(3, 40), left_padded(40, [40, 3, 17])
     arguments = {"attention_mask": mask, "max_new_tokens": 20}
-    expected = generate(gemma, "paged_flex", paged(gemma), ids, **arguments)
-    cache = paged(gemma)
+    expected = generate(gemma, "paged_flex", paged_cache(gemma), ids, **arguments)
+    cache = paged_cache(gemma)
     with MemoryAudit(gemma, cache) as audit:
         assert torch.equal(generate(gemma, "paged_flex", cache, ids, **arguments), expected)
     assert len(audit.steps) == 20
@@ -236,7 +225,7 @@ def test_it_does_not_change_what_is_generated(gemma):
 
 
 def test_an_audit_is_entered_once_and_observes_within(llama):
-    audit = MemoryAudit(llama, paged(llama))
+    audit = MemoryAudit(llama, paged_cache(llama))
     with pytest.raises(ValueError, match=r"observe\('early'\) was called outside of"):
         audit.observe("early")
     with audit:
@@ -245,18 +234,18 @@ def test_an_audit_is_entered_once_and_observes_within(llama):
     with pytest.raises(ValueError, match="has been used before"), audit:
         pass
     with pytest.raises(ValueError, match="max_length=0 was asked for"):
-        MemoryAudit(llama, paged(llama), max_length=0)
+        MemoryAudit(llama, paged_cache(llama), max_length=0)
 
 
 def test_a_compiled_model_is_refused(llama):
     llama.set_attn_implementation("paged_flex")
-    with compiled(llama), pytest.raises(ValueError, match="Leave compiled"), MemoryAudit(llama, paged(llama)):
+    with compiled(llama), pytest.raises(ValueError, match="Leave compiled"), MemoryAudit(llama, paged_cache(llama)):
         pass
 
 
 @torch.no_grad()
 def test_passes_that_the_hook_does_not_see_are_noticed(llama, caplog):
-    cache = paged(llama)
+    cache = paged_cache(llama)
     with MemoryAudit(llama, cache) as audit:
         llama.model.forward(random_ids(1, 20), past_key_values=cache)  # as a graph does that was compiled before
     assert not audit.steps
@@ -265,7 +254,7 @@ def test_passes_that_the_hook_does_not_see_are_noticed(llama, caplog):
 
 
 def test_the_summary_says_how_the_overhead_went(llama):
-    cache = paged(llama)
+    cache = paged_cache(llama)
     with MemoryAudit(llama, cache, max_length=40) as audit:
         run(llama, cache, random_ids(1, 33), [16] + [1] * 17)
         cache.reset()

@@ -1,12 +1,16 @@
 """The reproduction: its stages can be run, its verdicts follow from the figures, its page is that of the results."""
 
+from pathlib import Path
+
 import pytest
 
 from hf_paged.cli import main
 from hf_paged.reproduction import stage as stages
 from hf_paged.reproduction.claim import CLAIMS, FAILS, HOLDS, NOT_MEASURED
+from hf_paged.reproduction.page import make_page, read_results
 from hf_paged.reproduction.stage import STAGES, Stage
 
+DOCS = Path(__file__).parent.parent / "docs"
 LATENCY = (128, 256, 512, 1024, 2048)
 
 
@@ -125,6 +129,12 @@ def test_the_command_of_a_stage_is_one_that_is_understood(stage, is_full, monkey
     monkeypatch.setattr(f"hf_paged.commands.{command[0].replace('-', '_')}.run", ran.append)
     assert main(command) == 0
     assert ran[0].json == str(tmp_path / f"{stage.name}.json")
+
+
+def test_the_page_is_that_of_the_results():
+    results = DOCS / "results" / "reproduction"
+    assert set(read_results(results)) == {stage.name for stage in STAGES}
+    assert (DOCS / "reproduction.md").read_text() == make_page(results, DOCS)
 
 
 def test_stages_that_are_asked_for_run_and_one_that_fails_is_named(monkeypatch, tmp_path, capfd):

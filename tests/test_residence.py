@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from hf_paged import PagedCache, PagePool
 from hf_paged.evaluation.audit import MemoryAudit
@@ -18,7 +17,7 @@ from hf_paged.group import PageGroup
 from hf_paged.lab import resident
 from hf_paged.packaged import load_packaged_model, prompts
 from hf_paged.storage import _untouched_memory
-from tests.models import generate, left_padded, random_ids, run, tiny_llama, tiny_model
+from tests.models import generate, left_padded, paged_cache, random_ids, run, tiny_gemma, tiny_llama
 
 WINDOW = 24
 PAGE_SIZE = 16
@@ -36,18 +35,7 @@ def llama():
 
 @pytest.fixture
 def gemma():
-    return tiny_model(
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        sliding_window=WINDOW,
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    )
-
-
-def paged(model, **arguments):
-    model.set_attn_implementation("paged_flex")
-    return PagedCache.from_model(model, page_size=PAGE_SIZE, **arguments)
+    return tiny_gemma(WINDOW)
 
 
 # Memory and accounting
@@ -58,7 +46,7 @@ def paged(model, **arguments):
 @pytest.mark.parametrize("num_pages", [None, 64], ids=["growing", "bounded"])
 def test_resident_memory_lies_between_what_was_written_and_what_was_handed_out(request, family, num_pages):
     model = request.getfixturevalue(family)
-    cache = paged(model, num_pages=num_pages)
+    cache = paged_cache(model, num_pages=num_pages)
     ids = random_ids(2, 400)
     with MemoryAudit(model, cache) as audit:
         run(model, cache, ids, [100, 100, 60, 1, 1, 138])
@@ -140,7 +128,7 @@ def write_where_nothing_was_handed_out(monkeypatch, cache):
     ids=["reserved", "active", "live", "unwritten", "stray"],
 )
 def test_a_lie_is_found_and_reported(monkeypatch, llama, lie, words):
-    cache = paged(llama, num_pages=64)
+    cache = paged_cache(llama, num_pages=64)
     with MemoryAudit(llama, cache) as audit:
         run(llama, cache, random_ids(1, 40), [40])
         assert audit.steps[0].agrees
@@ -155,7 +143,7 @@ def test_a_lie_is_found_and_reported(monkeypatch, llama, lie, words):
 
 def test_a_system_that_does_not_tell_is_said_not_to(monkeypatch, llama, tmp_path):
     monkeypatch.setattr(resident, "_PAGEMAP", tmp_path / "none")
-    cache = paged(llama)
+    cache = paged_cache(llama)
     with MemoryAudit(llama, cache) as audit:
         run(llama, cache, random_ids(1, 20), [20])
     (step,) = audit.steps

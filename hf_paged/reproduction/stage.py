@@ -45,14 +45,14 @@ STAGES = (
     Stage(
         "perplexity-256",
         "ppl --caches dynamic,paged,static --chunk-size 256 --max-length 2048 --max-tokens 8000",
-        "ppl --caches dynamic,paged,static --chunk-size 256 --max-tokens 50000",
+        "ppl --caches dynamic,paged,static --chunk-size 256 --max-length 2048 --max-tokens 50000",
     ),
     Stage("perplexity-7", "ppl --chunk-size 7 --max-tokens 1000", "ppl --chunk-size 7 --max-tokens 10000"),
     Stage("perplexity-1", "ppl --chunk-size 1 --max-tokens 250", "ppl --chunk-size 1 --max-tokens 2000"),
     Stage(
         "perplexity-256-bf16",
         "ppl --dtype bfloat16 --chunk-size 256 --max-length 2048 --max-tokens 4000",
-        "ppl --dtype bfloat16 --chunk-size 256 --max-tokens 50000",
+        "ppl --dtype bfloat16 --chunk-size 256 --max-length 2048 --max-tokens 50000",
     ),
     Stage(
         "perplexity-7-bf16",
