@@ -14,10 +14,12 @@ DOCS = Path(__file__).parent.parent / "docs"
 LATENCY = (128, 256, 512, 1024, 2048)
 
 
-def perplexity(difference, standard_error=0.0):
-    row = {"cache": "paged", "perplexity": 7.31 * (1 + difference), "relative_difference": difference}
-    row["standard_error"] = standard_error
-    return {"figures": {"figures": [{"cache": "dynamic", "perplexity": 7.31, "relative_difference": 0.0}, row]}}
+def perplexity(difference, num_tokens=100):
+    rows = [
+        {"cache": "dynamic", "perplexity": 7.31, "standard_error": 0.0},
+        {"cache": "paged", "perplexity": 7.31 * (1 + difference), "standard_error": 1e-4},
+    ]
+    return {"figures": {"num_tokens": num_tokens, "figures": rows}}
 
 
 def times(contender, ms, **more):
@@ -108,13 +110,14 @@ def test_a_verdict_follows_from_the_figures(words, stage, good, bad):
     assert verdict(words, {}) == NOT_MEASURED
 
 
-def test_perplexity_holds_if_every_chunk_size_and_dtype_does():
+def test_perplexity_holds_if_each_run_does_in_float32_and_all_together_in_bfloat16():
     results = {stage.name: perplexity(5e-6) for stage in STAGES if stage.name.startswith("perplexity")}
     assert verdict("perplexity", results) == HOLDS
-    assert verdict("perplexity", results | {"perplexity-7-bf16": perplexity(5e-4)}) == HOLDS
-    assert verdict("perplexity", results | {"perplexity-7": perplexity(5e-4)}) == FAILS
-    assert verdict("perplexity", results | {"perplexity-1-bf16": perplexity(5e-3, 2e-3)}) == FAILS
-    assert verdict("perplexity", results | {"perplexity-1-bf16": perplexity(5e-3, 3e-3)}) == HOLDS
+    assert verdict("perplexity", results | {"perplexity-7": perplexity(-5e-4)}) == FAILS
+    assert verdict("perplexity", results | {"perplexity-7-bf16": perplexity(-2e-3)}) == HOLDS
+    assert verdict("perplexity", results | {"perplexity-7-bf16": perplexity(-2e-3, num_tokens=1000)}) == FAILS
+    both = {"perplexity-7-bf16": perplexity(-2e-3, 1000), "perplexity-1-bf16": perplexity(2e-3, 1000)}
+    assert verdict("perplexity", results | both) == HOLDS
 
 
 def test_what_no_machine_was_there_for_is_said():
