@@ -107,8 +107,8 @@ def _attend(
             f"Queries in {query.dtype} were given for keys in {key.dtype}, but FlexAttention wants one dtype. Load "
             "the model in one dtype."
         )
-    if step.view is View.NEW:
-        return _attend_to_columns(query, key, value, plan.new, is_causal, scale, softcap, sinks)
+    if step.view is not View.PAGES:
+        return _attend_to_columns(query, key, value, plan.by_column, is_causal, scale, softcap, sinks)
     table, storage = step.source_of(key, plan.batch.pool.group_of_layer.get(layer))
     sink_page = None if sinks is None else table.group.sink_page()
     if sink_page is not None and storage is not None:

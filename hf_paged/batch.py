@@ -85,7 +85,7 @@ class Batch:
         self._is_planned = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
-        return self._begin(num_rows, num_new, new, past_is_visible, is_planned=True)
+        return self._begin(num_rows, num_new, new, past_is_visible, reads_pages=self._reads_pages(num_new))
 
     def step_for(self, layer: int, keys: Tensor, values: Tensor) -> Step:
         """Return the step that new keys of a layer belong to, planning one if no mask function did.
@@ -104,7 +104,7 @@ class Batch:
                 # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
                 self._check_rows(num_rows, num_new)
                 new = self._columns_for(num_rows).without_released(None, num_rows, num_new)
-                step = self._begin(num_rows, num_new, new, True, is_planned=False)
+                step = self._begin(num_rows, num_new, new, True, reads_pages=False)
         elif layer not in self._missing:
             missing = sorted(self._missing)
             raise ValueError(
@@ -198,8 +198,14 @@ class Batch:
             return self.columns
         return self.columns.selected([0] * num_rows)
 
+    def _reads_pages(self, num_new: int) -> bool:
+        """Whether FlexAttention reads the pages in place; else SDPA is handed a copy, layer by layer."""
+        storage = self.pool.storage(self._layers[0])
+        # For many queries in 16 bit the kernel for CPUs takes half as long again, and rounds otherwise than SDPA.
+        return num_new == 1 or storage is None or storage.device.type != "cpu" or storage.dtype.itemsize > 2
+
     def _begin(
-        self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, is_planned: bool
+        self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, reads_pages: bool
     ) -> Step:
         self._abandon()
         self.tidy()
@@ -211,7 +217,7 @@ class Batch:
             self._is_fanned_out = True
         try:
             self.step = PaddedStep(
-                self.tables, self.columns, num_new, new, past_is_visible, is_planned, self._records_past
+                self.tables, self.columns, num_new, new, past_is_visible, reads_pages, self._records_past
             )
         except Exception:
             self._undo()

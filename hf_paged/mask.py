@@ -131,9 +131,9 @@ def paged_flex_mask(
         return dense()
     batch = kv_length.batch
     step = batch.plan(batch_size, q_length, attention_mask)
-    if step.view is View.NEW:
-        # The new keys and values are all there is, and contiguous: SDPA reads them faster than any paged kernel.
-        return PagedMask(Plan(batch, step, new=dense()))
+    if step.view is not View.PAGES:
+        # Contiguous keys and values, those that are new if they are all there is: SDPA reads them faster.
+        return PagedMask(Plan(batch, step, by_column=dense()))
     if step.past_is_visible:
         if mask_function is causal_mask_function:
             return PagedMask(Plan(batch, step))

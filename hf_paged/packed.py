@@ -265,7 +265,7 @@ class PackedBatch(Batch):
         return step
 
     def _begin(
-        self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, is_planned: bool
+        self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, reads_pages: bool
     ) -> Step:
         raise self._own_way(num_rows, num_new)
 

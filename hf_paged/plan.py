@@ -21,7 +21,8 @@ class Plan(OpaqueBase):
     Args:
         batch: the rows.
         step: the forward pass.
-        new: with `View.NEW`, `(num_rows, 1, num_queries, num_new)`, the mask as `sdpa` wants it; None: causal.
+        by_column: without `View.PAGES`, `(num_rows, 1, num_queries, num_columns)`, the mask as `sdpa` wants it; None:
+            causal.
         window: with `View.PAGES`, tokens that a query sees, itself included; None: all before it.
         visible: with `View.PAGES`, `(num_rows, num_new, max_tokens)` bool, what each query sees of its row instead;
             None: as above.
@@ -33,14 +34,14 @@ class Plan(OpaqueBase):
         batch: Batch,
         step: Step,
         *,
-        new: Tensor | None = None,
+        by_column: Tensor | None = None,
         window: int | None = None,
         visible: BoolMatrix | None = None,
         queries: slice = slice(None),
     ) -> None:
         self.batch = batch
         self.step = step
-        self.new = new
+        self.by_column = by_column
         self.window = window
         self.visible = visible
         self._queries = queries
@@ -60,7 +61,7 @@ class Plan(OpaqueBase):
         return Plan(
             self.batch,
             self.step,
-            new=None if self.new is None else self.new[:, :, queries],
+            by_column=None if self.by_column is None else self.by_column[:, :, queries],
             window=self.window,
             visible=self.visible,
             queries=slice(chosen.start, chosen.stop, chosen.step),

@@ -174,7 +174,7 @@ class PaddedStep(Step):
         num_new: new columns.
         new: `(num_rows, num_new)` True for tokens; None if there is no padding among them.
         past_is_visible: whether every cached token may be seen.
-        is_planned: whether a mask function of ours made this plan, so that attention can read pages.
+        reads_pages: whether attention is to read pages, if any are filled.
         keeps_all: whether tokens that have left a window are stored, too.
     """
 
@@ -185,12 +185,12 @@ class PaddedStep(Step):
         num_new: int,
         new: BoolMatrix | None,
         past_is_visible: bool,
-        is_planned: bool,
+        reads_pages: bool,
         keeps_all: bool,
     ) -> None:
         num_rows = tables[0].num_rows
         super().__init__(
-            View.NEW if columns.count == 0 else View.PAGES if is_planned else View.DENSE,
+            View.NEW if columns.count == 0 else View.PAGES if reads_pages else View.DENSE,
             columns,
             columns.extended(new, num_rows, num_new),
             (num_rows, num_new),

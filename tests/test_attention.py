@@ -151,6 +151,30 @@ def test_16_bit_logits_are_as_close_to_fp32_as_those_of_sdpa(dtype):
     assert (actual - exact).abs().max() < 1.5 * (expected - exact).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_queries_in_16_bit_give_the_logits_of_sdpa_to_the_bit(dtype):
+    model, ids, splits = tiny_llama(dtype=dtype), random_ids(3, 100), [40, 7, 16, 37]
+    assert torch.equal(paged(model, ids, splits), plain(model, ids, splits))
+    mask = left_padded(100, [100, 71, 90])
+    real = mask.bool()
+    torch.testing.assert_close(paged(model, ids, splits, mask)[real], plain(model, ids, splits, mask)[real])
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(Gemma2ForCausalLM, Gemma2Config), (MistralForCausalLM, MistralConfig)]
+)
+def test_many_queries_in_16_bit_see_their_window(model_class, config_class):
+    ids, splits = random_ids(2, 90), [40, *9 * [1], 20, 21]
+    exact = tiny_model(model_class, config_class, sliding_window=24)
+    model = tiny_model(model_class, config_class, sliding_window=24).to(torch.bfloat16)
+    actual = paged(model, ids, splits)
+    model.set_attn_implementation("eager")
+    expected = run(model, DynamicCache(config=model.config), ids, splits)
+    exact.set_attn_implementation("eager")
+    reference = run(exact, DynamicCache(config=exact.config), ids, splits)
+    assert (actual - reference).abs().mean() < 1.2 * (expected - reference).abs().mean()
+
+
 def test_a_sliding_window_is_respected():
     model, ids = tiny_model(MistralForCausalLM, MistralConfig, sliding_window=24), random_ids(3, 100)
     mask = left_padded(100, [100, 71, 90])
