@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_paged.columns import BoolMatrix, Columns, Counts
+from hf_paged.kernel import repacks_storage
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.step import PaddedStep, Step, gather_columns
@@ -201,8 +202,8 @@ class Batch:
     def _reads_pages(self, num_new: int) -> bool:
         """Whether FlexAttention reads the pages in place; else SDPA is handed a copy, layer by layer."""
         storage = self.pool.storage(self._layers[0])
-        # For many queries in 16 bit the kernel for CPUs takes half as long again, and rounds otherwise than SDPA.
-        return num_new == 1 or storage is None or storage.device.type != "cpu" or storage.dtype.itemsize > 2
+        # Where tiles must be small, many queries are SDPA's.
+        return num_new == 1 or storage is None or not repacks_storage(storage.dtype, storage.device)
 
     def _begin(
         self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, reads_pages: bool

@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 _QUERY_BLOCK = 128
 # FlexAttention's decoding kernel on GPU takes fewer than 128 rows; with fewer always, no size decides on the kernel.
 _TILE_ROWS = 127
-# From 64 rows on the CPU kernel repacks the whole pool for 16-bit types, used or not.
-_TILE_ROWS_CPU_16_BIT = 63
+_TILE_ROWS_WITHOUT_REPACKING = 63
 
 
 # Sizes that change without a recompilation, for each argument of the kernel: tiles, their rows, slots, pages.
@@ -60,9 +59,14 @@ class Variant:
     has_sinks: bool
 
 
+def repacks_storage(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tiles of 64 rows or more would let the kernel repack the whole storage of a layer, used or not."""
+    return device.type == "cpu" and dtype.itemsize == 2
+
+
 def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
     """Stacked queries that one tile may have."""
-    return _TILE_ROWS_CPU_16_BIT if device.type == "cpu" and dtype.itemsize == 2 else _TILE_ROWS
+    return _TILE_ROWS_WITHOUT_REPACKING if repacks_storage(dtype, device) else _TILE_ROWS
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
