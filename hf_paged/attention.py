@@ -121,6 +121,7 @@ def _attend(
             group=query.shape[1] // key.shape[1],
             max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
             device=query.device,
+            lists_full=kernel.lists_full_pages(query.device),
             sink_page=sink_page,
         )
         tiles = plan.tiles(table, layout, key.shape[2])

@@ -10,7 +10,7 @@ from hf_paged.kernel import repacks_storage
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.step import PaddedStep, Step, gather_columns
-from hf_paged.tiles import Tiling
+from hf_paged.tiling import Tiling
 
 
 class Batch:

@@ -6,7 +6,7 @@ import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -24,9 +24,6 @@ _TILE_ROWS = 127
 _TILE_ROWS_WITHOUT_REPACKING = 63
 
 
-# Sizes that change without a recompilation, for each argument of the kernel: tiles, their rows, slots, pages.
-_DYNAMIC_SIZES = ((0, 2), (2,), (2,), (0,), (0, 3), (0,), (0, 3), (0,), (0, 1, 2), ())
-
 _NO_SINKS = torch.zeros(1, 1)
 
 
@@ -35,7 +32,7 @@ class Variant:
     """What a compiled kernel is specialised for, sizes aside.
 
     Attributes:
-        device: device type.
+        device: where it runs.
         dtype: of queries, keys and values.
         num_kv_heads: key/value heads.
         group: query heads on one key/value head.
@@ -45,9 +42,11 @@ class Variant:
         softcap: bound of the scores, `softcap * tanh(score / softcap)`; None without.
         is_dense: whether the mask is given token by token.
         has_sinks: whether there are attention sinks.
+        lists_full: whether full pages have a list of their own.
+        num_tiles: tiles, where the kernel is made for one number of them; None for any.
     """
 
-    device: str
+    device: torch.device
     dtype: torch.dtype
     num_kv_heads: int
     group: int
@@ -57,6 +56,8 @@ class Variant:
     softcap: float | None
     is_dense: bool
     has_sinks: bool
+    lists_full: bool
+    num_tiles: int | None
 
 
 def repacks_storage(dtype: torch.dtype, device: torch.device) -> bool:
@@ -67,6 +68,30 @@ def repacks_storage(dtype: torch.dtype, device: torch.device) -> bool:
 def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
     """Stacked queries that one tile may have."""
     return _TILE_ROWS_WITHOUT_REPACKING if repacks_storage(dtype, device) else _TILE_ROWS
+
+
+def lists_full_pages(device: torch.device) -> bool:
+    """Whether pages that a tile sees whole get a list of their own, and are read without a mask.
+
+    On a GPU the kernel for few queries looks for that list at the strides of the other one (seen in torch 2.11 and
+    2.13), and with two lists it shares out the whole storage among its programs instead of the pages of each tile.
+    """
+    return device.type == "cpu"
+
+
+class _Arguments(NamedTuple):
+    """What a compiled kernel is called with, in this order."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    num_full: Tensor | None
+    full: Tensor | None
+    num_partial: Tensor
+    partial: Tensor
+    page_index: Tensor
+    seen: Tensor
+    sinks: Tensor
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -112,7 +137,7 @@ def paged_attention(
     if seats is not None:
         query = seats.spread(query)
     variant = Variant(
-        device=query.device.type,
+        device=query.device,
         dtype=query.dtype,
         num_kv_heads=keys.shape[1],
         group=tiles.group,
@@ -122,12 +147,14 @@ def paged_attention(
         softcap=softcap,
         is_dense=tiles.seen.dtype == torch.bool,
         has_sinks=has_sinks,
+        lists_full=tiles.full is not None,
+        num_tiles=_fixed_num_tiles(query.shape[2], tiles),
     )
     lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
     num_rows, num_heads, num_queries, _ = query.shape
     by_group = (keys.shape[1], tiles.group)
     scores = query.new_zeros(by_group) if has_sinks else _NO_SINKS
-    kernel = _specialization(variant, (_stack(query, tiles), keys, values, *lists, scores))
+    kernel = _specialization(variant, _Arguments(_stack(query, tiles), keys, values, *lists, scores))
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
@@ -135,9 +162,9 @@ def paged_attention(
 
     def attend_with_one_query(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
-        stacked = query.reshape(num_rows, *by_group, -1).contiguous()
+        stacked = _fill_up(query.reshape(num_rows, *by_group, -1).contiguous(), tiles)
         scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
-        return kernel(stacked, keys, values, *lists, scores).view(num_rows, 1, num_heads, -1)
+        return kernel(stacked, keys, values, *lists, scores)[:num_rows].view(num_rows, 1, num_heads, -1)
 
     def attend_from_seats(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         assert seats is not None
@@ -154,12 +181,19 @@ def _stack(query: Tensor, tiles: Tiles) -> Tensor:
     group, num_kv_heads = tiles.group, num_heads // tiles.group
     missing = tiles.tiles_per_row * tiles.tile_length - num_queries
     padded = torch.nn.functional.pad(query, (0, 0, 0, missing)) if missing else query
-    return (
+    stacked = (
         padded.reshape(num_rows, num_kv_heads, group, tiles.tiles_per_row, tiles.tile_length, head_dim)
         .permute(0, 3, 1, 4, 2, 5)
         .reshape(num_rows * tiles.tiles_per_row, num_kv_heads, tiles.tile_length * group, head_dim)
         .contiguous()
     )
+    return _fill_up(stacked, tiles)
+
+
+def _fill_up(stacked: Tensor, tiles: Tiles) -> Tensor:
+    """Add what there is no row for, where the kernel is made for more tiles."""
+    missing = len(tiles.num_partial) - len(stacked)
+    return torch.nn.functional.pad(stacked, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else stacked
 
 
 def _unstack(output: Tensor, tiles: Tiles, num_rows: int, num_queries: int) -> Tensor:
@@ -174,6 +208,15 @@ def _unstack(output: Tensor, tiles: Tiles, num_rows: int, num_queries: int) -> T
     )
 
 
+def _fixed_num_tiles(num_queries: int, tiles: Tiles) -> int | None:
+    """Where tiles are few queries each and no page is listed as full, the number that the kernel is made for.
+
+    On a GPU only a kernel for a fixed number of tiles has several programs read the pages of one tile.
+    """
+    is_dense = tiles.seen.dtype == torch.bool
+    return len(tiles.num_partial) if tiles.full is None and num_queries == 1 and not is_dense else None
+
+
 def num_specializations() -> int:
     """Kernels compiled in this process."""
     return len(_specializations)
@@ -183,12 +226,12 @@ _specializations: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
 _compile_lock = threading.RLock()
 
 
-def _specialization(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+def _specialization(variant: Variant, arguments: _Arguments) -> Callable[..., Tensor]:
     # What a compiled kernel does not adapt to: a size of 1, which broadcasts, storage that 32-bit indices can't
     # address, and the number of threads.
-    query, keys, values, *_, page_index, seen, _ = arguments
-    ones = query.shape[0] == 1, query.shape[2] == 1, len(page_index) == 1, seen.shape[1] == 1
-    is_large = keys.numel() >= 2**31 or values.numel() >= 2**31
+    num_tiles, _, tile_rows, _ = arguments.query.shape
+    ones = num_tiles == 1, tile_rows == 1, len(arguments.page_index) == 1, arguments.seen.shape[1] == 1
+    is_large = arguments.keys.numel() >= 2**31 or arguments.values.numel() >= 2**31
     key = (variant, ones, is_large, torch.get_num_threads())
     kernel = _specializations.get(key)
     if kernel is None:
@@ -200,7 +243,7 @@ def _specialization(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable
     return kernel
 
 
-def _compile(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+def _compile(variant: Variant, arguments: _Arguments) -> Callable[..., Tensor]:
     """Compile for arguments like these.
 
     Dynamo finds the kernel by looking at hundreds of guards. Between two layers' weights nothing of them is left in
@@ -223,21 +266,43 @@ def _compile(variant: Variant, arguments: tuple[Tensor, ...]) -> Callable[..., T
     # Dynamo counts recompilations by code object and gives up at a limit: each specialisation gets one of its own.
     code = attend.__code__.replace(co_name=f"paged_attention_{len(_specializations)}")
     own = types.FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
-    seen = arguments[8]
-    for tensor, sizes in zip(arguments, _DYNAMIC_SIZES, strict=True):
-        for size in sizes:
-            if tensor.shape[size] > 1 and not (tensor is seen and size == 2 and not variant.is_dense):
+    for name, tensor in zip(code.co_varnames, arguments, strict=False):
+        for size in _dynamic_sizes(name, variant):
+            if tensor is not None and tensor.shape[size] > 1:
                 torch._dynamo.mark_dynamic(tensor, size)
     # Inside of a model compiled with dynamic=True, what is a constant of the kernel would become an input.
     static = torch._dynamo.config.patch(assume_static_by_default=True)
     # That cache would find what AOTAutograd makes of the kernel without compiling what is inside.
     inside = torch._functorch.config.patch(enable_autograd_cache=False)
-    with static, inside, torch.no_grad(), torch.autocast(variant.device, enabled=False):
+    with static, inside, torch.no_grad(), torch.autocast(variant.device.type, enabled=False):
         torch.compile(own, backend=backend, fullgraph=True)(*arguments)
     (graph,) = compiled
     call = f"lambda {', '.join(code.co_varnames[: code.co_argcount])}: run([{_expression(sources)}])[0]"
     kernel: Callable[..., Tensor] = eval(call, {"run": graph.current_callable})
     return kernel
+
+
+def _dynamic_sizes(name: str, variant: Variant) -> tuple[int, ...]:
+    """Sizes of an argument of the kernel that change without a recompilation: tiles, their rows, slots, pages."""
+    has_any_tiles = variant.num_tiles is None
+    match name:
+        case "paged_sinks":
+            return ()
+        case "paged_keys" | "paged_values":
+            return (2,)
+        case "paged_page_index":
+            return (0,)
+        case "paged_partial":
+            return (0, 3) if has_any_tiles else (3,)
+        case _ if not has_any_tiles:
+            return ()
+        case "paged_query":
+            return (0, 2)
+        case "paged_full_pages":
+            return (0, 3)
+        case "paged_seen":
+            return (0, 1, 2) if variant.is_dense else (0, 1)
+    return (0,)
 
 
 def _expression(sources: list[str]) -> str:
@@ -258,8 +323,8 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
         paged_query: Tensor,
         paged_keys: Tensor,
         paged_values: Tensor,
-        paged_num_full: Tensor,
-        paged_full_pages: Tensor,
+        paged_num_full: Tensor | None,
+        paged_full_pages: Tensor | None,
         tile_num_partial: Tensor,
         paged_partial: Tensor,
         paged_page_index: Tensor,
@@ -315,7 +380,7 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
 
 
 def _kernel_options(variant: Variant) -> Any:
-    if variant.device == "cpu":
+    if variant.device.type == "cpu":
         # The flash-decoding template splits the pool, not the row, into partitions: it would walk over every page.
         return {"PARTITION_SIZE": 1}
     # A kernel tile must not span two pages.

@@ -9,7 +9,8 @@ from hf_paged.batch import Batch
 from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.page_table import PageTable
 from hf_paged.step import Placement, Step, View
-from hf_paged.tiles import Layout, Tiles, Tiling
+from hf_paged.tiles import Layout, Tiles
+from hf_paged.tiling import Tiling
 from hf_paged.twins import equal_rows
 
 

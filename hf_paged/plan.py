@@ -55,6 +55,10 @@ class Plan(OpaqueBase):
         # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all plans.
         return object, ()
 
+    def __deepcopy__(self, memo: object) -> "Plan":
+        # torch.compile (seen in 2.11) copies examples of its inputs; that of a plan stands for a pass, not for itself.
+        return self
+
     def of(self, queries: slice) -> "Plan":
         """The same for some of these queries only."""
         chosen = range(self.step.num_new)[self._queries][queries]

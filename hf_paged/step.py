@@ -11,7 +11,8 @@ from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.errors import OutOfPagesError
 from hf_paged.page_table import PageTable
 from hf_paged.storage import LayerStorage
-from hf_paged.tiles import Layout, Tiles, Tiling
+from hf_paged.tiles import Layout, Tiles
+from hf_paged.tiling import Tiling
 from hf_paged.twins import Leaders, confirmed_twins, parted_twins, possible_twins
 
 

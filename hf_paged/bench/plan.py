@@ -46,7 +46,7 @@ def steps(num_pages: int) -> list[float]:
     )
     config._attn_implementation = NAME
     cache = PagedCache(config, num_pages, _PAGE_SIZE)
-    layout = Layout(group=1, max_tile_rows=1, device=torch.device("cpu"))
+    layout = Layout(group=1, max_tile_rows=1, device=torch.device("cpu"), lists_full=True)
     seconds = []
     for step in range(_NUM_STEPS + 1):
         num_new = 1 if step else _PROMPT_LENGTH

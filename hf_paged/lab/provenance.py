@@ -17,7 +17,7 @@ def provenance() -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": ", ".join([_processor(), f"{os.cpu_count()} cores", *_gpus()]),
         "num_threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("hf-paged", "transformers", "torch")}
         | {"python": platform.python_version()},
@@ -35,6 +35,10 @@ def _processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _commit() -> str:
