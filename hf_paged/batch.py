@@ -1,6 +1,7 @@
 """The rows of one cache, and the forward pass that they are in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +34,7 @@ class Batch:
         self._all_layers_store = len(self._layers) == pool.config.num_hidden_layers
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._is_fanned_out = False  # whether the pass under way made several rows of one
+        self._is_rehearsing = False  # whether the pass under way is only recorded
         self._records_past = False
         self._missing: set[int] = set()  # layers that the step under way has not written yet
 
@@ -122,8 +124,28 @@ class Batch:
 
     def note_written(self, layer: int) -> None:
         """Note that the step went through a layer."""
-        self._missing.discard(layer)
+        if not self._is_rehearsing:
+            self._missing.discard(layer)
+            self.settle()
+
+    def note_all_written(self) -> None:
+        """Note that the step went through all layers."""
+        self._missing.clear()
         self.settle()
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Let a pass be made that writes nothing: its step is still to come."""
+        self._is_rehearsing = True
+        try:
+            yield
+        finally:
+            self._is_rehearsing = False
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether a pass is planned whose layers are all going to be written by `write`, and none was yet."""
+        return self.is_written_by_attention and len(self._missing) == len(self._layers)
 
     @property
     def is_written_by_attention(self) -> bool:

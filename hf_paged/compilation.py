@@ -11,6 +11,7 @@ import torch
 from transformers import CompileConfig, PreTrainedModel
 
 from hf_paged import linear
+from hf_paged.cuda_graphs import StepGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row and
     another one any other number of rows; neither depends on lengths, pages or caches. Compiling takes about half a
     minute for each on the first use on a machine, and some seconds in each process after that; a log message tells.
-    Weights are not copied: the linear layers are compiled to read them as they are.
+    Weights are not copied: the linear layers are compiled to read them as they are. On a GPU each step is also
+    recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
 
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
@@ -61,7 +63,7 @@ def compiled_decoder(decoder: torch.nn.Module) -> Decoder | None:
 
 def _config() -> CompileConfig:
     config: Any = CompileConfig(fullgraph=True, backend=_backend)
-    config.mode = None  # inductor's, not CUDA graphs
+    config.mode = None  # inductor's, whose CUDA graphs know nothing of pages
     config._compile_all_devices = True
     return config  # type: ignore[no-any-return]
 
@@ -71,4 +73,5 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     begin = time.perf_counter()
     result = linear.backend(graph, inputs)
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
-    return result
+    devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+    return StepGraphs(result) if len(devices) == 1 and devices.pop().type == "cuda" else result

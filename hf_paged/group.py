@@ -3,7 +3,8 @@
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -96,6 +97,14 @@ class PageGroup:
     def storage(self, layer: int) -> LayerStorage | None:
         """Storage of a layer; None before its first key."""
         return self._storages.get(layer)
+
+    def storages(self) -> list[LayerStorage]:
+        """Storage of all layers that have one."""
+        return list(self._storages.values())
+
+    def staying_in_place(self) -> AbstractContextManager[Any]:
+        """A context in which no other thread lets the pages grow, or drops some, and so moves them."""
+        return self._lock
 
     def open_storage(self, layer: int, keys: Tensor, values: Tensor) -> LayerStorage:
         """Return the storage of a layer, made on the first call for keys and values like these."""

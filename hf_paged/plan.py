@@ -49,7 +49,8 @@ class Plan(OpaqueBase):
         """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
         self.attentions: dict[tuple[object, ...], Attention] = {}
         """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
-        self._tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
+        self.made_tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
+        """What `tiles` has returned, by the table, its version, and the other arguments."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all plans.
@@ -81,13 +82,13 @@ class Plan(OpaqueBase):
             ValueError: if a token is to be seen that was dropped.
         """
         key = (table, table.version, layout, num_slots)
-        if key not in self._tiles:
+        if key not in self.made_tiles:
             tiling = self.batch.tilings[table]
             if self.visible is not None:
-                self._tiles[key] = tiling.dense(self.visible[:, self._queries], layout)
+                self.made_tiles[key] = tiling.dense(self.visible[:, self._queries], layout)
             else:
-                self._tiles[key] = self.step.tiles(tiling, self.window, self._queries, layout)
-        return self._tiles[key]
+                self.made_tiles[key] = self.step.tiles(tiling, self.window, self._queries, layout)
+        return self.made_tiles[key]
 
 
 register_opaque_type(Plan, typ="reference")

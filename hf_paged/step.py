@@ -51,6 +51,11 @@ class Step(ABC):
         self.is_cancelled = False
         self._handed: dict[int, tuple[Tensor, PageTable, LayerStorage]] = {}
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the pages are reserved, whatever the keys and values are."""
+        return False
+
     @abstractmethod
     def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
         """Whether this is the plan for these new columns."""
@@ -212,6 +217,11 @@ class PaddedStep(Step):
         if self._possible_twins is None:
             self._reserve()
 
+    @property
+    def is_settled(self) -> bool:
+        """See `Step`."""
+        return self._is_reserved and self.leaders is None
+
     def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
         """See `Step`."""
         same = self.new is new if self.new is None or new is None else np.array_equal(self.new, new)
@@ -219,7 +229,7 @@ class PaddedStep(Step):
 
     def settle_twins(self, keys: Tensor, values: Tensor) -> None:
         """See `Step`."""
-        if self._is_reserved and self.leaders is None:
+        if self.is_settled:
             return
         if not self._is_reserved:
             assert self._possible_twins is not None
@@ -314,6 +324,13 @@ class Placement:
             self._find(step)
         return _on(self._slots, device), None if self._token_index is None else _on(self._token_index, device)
 
+    def send(self, step: Step, device: torch.device, there: tuple[Tensor, Tensor | None]) -> None:
+        """Let `slots` return these tensors on `device`, and fill them."""
+        here = self.slots(step, torch.device("cpu"))
+        for copies, source, target in zip((self._slots, self._token_index), here, there, strict=True):
+            if copies is not None and source is not None and target is not None:
+                copies[device] = target.copy_(source, non_blocking=True)
+
     def _find(self, step: Step) -> None:
         rows, positions, token_index = step.stored(self)
         cpu, page_size = torch.device("cpu"), self.table.group.page_size
@@ -361,5 +378,5 @@ def gather_columns(
 
 def _on(copies: dict[torch.device, Tensor], device: torch.device) -> Tensor:
     if device not in copies:
-        copies[device] = copies[torch.device("cpu")].to(device)
+        copies[device] = copies[torch.device("cpu")].to(device, non_blocking=True)
     return copies[device]

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StaticCache
 from typing_extensions import override
 
@@ -25,6 +27,18 @@ def inductor_flags() -> AbstractContextManager[Any]:
         freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"
     )
     return flags
+
+
+class WithoutCudnn(Contender):
+    """The same as the reference, but without cuDNN's attention, which on some GPUs plans anew for every length."""
+
+    name = "dynamic-no-cudnn"
+
+    @override
+    def flags(self) -> AbstractContextManager[Any]:
+        others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        flags: AbstractContextManager[Any] = sdpa_kernel(others)
+        return flags
 
 
 class Static(Contender):
@@ -45,10 +59,9 @@ class StaticCompiled(Static):
     @override
     def open(self) -> None:
         super().open()
-        # A graph for each length of the cache: what it costs to compile is not in the time of a step. Beyond the limit
-        # it would run uncompiled without a word.
-        compile_: Any = torch.compile  # its annotations don't know the limit
-        self._compiled = compile_(self.model.forward, dynamic=False, recompile_limit=_MAX_GRAPHS)
+        # A graph for each length of the cache: what it costs to compile is not in the time of a step.
+        mode = "reduce-overhead" if self._is_on_gpu else None  # with CUDA graphs, as generate() does
+        self._compiled = torch.compile(self.model.forward, mode=mode, dynamic=False)
         self._caches: dict[int, StaticCache] = {}
 
     @override
@@ -65,7 +78,16 @@ class StaticCompiled(Static):
 
     @override
     def flags(self) -> AbstractContextManager[Any]:
-        return inductor_flags()
+        flags = ExitStack()
+        # Beyond the limit it would run uncompiled without a word.
+        flags.enter_context(torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS))
+        if not self._is_on_gpu:
+            flags.enter_context(inductor_flags())
+        return flags
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return bool(self.model.device.type == "cuda")
 
     @override
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
@@ -218,6 +240,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     kind.name: kind
     for kind in (
         Contender,
+        WithoutCudnn,
         Static,
         StaticCompiled,
         Flex,
