@@ -134,7 +134,7 @@ class PagedCache(Cache):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
     ) -> None:
         """Compute a prompt without its padding, so that `generate()` with the same arguments goes on from there.
 
@@ -146,7 +146,8 @@ class PagedCache(Cache):
             model: a decoder, set to `"paged_flex"`.
             input_ids: `(num_rows, num_columns)`, those that are cached included.
             attention_mask: like `input_ids`, 0 for padding; None without padding.
-            max_tokens: tokens that are computed at once; bounds the memory of the activations.
+            max_tokens: tokens that are computed at once; bounds the memory of the activations. None: 512 on a CPU,
+                4096 elsewhere.
 
         Raises:
             OutOfPagesError: if the prompt does not fit into the pool.

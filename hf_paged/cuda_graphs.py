@@ -23,6 +23,7 @@ from hf_paged.tiles import Layout, Tiles
 logger = logging.getLogger(__name__)
 
 _MAX_RECORDINGS = 16  # for each compiled graph; what was used least recently is dropped
+_PATIENCE = 32  # steps in a row that none before them was like
 
 Inputs = tuple[Any, ...]
 
@@ -39,6 +40,7 @@ class StepGraphs:
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._pool: Any = None  # of memory, which all recordings share, since what they return is copied at once
         self._is_given_up = False
+        self._num_unlike = 0
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the pass, or repeat it."""
@@ -56,15 +58,24 @@ class StepGraphs:
                 outputs = self._run(*inputs)
                 self._keep(key, _Recording(inputs, plans))
                 return outputs
+            self._num_unlike = 0
             self._recordings.move_to_end(key)
             recording.send(inputs, plans)
             if not recording.is_done and not self._record(recording, inputs, batch):
                 return self._run(*inputs)
+            outputs = recording.repeat()
             batch.note_all_written()
-            return recording.repeat()
+            return outputs
 
     def _keep(self, key: Hashable, recording: "_Recording") -> None:
         self._recordings[key] = recording
+        self._num_unlike += 1
+        if self._num_unlike == _PATIENCE:
+            logger.warning(
+                "%d decoding steps in a row were like none before, so no CUDA graph was used. Give each step inputs "
+                "of the same shapes and strides: make position_ids contiguous.",
+                _PATIENCE,
+            )
         if len(self._recordings) > _MAX_RECORDINGS:
             self._recordings.popitem(last=False)
 

@@ -15,13 +15,15 @@ from hf_paged.layer import layers_over
 from hf_paged.mask import NAME
 from hf_paged.packed import Chunk, PackedBatch
 
+_CHUNK_ON_CPU, _CHUNK = 512, 4096  # tokens at a time; a GPU takes as long for a few hundred
+
 
 def prefill(
     model: PreTrainedModel,
     batch: Batch,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> None:
     """Compute all columns but the last one, packed; if that fails, nothing has changed.
 
@@ -30,13 +32,16 @@ def prefill(
         batch: the rows of a cache.
         input_ids: `(num_rows, num_columns)`, those that are cached included.
         attention_mask: like `input_ids`, 0 for padding; None without padding.
-        max_tokens: tokens of a chunk. Where the model is compiled, a last chunk of more than half of it is filled up.
+        max_tokens: tokens of a chunk; None for as many as keep the device busy. Where the model is compiled, a last
+            chunk of more than half of it is filled up.
 
     Raises:
         OutOfPagesError: if the pool has too few pages.
         ValueError: for arguments that don't fit the cache, or a model whose rows can't be packed.
     """
     decoder = _decoder(model, batch)
+    if max_tokens is None:
+        max_tokens = _CHUNK_ON_CPU if input_ids.device.type == "cpu" else _CHUNK
     batch.rest()
     num_cached = batch.columns.count
     _check_inputs(input_ids, attention_mask, max_tokens, num_cached)

@@ -76,9 +76,8 @@ def test_windows_softcap_and_sinks(calls, name):
     assert calls["repeat"] > 30
 
 
-def test_beams_and_released_rows():
+def test_released_rows():
     model, ids = tiny_llama().cuda(), random_ids(2, 40).cuda()
-    assert torch.equal(compiled_tokens(model, ids, num_beams=3), plain_tokens(model, ids, num_beams=3))
     end = int(plain_tokens(model, ids)[0, 45])
     expected = plain_tokens(model, ids, eos_token_id=end)
     model.set_attn_implementation("paged_flex")

@@ -172,7 +172,7 @@ class PagedCompiled(PagedRagged):
         if ids.shape[1] > 1:
             return super().decode(ids, past, **arguments)
         # As generate() does it: the mask is made outside of the graph.
-        positions = arguments.pop("position_ids", torch.tensor([[past]], device=ids.device))
+        positions = arguments.pop("position_ids", torch.tensor([[past]], device=ids.device)).contiguous()
         model: Any = self.model
         inputs = model.prepare_inputs_for_generation(
             ids, past_key_values=self.cache, use_cache=True, position_ids=positions, **arguments

@@ -1,0 +1,173 @@
+"""Repeating decoding steps, all of it but CUDA: a step is repeated by running it on what was sent."""
+
+import pytest
+import torch
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+from hf_paged import PagedCache, ReleaseFinished, cuda_graphs, kernel, linear
+from hf_paged.compilation import compiled
+from tests.models import generate, left_padded, random_ids, tiny_llama, tiny_model
+
+
+def tiny_mistral():
+    return tiny_model(MistralForCausalLM, MistralConfig, sliding_window=20)
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["two lists", "one list"])
+def steps(request, monkeypatch):
+    """How often a step was recorded and repeated; pages are listed as on a CPU and as on a GPU."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernel, "lists_full_pages", lambda device: request.param)
+    monkeypatch.setattr(linear, "compile_fx", lambda graph, inputs: graph)
+    compile_graph = linear.backend
+    monkeypatch.setattr(linear, "backend", lambda *graph: cuda_graphs.StepGraphs(compile_graph(*graph)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    counts = {"recorded": 0, "repeated": 0}
+    send = cuda_graphs._Recording.send
+
+    def send_and_remember(self, inputs, plans):
+        send(self, inputs, plans)
+        self._inputs = [self._moving.get(index, value) for index, value in enumerate(inputs)]
+        self._batch = plans[0].batch
+
+    def record(self, run, inputs, pool):
+        counts["recorded"] += 1
+        self._graph = run
+
+    def repeat(self):
+        counts["repeated"] += 1
+        with self._batch.rehearsing():
+            return self._graph(*self._inputs)
+
+    for function in (send_and_remember, record, repeat):
+        monkeypatch.setattr(cuda_graphs._Recording, function.__name__.split("_")[0], function)
+    return counts
+
+
+def plain_tokens(model, ids, **arguments):
+    return generate(model, "sdpa", DynamicCache(config=model.config), ids, **arguments)
+
+
+def repeated_tokens(model, ids, **arguments):
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    with compiled(model):
+        tokens = generate(model, "paged_flex", cache, ids, **arguments)
+    cache.pool.check_integrity()
+    return tokens
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mistral])
+@pytest.mark.parametrize("lengths", [[20], [20, 7, 13]])
+def test_steps_are_repeated_until_the_pool_grows(steps, make, lengths):
+    model, ids = make(), random_ids(len(lengths), 20)
+    settings = {"attention_mask": left_padded(20, lengths), "max_new_tokens": 120}
+    expected = plain_tokens(model, ids, **settings)
+    assert torch.equal(repeated_tokens(model, ids, **settings), expected)
+    assert 1 <= steps["recorded"] <= 4
+    assert steps["repeated"] >= 118 - 2 * steps["recorded"]
+
+
+def logits_of_steps(model, cache, ids, compute):
+    """Logits of columns that are computed one by one after the first ten, rows changing places in between."""
+    order = torch.tensor([1, 0, 0])  # the second row becomes a copy of the first, and so on
+    with torch.no_grad():
+        model(ids[:, :10], past_key_values=cache)
+        logits = []
+        for column in range(10, ids.shape[1]):
+            cache.reorder_cache(order)
+            inputs = model.prepare_inputs_for_generation(
+                ids[:, column : column + 1],
+                past_key_values=cache,
+                attention_mask=torch.ones(3, column + 1, dtype=torch.long),
+                position_ids=torch.full((3, 1), column),
+                use_cache=True,
+            )
+            logits.append(compute(**inputs).logits)
+    return torch.cat(logits, dim=1)
+
+
+def test_rows_change_places_and_share_pages_between_repeated_steps(steps):
+    model, ids = tiny_llama(), random_ids(3, 60)
+    expected = logits_of_steps(model, DynamicCache(config=model.config), ids, model)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    with compiled(model):
+        compute = model.get_compiled_call(model.generation_config.compile_config)
+        actual = logits_of_steps(model, cache, ids, compute)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert steps["repeated"] > 40
+
+
+def test_released_rows_are_another_step(steps):
+    model, ids = tiny_llama(), random_ids(3, 40)
+    end = int(plain_tokens(model, ids)[0, 50])
+    expected = plain_tokens(model, ids, eos_token_id=end)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    with compiled(model):
+        finished = [ReleaseFinished(cache, end)]
+        actual = generate(model, "paged_flex", cache, ids, eos_token_id=end, stopping_criteria=finished)
+    assert torch.equal(actual, expected)
+    assert steps["recorded"] >= 2
+
+
+def test_rows_that_share_the_pages_of_their_prompt(steps):
+    model = tiny_llama()
+    ids = random_ids(1, 20).repeat(3, 1)
+    assert torch.equal(repeated_tokens(model, ids), plain_tokens(model, ids))
+    assert steps["repeated"]
+
+
+def test_caches_that_take_turns_keep_apart(steps):
+    model = tiny_llama()
+    prompts = [random_ids(1, length, seed=length) for length in (20, 33)]
+    expected = [plain_tokens(model, ids, max_new_tokens=64) for ids in prompts]
+    model.set_attn_implementation("paged_flex")
+    caches = [PagedCache.from_model(model, page_size=16) for _ in prompts]
+    actual = list(prompts)
+    with compiled(model):
+        for _ in range(8):
+            for turn, cache in enumerate(caches):
+                actual[turn] = generate(model, "paged_flex", cache, actual[turn], max_new_tokens=8)
+    assert all(map(torch.equal, actual, expected))
+    assert steps["repeated"] > 80
+
+
+def test_what_is_used_least_recently_is_forgotten(steps, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_MAX_RECORDINGS", 1)
+    test_caches_that_take_turns_keep_apart(steps)
+
+
+def test_a_step_that_cannot_be_recorded_runs_without(steps, monkeypatch, caplog):
+    def fail(*arguments):
+        raise RuntimeError("no graphs today")
+
+    monkeypatch.setattr(cuda_graphs._Recording, "record", fail)
+    model, ids = tiny_llama(), random_ids(2, 20)
+    expected = plain_tokens(model, ids)
+    with caplog.at_level("WARNING"):
+        assert torch.equal(repeated_tokens(model, ids), expected)
+    assert caplog.text.count("no graphs today") == 1
+    assert steps["repeated"] == 0
+
+
+def test_inputs_that_never_look_the_same_are_warned_of(steps, caplog):
+    model = tiny_llama()
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    ids = random_ids(2, 60)
+    mask = torch.ones_like(ids)
+    with compiled(model), torch.no_grad(), caplog.at_level("WARNING"):
+        model(ids[:, :10], attention_mask=mask[:, :10], past_key_values=cache)
+        compute = model.get_compiled_call(model.generation_config.compile_config)
+        for column in range(10, 60):
+            arguments = {"attention_mask": mask[:, : column + 1], "use_cache": True}
+            positions = torch.arange(column + 1).repeat(2, 1)[:, -1:]
+            new = ids[:, column : column + 1]
+            inputs = model.prepare_inputs_for_generation(
+                new, past_key_values=cache, position_ids=positions, **arguments
+            )
+            compute(**inputs)
+    assert steps["repeated"] == 0
+    assert caplog.text.count("make position_ids contiguous") == 1
