@@ -23,6 +23,7 @@ from hf_paged.tiles import Layout, Tiles
 logger = logging.getLogger(__name__)
 
 _MAX_RECORDINGS = 16  # for each compiled graph; what was used least recently is dropped
+_MAX_MOVING = 2**16  # elements of what is copied in each step; weights may be integers, too
 _PATIENCE = 32  # steps in a row that none before them was like
 
 Inputs = tuple[Any, ...]
@@ -38,7 +39,8 @@ class StepGraphs:
     def __init__(self, run: Callable[..., Any]) -> None:
         self._run = run
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
-        self._pool: Any = None  # of memory, which all recordings share, since what they return is copied at once
+        # Of memory, by stream. Recordings share it, since none runs beside another and what they return is copied.
+        self._pools: dict[int, Any] = {}
         self._is_given_up = False
         self._num_unlike = 0
 
@@ -81,11 +83,12 @@ class StepGraphs:
 
     def _record(self, recording: "_Recording", inputs: Inputs, batch: Batch) -> bool:
         """Record a step, which computes nothing yet; return whether that went well."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        stream = _stream()
+        if stream not in self._pools:
+            self._pools[stream] = torch.cuda.graph_pool_handle()
         try:
             with batch.rehearsing():
-                recording.record(self._run, inputs, self._pool)
+                recording.record(self._run, inputs, self._pools[stream])
         except Exception as error:
             self._is_given_up = True
             logger.warning(
@@ -164,12 +167,16 @@ def _is_repeatable(plan: Plan) -> bool:
 
 def _is_moving(value: Any) -> bool:
     """Whether an input is another tensor in each step. Weights and buffers are read, and written, where they are."""
-    return isinstance(value, Tensor) and not value.is_floating_point()
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.numel() <= _MAX_MOVING
+
+
+def _stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
 
 
 def _fixed(inputs: Inputs, batch: Batch) -> Hashable:
     """What a recorded step can't do without: sizes, and the addresses of all that is not moved."""
-    fixed: list[Hashable] = []
+    fixed: list[Hashable] = [_stream()]
     for value in inputs:
         if isinstance(value, Plan):
             continue

@@ -22,6 +22,7 @@ def steps(request, monkeypatch):
     compile_graph = linear.backend
     monkeypatch.setattr(linear, "backend", lambda *graph: cuda_graphs.StepGraphs(compile_graph(*graph)))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(cuda_graphs, "_stream", lambda: 0)
     counts = {"recorded": 0, "repeated": 0}
     send = cuda_graphs._Recording.send
 
