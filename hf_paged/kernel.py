@@ -73,8 +73,8 @@ def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
 def lists_full_pages(device: torch.device) -> bool:
     """Whether pages that a tile sees whole get a list of their own, and are read without a mask.
 
-    On a GPU the kernel for few queries looks for that list at the strides of the other one (seen in torch 2.11 and
-    2.13), and with two lists it shares out the whole storage among its programs instead of the pages of each tile.
+    On a GPU the kernel for few queries looks for that list at the strides of the other one (seen in torch 2.11, 2.13
+    and 2.14), and with two lists it shares out the whole storage among its programs instead of the pages of each tile.
     """
     return device.type == "cpu"
 
@@ -316,9 +316,9 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
     query_block = -(-group // _QUERY_BLOCK) * _QUERY_BLOCK
     kernel_options = _kernel_options(variant)
 
-    # The names matter. The CPU template of FlexAttention (seen in torch 2.13) substitutes the symbols of its tile
-    # sizes, ks0 to ks5, as text, and so breaks the symbols of other sizes whose number begins with that digit. Dynamo
-    # derives the number from the argument's name; these give numbers that begin with 6 to 9.
+    # The names matter. The CPU template of FlexAttention (seen in torch 2.13 and 2.14) substitutes the symbols of its
+    # tile sizes, ks0 to ks5, as text, and so breaks the symbols of other sizes whose number begins with that digit.
+    # Dynamo derives the number from the argument's name; these give numbers that begin with 6 to 9.
     def attend(
         paged_query: Tensor,
         paged_keys: Tensor,

@@ -1,8 +1,6 @@
 """What the layers of one forward pass are told, besides their queries."""
 
 from torch import Tensor
-from torch._library.opaque_object import register_opaque_type
-from torch._opaque_base import OpaqueBase
 
 from hf_paged.batch import Batch
 from hf_paged.columns import BoolMatrix
@@ -11,8 +9,19 @@ from hf_paged.page_table import PageTable
 from hf_paged.step import Step
 from hf_paged.tiles import Layout, Tiles
 
+try:
+    from torch._custom_class_base import CustomClassBase  # type: ignore[import-not-found]
+    from torch._library.opaque_object import register_custom_class  # type: ignore[attr-defined]
 
-class Plan(OpaqueBase):
+    _BY_REFERENCE = "symbolic"
+except ImportError:  # their names before torch 2.14, which warns of them
+    from torch._library.opaque_object import register_opaque_type as register_custom_class
+    from torch._opaque_base import OpaqueBase as CustomClassBase
+
+    _BY_REFERENCE = "reference"
+
+
+class Plan(CustomClassBase):  # type: ignore[misc]
     """One step, and what its queries see.
 
     A compiled graph takes it as an input that it can't look into. So nothing that changes from pass to pass is
@@ -91,4 +100,4 @@ class Plan(OpaqueBase):
         return self.made_tiles[key]
 
 
-register_opaque_type(Plan, typ="reference")
+register_custom_class(Plan, typ=_BY_REFERENCE)

@@ -1,6 +1,8 @@
 """The command line: what is printed, written and drawn."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -50,3 +52,8 @@ def test_the_help_lists_scenarios_and_baselines(capsys):
     printed = capsys.readouterr().out
     assert "latency    Latency: time to the first token" in printed
     assert "generate_batch" in printed
+
+
+def test_importing_the_package_prints_no_warnings():
+    process = subprocess.run([sys.executable, "-c", "import hf_paged"], capture_output=True, text=True, check=True)
+    assert process.stderr == ""
