@@ -11,6 +11,11 @@ from hf_paged.errors import OutOfPagesError
 class PageAllocator:
     """A free list with reference counts. Every operation takes constant time per page; threads may share it.
 
+    To take one page, and to give back one that nobody else holds, takes no lock: threads that wait for one lock wake
+    each other for every page. Those two pop from the list of free pages and append to it, which Python does in one go;
+    so nothing else may do more than that with the list, or put another in its place. A page that is just changing
+    hands is not in the list, and counts as held.
+
     Args:
         num_pages: pages that exist; `grow` adds more.
         watermark: pages that `allocate(..., admit=True)` leaves free for the rows that are already running.
@@ -75,19 +80,19 @@ class PageAllocator:
         Raises:
             OutOfPagesError: if there are fewer; nothing is taken.
         """
-        with self._lock:
-            if self._dropped:
-                self._collect()
-            free, counts = self._free, self._ref_counts
-            held_back = self.watermark if admit else 0
-            first = len(free) - count
-            if first >= held_back:
-                pages = free[first:]
-                del free[first:]
+        if count == 1 and not admit and not self._dropped:
+            try:
+                page = self._free.pop()
+            except IndexError:
+                pass
             else:
-                pages = self._take_untouched_too(count, held_back)
+                self._ref_counts[page] = 1
+                return [page]
+        with self._lock:
+            self._collect()
+            pages = self._take(count, self.watermark if admit else 0)
             for page in pages:
-                counts[page] = 1
+                self._ref_counts[page] = 1
             return pages
 
     def retain(self, pages: Sequence[int], times: int = 1) -> None:
@@ -113,6 +118,11 @@ class PageAllocator:
         Raises:
             ValueError: if a page has no holder; nothing is released.
         """
+        counts = self._ref_counts
+        if len(pages) == 1 and 0 <= (page := pages[0]) < len(counts) and counts[page] == 1:
+            counts[page] = 0
+            self._free.append(page)
+            return
         with self._lock:
             self._release(pages)
 
@@ -129,12 +139,13 @@ class PageAllocator:
         """Forget the free pages behind the last held one, but none of the first `num_kept`; return what remains."""
         with self._lock:
             self._collect()
-            remaining = self.num_pages
-            while remaining > num_kept and self._ref_counts[remaining - 1] == 0:
+            free = self._pop(self.num_pages)
+            droppable, remaining = set(free), self.num_pages
+            while remaining > num_kept and (remaining > self._num_touched or remaining - 1 in droppable):
                 remaining -= 1
             del self._ref_counts[remaining:]
             self._num_touched = min(self._num_touched, remaining)
-            self._free = sorted((page for page in self._free if page < remaining), reverse=True)
+            self._free.extend(sorted((page for page in free if page < remaining), reverse=True))
             return remaining
 
     def check_integrity(self, holders: dict[int, int]) -> None:
@@ -157,19 +168,29 @@ class PageAllocator:
             if self._num_shared != sum(count > 1 for count in counted.values()):
                 raise RuntimeError(f"{self._num_shared} pages are said to be shared, which is not so.")
 
-    def _take_untouched_too(self, count: int, held_back: int) -> list[int]:
-        num_free = self._count_free()
-        if count > num_free - held_back:
+    def _take(self, count: int, held_back: int) -> list[int]:
+        is_enough = count <= self._count_free() - held_back
+        pages = self._pop(count) if is_enough else []
+        missing = count - len(pages)
+        if not is_enough or missing > self.num_pages - self._num_touched:
+            self._free.extend(reversed(pages))
             kept = f" ({held_back} of them held back for running rows)" if held_back else ""
             raise OutOfPagesError(
-                f"This step needs {count} more pages, but {num_free} of {self.num_pages} are free{kept}. "
+                f"This step needs {count} more pages, but {self._count_free()} of {self.num_pages} are free{kept}. "
                 "Raise num_pages, or free pages: reset() or delete caches that are done."
             )
-        reused = min(count, len(self._free))
-        pages = self._free[len(self._free) - reused :]
-        del self._free[len(self._free) - reused :]
-        pages.extend(range(self._num_touched, self._num_touched + count - reused))
-        self._num_touched += count - reused
+        pages.extend(range(self._num_touched, self._num_touched + missing))
+        self._num_touched += missing
+        return pages
+
+    def _pop(self, count: int) -> list[int]:
+        """Up to `count` of the released pages, the last one first."""
+        pages: list[int] = []
+        try:
+            while len(pages) < count:
+                pages.append(self._free.pop())
+        except IndexError:  # other threads may have been faster
+            pass
         return pages
 
     def _count_free(self) -> int:
@@ -180,19 +201,18 @@ class PageAllocator:
             self._release(self._dropped.popleft())
 
     def _release(self, pages: Sequence[int]) -> None:
-        counts, free = self._ref_counts, self._free
-        num_pages = len(counts)
-        num_free, num_unshared = len(free), 0
+        counts, num_pages = self._ref_counts, self.num_pages
+        freed, num_unshared = [], 0
         for done, page in enumerate(pages):
             count = counts[page] if 0 <= page < num_pages else 0
             if count == 1:
-                free.append(page)
+                freed.append(page)
             elif count == 2:
                 num_unshared += 1
             elif count == 0:
                 for undone in pages[:done]:
                     counts[undone] += 1
-                del free[num_free:]
                 raise ValueError(f"Page {page} was released more often than it was held.")
             counts[page] = count - 1
         self._num_shared -= num_unshared
+        self._free.extend(freed)

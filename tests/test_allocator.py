@@ -291,8 +291,8 @@ def test_eight_threads_leave_balanced_books():
         random_ = random.Random(seed)
         held: list[int] = []
         start.wait()
-        for _ in range(300):
-            match random_.randrange(4):
+        for _ in range(600):
+            match random_.randrange(6):
                 case 0:
                     try:
                         held += allocator.allocate(random_.randrange(1, 6))
@@ -309,6 +309,14 @@ def test_eight_threads_leave_balanced_books():
                     allocator.release(released)
                 case 3 if held:
                     allocator.release_later([held.pop()])
+                case 4:
+                    allocator.shrink(num_pages // 2)
+                    allocator.grow(num_pages)
+                case 5:
+                    try:
+                        allocator.release(allocator.allocate(1))
+                    except OutOfPagesError:
+                        continue
         return held
 
     with ThreadPoolExecutor(num_threads) as executor:
