@@ -41,6 +41,7 @@ class StepGraphs:
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         # Of memory, by stream. Recordings share it, since none runs beside another and what they return is copied.
         self._pools: dict[int, Any] = {}
+        self._written: set[int] = set()  # inputs that the pass writes to: they are written where they are
         self._is_given_up = False
         self._num_unlike = 0
 
@@ -53,12 +54,18 @@ class StepGraphs:
         with ExitStack() as stack:
             for group in batch.pool.groups:
                 stack.enter_context(group.staying_in_place())
-            key = _fixed(inputs, batch)
+            moving = {index for index, value in enumerate(inputs) if _may_move(value)} - self._written
+            key = _fixed(inputs, moving, batch)
             recording = self._recordings.get(key)
             if recording is None or not recording.fits(plans):
                 # The first time kernels are compiled, and it shows which lists of pages are read.
+                versions = {index: inputs[index]._version for index in moving if not inputs[index].is_inference()}
                 outputs = self._run(*inputs)
-                self._keep(key, _Recording(inputs, plans))
+                written = {index for index, version in versions.items() if inputs[index]._version != version}
+                if written:
+                    self._written |= written
+                else:
+                    self._keep(key, _Recording(inputs, moving, plans))
                 return outputs
             self._num_unlike = 0
             self._recordings.move_to_end(key)
@@ -103,12 +110,13 @@ class _Recording:
 
     Args:
         inputs: of the pass that has just run.
+        moving: which of them are copied.
         plans: those among them.
     """
 
-    def __init__(self, inputs: Inputs, plans: list[Plan]) -> None:
+    def __init__(self, inputs: Inputs, moving: set[int], plans: list[Plan]) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._moving = {index: value.clone() for index, value in enumerate(inputs) if _is_moving(value)}
+        self._moving = {index: inputs[index].clone() for index in moving}
         self._lists: list[tuple[int, int, Layout, int, Tiles]] = [
             (number, plan.batch.tables.index(table), layout, num_slots, tiles)
             for number, plan in enumerate(plans)
@@ -165,8 +173,8 @@ def _is_repeatable(plan: Plan) -> bool:
     return is_plain and step.is_settled and plan.batch.is_untouched
 
 
-def _is_moving(value: Any) -> bool:
-    """Whether an input is another tensor in each step. Weights and buffers are read, and written, where they are."""
+def _may_move(value: Any) -> bool:
+    """Whether an input may be another tensor in each step. Weights are read where they are."""
     return isinstance(value, Tensor) and not value.is_floating_point() and value.numel() <= _MAX_MOVING
 
 
@@ -174,15 +182,15 @@ def _stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-def _fixed(inputs: Inputs, batch: Batch) -> Hashable:
+def _fixed(inputs: Inputs, moving: set[int], batch: Batch) -> Hashable:
     """What a recorded step can't do without: sizes, and the addresses of all that is not moved."""
     fixed: list[Hashable] = [_stream()]
-    for value in inputs:
+    for index, value in enumerate(inputs):
         if isinstance(value, Plan):
             continue
         if not isinstance(value, Tensor):
             fixed.append(value)
-        elif _is_moving(value):
+        elif index in moving:
             fixed.append((value.shape, value.is_contiguous()))
         else:
             fixed.append(value.data_ptr())

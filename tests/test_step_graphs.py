@@ -203,6 +203,28 @@ def test_weights_that_change_in_place_are_read(device):
     assert torch.equal(second, plain_tokens(model, ids))
 
 
+class Counting(torch.nn.Module):
+    """Counts the passes that go through a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.register_buffer("num_passes", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, hidden_states):
+        self.num_passes.add_(1)
+        return self.module(hidden_states)
+
+
+def test_buffers_that_a_step_writes_to_are_written(steps, device):
+    model, ids = tiny_llama().to(device), random_ids(1, 20).to(device)
+    expected = plain_tokens(model, ids)
+    model.model.norm = Counting(model.model.norm).to(device)
+    assert torch.equal(repeated_tokens(model, ids), expected)
+    assert model.model.norm.num_passes == 24
+    assert steps["repeated"] >= 18
+
+
 def test_a_step_that_cannot_be_recorded_runs_without(steps, device, monkeypatch, caplog):
     def fail(*arguments):
         raise RuntimeError("no graphs today")
