@@ -30,7 +30,7 @@ def inductor_flags() -> AbstractContextManager[Any]:
 
 
 class WithoutCudnn(Contender):
-    """The same as the reference, but without cuDNN's attention, which on some GPUs plans anew for every length."""
+    """The same as the reference, but without cuDNN's attention, which torch prefers on some GPUs."""
 
     name = "dynamic-no-cudnn"
 
