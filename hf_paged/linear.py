@@ -5,9 +5,11 @@ calls, reaches about half of the memory's bandwidth there. A plain sum, as induc
 
 With a few tokens the product is much faster the other way round, `weight @ tokens.T`, since the small matrix, not the
 large one, is then the one that is brought into another layout on each call. From some tokens on oneDNN, which torch
-takes for other dtypes only, is ahead of MKL. None of this needs a second copy of the weights.
+takes for other dtypes only, is ahead of MKL. The result stays the other way round, too: what inductor compiles around
+it reads it as it is. None of this needs a second copy of the weights.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,24 +17,25 @@ from torch import Tensor
 from torch._inductor import lowering
 from torch._inductor.compile_fx import compile_fx
 
-_FEW = 4  # rows up to which MKL is ahead
+_MKL_ROWS = 4  # up to which MKL is ahead
 _MANY = 128  # rows from which on it does not matter which matrix is brought into another layout
 
 _library = torch.library.Library("hf_paged", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) >= _MANY:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    else:
-        if len(rows) <= _FEW:
-            output = torch.mm(weight, rows.t()).t()
-        else:
-            output = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "").t()
-        output = output.contiguous()
-        if bias is not None:
-            output += bias
+def _linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    products: Tensor = torch.ops.hf_paged.products_of_rows(weight, x.reshape(-1, x.shape[-1]))
+    # Not brought into the layout of torch's own result: what comes next in the graph reads it as it is.
+    output = products.t().reshape(*x.shape[:-1], len(weight))
+    return output if bias is None else output + bias
+
+
+def _products_of_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    return torch.mm(weight, rows.t()) if len(rows) <= _MKL_ROWS else _onednn(weight, rows, None, "none", [], "")
+
+
+def _linear_of_many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    output: Tensor = _onednn(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
     return output.view(*x.shape[:-1], len(weight))
 
 
@@ -40,11 +43,24 @@ def _like_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _like_products(weight: Tensor, rows: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[0], rows.shape[0])
+
+
+_onednn = torch.ops.mkldnn._linear_pointwise.default
+_LINEAR = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 # The caches of torch.compile know an operation by its name alone: a new lowering needs a new name.
-for _name, _function in (("linear_of_one_row", torch.nn.functional.linear), ("linear_of_rows", _linear)):
-    _library.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(f"linear_of_few_rows{_LINEAR}")  # type: ignore[no-untyped-call]
+_library.impl("linear_of_few_rows", _linear_of_few_rows, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+for _signature, _function, _like in (
+    (f"linear_of_one_row{_LINEAR}", torch.nn.functional.linear, _like_output),
+    (f"linear_of_many_rows{_LINEAR}", _linear_of_many_rows, _like_output),
+    ("products_of_rows(Tensor weight, Tensor rows) -> Tensor", _products_of_rows, _like_products),
+):
+    _name = _signature.partition("(")[0]
+    _library.define(_signature)  # type: ignore[no-untyped-call]
     _library.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"hf_paged::{_name}", _like_output, lib=_library)
+    torch.library.register_fake(f"hf_paged::{_name}", _like, lib=_library)
 
 
 @lowering.register_lowering(torch.ops.hf_paged.linear_of_one_row.default, type_promotion_kind=None)
@@ -65,10 +81,14 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         x = node.args[0].meta["example_value"]
         if x.device.type != "cpu" or x.dtype != torch.float32:
             continue
-        is_one_row = all(isinstance(size, int) and size == 1 for size in x.shape[:-1])
-        name = "linear_of_one_row" if is_one_row else "linear_of_rows"
-        node.target = getattr(torch.ops.hf_paged, name).default
+        node.target = getattr(torch.ops.hf_paged, f"linear_of_{_kind(math.prod(x.shape[:-1]))}").default
         node.args = (*node.args, *(node.kwargs.get(key) for key in ("input", "weight", "bias")[len(node.args) :]))
         node.kwargs = {}
     graph.recompile()
     return compile_fx(graph, inputs)
+
+
+def _kind(num_rows: int | torch.SymInt) -> str:
+    if not isinstance(num_rows, int):
+        return "few_rows"  # of a batch that decodes
+    return "one_row" if num_rows == 1 else "many_rows" if num_rows >= _MANY else "few_rows"
