@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_paged import kernel
-from hf_paged.dtypes import autocast
+from hf_paged.dtypes import autocast_dtype
 from hf_paged.eager import blockwise_attention
 from hf_paged.mask import NAME, PagedMask, paged_flex_mask
 from hf_paged.plan import Plan
@@ -76,7 +76,9 @@ def paged_flex_attention(
                 'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.'
             )
         return _attend_to_columns(query, key, value, attention_mask, is_causal, scale, softcap, s_aux), None
-    arguments = (attention_mask.plan, autocast(query), key, value, getattr(module, "layer_idx", -1))
+    if query.dtype is not key.dtype and autocast_dtype(query) is not None:
+        query = query.to(key.dtype)
+    arguments = (attention_mask.plan, query, key, value, getattr(module, "layer_idx", -1))
     options = (is_causal, scale, softcap, s_aux)
     if torch.compiler.is_compiling():
         output: Tensor = torch.ops.hf_paged.write_and_attend(*arguments, *options)

@@ -10,7 +10,9 @@ from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.kernel import repacks_storage
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
+from hf_paged.routine import Routine
 from hf_paged.step import PaddedStep, Step, gather_columns
+from hf_paged.storage import LayerStorage
 from hf_paged.tiling import Tiling
 
 
@@ -37,6 +39,7 @@ class Batch:
         self._is_rehearsing = False  # whether the pass under way is only recorded
         self._records_past = False
         self._missing: set[int] = set()  # layers that the step under way has not written yet
+        self._routine: Routine | None = None  # how to write most of them, once one is written
 
     @property
     def num_rows(self) -> int:
@@ -164,13 +167,28 @@ class Batch:
             OutOfPagesError: if the tokens don't fit; nothing is written.
             ValueError: if shapes, dtype or device don't fit; nothing is written.
         """
-        storage = self.pool.open_storage(layer, keys, values)
-        step = self.step_for(layer, keys, values)
-        group = self.pool.group_of_layer[layer]
-        step.write(group, storage, keys, values)
-        result = step.read(group, storage, keys, values)
+        result = None
+        if self._routine is not None and layer in self._missing:
+            result = self._routine.write(layer, keys, values)
+        if result is None:
+            storage = self.pool.open_storage(layer, keys, values)
+            step = self.step_for(layer, keys, values)
+            group = self.pool.group_of_layer[layer]
+            step.write(group, storage, keys, values)
+            result = step.read(group, storage, keys, values)
+            self._routine = self._routine_after(step, group, storage, keys, values)
         self.note_written(layer)
         return result
+
+    def _routine_after(
+        self, step: Step, group: int, storage: LayerStorage, keys: Tensor, values: Tensor
+    ) -> Routine | None:
+        if storage.device.type != "cpu" or not Routine.fits(step, group):
+            return None
+        layers = self._missing.intersection(self.pool.groups[group].layers)
+        storages = {layer: other for layer in layers if (other := self.pool.storage(layer)) is not None}
+        alike = {layer: other for layer, other in storages.items() if other.fits(keys, values)}
+        return Routine(step, group, alike, keys, values)
 
     def begin_pass(self, layer: int) -> None:
         """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer."""
@@ -183,6 +201,7 @@ class Batch:
         """Make a step that went through all layers part of the rows."""
         step = self.step
         if step is not None and not self._missing:
+            self._routine = None
             for table in self.tables:
                 table.commit(step.counts)
             self.columns = step.next_columns
@@ -251,7 +270,7 @@ class Batch:
     def _abandon(self) -> None:
         if self.step is not None:
             self.step.is_cancelled = True
-            self.step = None
+            self.step = self._routine = None
             self._undo()
 
     def _undo(self) -> None:

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 
-def autocast(tensor: Tensor) -> Tensor:
-    """Give queries, keys or values the dtype that `torch.autocast`, if it is on, would have attention computed in."""
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return what `torch.autocast` would have attention computed in, where this tensor is; None if it is off."""
     device = tensor.device.type
     if not _has_autocast(device) or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device))
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile before torch 2.13 can't look into what is called

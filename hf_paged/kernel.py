@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -154,17 +154,22 @@ def paged_attention(
     num_rows, num_heads, num_queries, _ = query.shape
     by_group = (keys.shape[1], tiles.group)
     scores = query.new_zeros(by_group) if has_sinks else _NO_SINKS
-    kernel = _specialization(variant, _Arguments(_stack(query, tiles), keys, values, *lists, scores))
+    arguments = _Arguments(_stack(query, tiles), keys, values, *lists, scores)
+    kernel = _specialization(variant, arguments).bound_to(arguments)
+    num_missing = len(tiles.num_partial) - len(query) if num_queries == 1 else 0
+    one_query, one_output = (num_rows, *by_group, query.shape[3]), (num_rows, 1, num_heads, values.shape[3])
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
-        return _unstack(kernel(_stack(query, tiles), keys, values, *lists, scores), tiles, num_rows, num_queries)
+        return _unstack(kernel(_stack(query, tiles), keys, values, scores), tiles, num_rows, num_queries)
 
     def attend_with_one_query(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
-        stacked = _fill_up(query.reshape(num_rows, *by_group, -1).contiguous(), tiles)
+        stacked = query.reshape(one_query).contiguous()
         scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
-        return kernel(stacked, keys, values, *lists, scores)[:num_rows].view(num_rows, 1, num_heads, -1)
+        if num_missing:
+            return kernel(_fill_up(stacked, tiles), keys, values, scores)[:num_rows].view(one_output)
+        return kernel(stacked, keys, values, scores).view(one_output)
 
     def attend_from_seats(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         assert seats is not None
@@ -222,11 +227,40 @@ def num_specializations() -> int:
     return len(_specializations)
 
 
-_specializations: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+@dataclass(frozen=True)
+class _Kernel:
+    """What inductor compiled, and how it wants to be called.
+
+    Attributes:
+        run: takes a list of inputs.
+        inputs_of: makes that list of `_Arguments`: the tensors in another order, and sizes of them.
+        places: where in the list the queries, keys, values and sinks are; -1 for sinks without a place.
+    """
+
+    run: Callable[[list[Any]], Sequence[Tensor]]
+    inputs_of: Callable[..., list[Any]]
+    places: tuple[int, int, int, int]
+
+    def bound_to(self, arguments: _Arguments) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Return what attends with other queries, keys, values and sinks of the same sizes."""
+        inputs, run = self.inputs_of(*arguments), self.run
+        at_query, at_keys, at_values, at_sinks = self.places
+
+        def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor) -> Tensor:
+            filled = inputs.copy()
+            filled[at_query], filled[at_keys], filled[at_values] = query, keys, values
+            if at_sinks >= 0:
+                filled[at_sinks] = sinks
+            return run(filled)[0]
+
+        return attend
+
+
+_specializations: dict[tuple[Any, ...], _Kernel] = {}
 _compile_lock = threading.RLock()
 
 
-def _specialization(variant: Variant, arguments: _Arguments) -> Callable[..., Tensor]:
+def _specialization(variant: Variant, arguments: _Arguments) -> _Kernel:
     # What a compiled kernel does not adapt to: a size of 1, which broadcasts, storage that 32-bit indices can't
     # address, and the number of threads.
     num_tiles, _, tile_rows, _ = arguments.query.shape
@@ -243,7 +277,7 @@ def _specialization(variant: Variant, arguments: _Arguments) -> Callable[..., Te
     return kernel
 
 
-def _compile(variant: Variant, arguments: _Arguments) -> Callable[..., Tensor]:
+def _compile(variant: Variant, arguments: _Arguments) -> _Kernel:
     """Compile for arguments like these.
 
     Dynamo finds the kernel by looking at hundreds of guards. Between two layers' weights nothing of them is left in
@@ -274,12 +308,16 @@ def _compile(variant: Variant, arguments: _Arguments) -> Callable[..., Tensor]:
     static = torch._dynamo.config.patch(assume_static_by_default=True)
     # That cache would find what AOTAutograd makes of the kernel without compiling what is inside.
     inside = torch._functorch.config.patch(enable_autograd_cache=False)
-    with static, inside, torch.no_grad(), torch.autocast(variant.device.type, enabled=False):
+    # The sizes are those of the tensors that they are read from, so there is nothing to be asserted on each call.
+    unchecked = torch._inductor.config.patch(size_asserts=False)
+    with static, inside, unchecked, torch.no_grad(), torch.autocast(variant.device.type, enabled=False):
         torch.compile(own, backend=backend, fullgraph=True)(*arguments)
     (graph,) = compiled
-    call = f"lambda {', '.join(code.co_varnames[: code.co_argcount])}: run([{_expression(sources)}])[0]"
-    kernel: Callable[..., Tensor] = eval(call, {"run": graph.current_callable})
-    return kernel
+    inputs = [_expression(source) for source in sources]
+    names = code.co_varnames[: code.co_argcount]
+    query, keys, values, *_, sinks = (inputs.index(name) if name in inputs else -1 for name in names)
+    inputs_of = eval(f"lambda {', '.join(names)}: [{', '.join(inputs)}]")
+    return _Kernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
 
 
 def _dynamic_sizes(name: str, variant: Variant) -> tuple[int, ...]:
@@ -305,9 +343,9 @@ def _dynamic_sizes(name: str, variant: Variant) -> tuple[int, ...]:
     return (0,)
 
 
-def _expression(sources: list[str]) -> str:
-    """Turn `["L['keys']", "L['keys'].size()[2]"]` into `"keys, keys.size()[2]"`."""
-    return ", ".join(re.sub(r"L\['(\w+)'\]", r"\1", source) for source in sources)
+def _expression(source: str) -> str:
+    """Turn `"L['keys'].size()[2]"` into `"keys.size()[2]"`."""
+    return re.sub(r"L\['(\w+)'\]", r"\1", source)
 
 
 def _build(variant: Variant) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from hf_paged.batch import Batch
 from hf_paged.config import LayerSpec
-from hf_paged.dtypes import autocast
+from hf_paged.dtypes import autocast_dtype
 from hf_paged.graphs import outside_of_graphs
 from hf_paged.lengths import PastLength, PlannedLength
 from hf_paged.mask import NAME
@@ -85,12 +85,17 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             OutOfPagesError: if the tokens don't fit; nothing is written.
             ValueError: if shapes, dtype or device don't fit, or gradients are wanted; nothing is written.
         """
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise ValueError(
-                "Keys that require gradients were given to a PagedCache, which writes in place and can't be "
-                "differentiated. Run the model under torch.no_grad() or torch.inference_mode()."
-            )
-        key_states, value_states = autocast(key_states), autocast(value_states)
+        if key_states.requires_grad or value_states.requires_grad:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "Keys that require gradients were given to a PagedCache, which writes in place and can't be "
+                    "differentiated. Run the model under torch.no_grad() or torch.inference_mode()."
+                )
+            key_states, value_states = key_states.detach(), value_states.detach()
+        if key_states.dtype is not value_states.dtype:
+            dtype = autocast_dtype(key_states)
+            if dtype is not None:
+                key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not torch.compiler.is_compiling():
             return self._batch.write(self.index, key_states, value_states)
         if self._batch.is_written_by_attention:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.errors import OutOfPagesError
 from hf_paged.page_table import PageTable
-from hf_paged.storage import LayerStorage
+from hf_paged.storage import LayerStorage, Slots
 from hf_paged.tiles import Layout, Tiles
 from hf_paged.tiling import Tiling
 from hf_paged.twins import Leaders, confirmed_twins, parted_twins, possible_twins
@@ -119,7 +119,11 @@ class Step(ABC):
             keys: `(num_rows, num_kv_heads, num_new, head_dim)`.
             values: like `keys`.
         """
-        slots, token_index = self.placements[group].slots(self, storage.device)
+        placement = self.placements[group]
+        slots, token_index = placement.slots(self, storage.device)
+        if self.num_new == 1 and token_index is None and slots.device.type == "cpu":
+            storage.write_one_each(keys, values, placement.written)
+            return
         if self.num_rows == 1:
             keys, values = keys[0], values[0]
         else:
@@ -134,12 +138,16 @@ class Step(ABC):
             return keys, values
         table = self.placements[group].table
         if self.view is View.PAGES:
-            keys, values = storage.tensors
-            self._handed[keys.data_ptr()] = keys, table, storage
-            return keys, values
+            return self.hand_out(table, storage)
         window = table.group.window
         first_column = 0 if window is None else max(0, self.columns.count + 1 - window)
         return gather_columns(storage, table, self.next_columns, first_column)
+
+    def hand_out(self, table: PageTable, storage: LayerStorage) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a storage, and note that they stand for the pages of these rows."""
+        keys, values = storage.tensors
+        self._handed[keys.data_ptr()] = keys, table, storage
+        return keys, values
 
     def source_of(self, keys: Tensor, group: int | None) -> tuple[PageTable, LayerStorage | None]:
         """Return the rows and the storage of the layer that an attention function computes.
@@ -317,6 +325,8 @@ class Placement:
         self._version = -1
         self._slots: dict[torch.device, Tensor] = {}
         self._token_index: dict[torch.device, Tensor] | None = None
+        self.written: Slots | int = 0
+        """As `slots`, for `LayerStorage.write_one_each`, once they are found."""
 
     def slots(self, step: Step, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Slots of the tokens that are stored, and their indices among the new columns of all rows, None for all."""
@@ -336,7 +346,9 @@ class Placement:
         cpu, page_size = torch.device("cpu"), self.table.group.page_size
         self._token_index = None if token_index is None else {cpu: torch.from_numpy(token_index)}
         pages = self.table.block_table[rows, positions // page_size].astype(np.int64)
-        self._slots = {cpu: torch.from_numpy((pages * page_size + positions % page_size).ravel())}
+        slots = (pages * page_size + positions % page_size).ravel()
+        self._slots = {cpu: torch.from_numpy(slots)}
+        self.written = int(slots[0]) if len(slots) == 1 else slots
         self._version = self.table.version
 
 
