@@ -183,7 +183,7 @@ class Batch:
     def _routine_after(
         self, step: Step, group: int, storage: LayerStorage, keys: Tensor, values: Tensor
     ) -> Routine | None:
-        if storage.device.type != "cpu" or not Routine.fits(step, group):
+        if not Routine.begins(step, group, storage):
             return None
         layers = self._missing.intersection(self.pool.groups[group].layers)
         storages = {layer: other for layer in layers if (other := self.pool.storage(layer)) is not None}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from hf_paged.stacks import fill_up, stack, unstack
 from hf_paged.tiles import Tiles
 
 logger = logging.getLogger(__name__)
@@ -154,21 +155,21 @@ def paged_attention(
     num_rows, num_heads, num_queries, _ = query.shape
     by_group = (keys.shape[1], tiles.group)
     scores = query.new_zeros(by_group) if has_sinks else _NO_SINKS
-    arguments = _Arguments(_stack(query, tiles), keys, values, *lists, scores)
+    arguments = _Arguments(stack(query, tiles), keys, values, *lists, scores)
     kernel = _specialization(variant, arguments).bound_to(arguments)
     num_missing = len(tiles.num_partial) - len(query) if num_queries == 1 else 0
     one_query, one_output = (num_rows, *by_group, query.shape[3]), (num_rows, 1, num_heads, values.shape[3])
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
-        return _unstack(kernel(_stack(query, tiles), keys, values, scores), tiles, num_rows, num_queries)
+        return unstack(kernel(stack(query, tiles), keys, values, scores), tiles, num_rows, num_queries)
 
     def attend_with_one_query(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
         stacked = query.reshape(one_query).contiguous()
         scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
         if num_missing:
-            return kernel(_fill_up(stacked, tiles), keys, values, scores)[:num_rows].view(one_output)
+            return kernel(fill_up(stacked, tiles), keys, values, scores)[:num_rows].view(one_output)
         return kernel(stacked, keys, values, scores).view(one_output)
 
     def attend_from_seats(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
@@ -178,39 +179,6 @@ def paged_attention(
     if seats is not None:
         return attend_from_seats
     return attend_with_one_query if num_queries == 1 else attend
-
-
-def _stack(query: Tensor, tiles: Tiles) -> Tensor:
-    """`(num_rows, num_heads, num_queries, head_dim)` to `(num_tiles, num_kv_heads, tile_rows, head_dim)`."""
-    num_rows, num_heads, num_queries, head_dim = query.shape
-    group, num_kv_heads = tiles.group, num_heads // tiles.group
-    missing = tiles.tiles_per_row * tiles.tile_length - num_queries
-    padded = torch.nn.functional.pad(query, (0, 0, 0, missing)) if missing else query
-    stacked = (
-        padded.reshape(num_rows, num_kv_heads, group, tiles.tiles_per_row, tiles.tile_length, head_dim)
-        .permute(0, 3, 1, 4, 2, 5)
-        .reshape(num_rows * tiles.tiles_per_row, num_kv_heads, tiles.tile_length * group, head_dim)
-        .contiguous()
-    )
-    return _fill_up(stacked, tiles)
-
-
-def _fill_up(stacked: Tensor, tiles: Tiles) -> Tensor:
-    """Add what there is no row for, where the kernel is made for more tiles."""
-    missing = len(tiles.num_partial) - len(stacked)
-    return torch.nn.functional.pad(stacked, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else stacked
-
-
-def _unstack(output: Tensor, tiles: Tiles, num_rows: int, num_queries: int) -> Tensor:
-    """`(num_tiles, num_kv_heads, tile_rows, head_dim)` to `(num_rows, num_queries, num_heads, head_dim)`."""
-    num_kv_heads, head_dim = output.shape[1], output.shape[3]
-    num_heads = num_kv_heads * tiles.group
-    return (
-        output.view(num_rows, tiles.tiles_per_row, num_kv_heads, tiles.tile_length, tiles.group, head_dim)
-        .permute(0, 1, 3, 2, 4, 5)
-        .reshape(num_rows, tiles.tiles_per_row * tiles.tile_length, num_heads, head_dim)[:, :num_queries]
-        .contiguous()
-    )
 
 
 def _fixed_num_tiles(num_queries: int, tiles: Tiles) -> int | None:

@@ -1,6 +1,5 @@
 """Writing one token of each row: what is left to be done for a layer once another one like it was written."""
 
-import torch
 from torch import Tensor
 
 from hf_paged.step import Step, View
@@ -8,14 +7,14 @@ from hf_paged.storage import LayerStorage
 
 
 class Routine:
-    """The layers of a group that hold the same kind of keys and values, in a step that adds one token to each row.
+    """Layers on a CPU that hold the same kind of keys and values, in a step that adds one token to each row.
 
     Between two layers their weights go through the processor's caches, so that each line of Python that has to be
     fetched again counts. Everything that the first layer has shown is taken from there.
 
     Args:
         step: the forward pass.
-        group: index of the group.
+        group: index of the group of layers.
         storages: of the layers that are still to be written.
         keys: `(num_rows, num_kv_heads, 1, head_dim)` of the layer that was written.
         values: like `keys`.
@@ -32,19 +31,18 @@ class Routine:
         self._dtype = keys.dtype
 
     @staticmethod
-    def fits(step: Step, group: int) -> bool:
-        """Whether what the first layer of a group has shown goes for the others."""
-        if step.num_new > 1 or step.view is not View.PAGES or not step.is_settled:
+    def begins(step: Step, group: int, storage: LayerStorage) -> bool:
+        """Whether what the layer of this storage has shown goes for others of its group."""
+        if step.num_new > 1 or step.view is not View.PAGES or not step.is_settled or storage.device.type != "cpu":
             return False
-        slots, token_index = step.placements[group].slots(step, torch.device("cpu"))
-        return token_index is None
+        return step.placements[group].slots(step, storage.device)[1] is None
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         """Write the new tokens of a layer and return its storage; None if it is not one of these."""
         storage = self._storages.get(layer)
         if storage is None or (keys.shape, values.shape) != self._shapes:
             return None
-        if keys.dtype is not self._dtype or values.dtype is not self._dtype:
+        if keys.dtype is not self._dtype or values.dtype is not self._dtype or not (keys.is_cpu and values.is_cpu):
             return None
         storage.write_one_each(keys, values, self._slots)
         return self._step.hand_out(self._table, storage)

@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,22 @@ def test_a_write_leaves_every_other_slot_alone():
     storage.write(keys, values, torch.tensor([3, 16]))
     all_keys[:, [3, 16]], all_values[:, [3, 16]] = keys, values
     assert_equal(everything(storage), (all_keys, all_values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("slots", [[47], [16, 3, 31]])
+def test_one_token_of_each_row_is_written_as_any_tokens_are(slots, dtype):
+    storage, other = (
+        LayerStorage(*like(value_dim=5, dtype=dtype), num_pages=3, page_size=PAGE_SIZE) for _ in range(2)
+    )
+    keys, values = tokens(len(slots), storage)
+    by_row = [tensor.transpose(0, 1)[:, :, None] for tensor in (keys, values)]
+    storage.write_one_each(*by_row, slots[0] if len(slots) == 1 else np.array(slots))
+    other.write(keys, values, torch.tensor(slots))
+    assert_equal(everything(storage), everything(other))
+    storage.resize(5)
+    storage.write_one_each(*(tensor[:1] for tensor in by_row), 79)
+    assert_equal(storage.gather(torch.tensor([79])), (keys[:, :1], values[:, :1]))
 
 
 def test_a_new_storage_is_zero():

@@ -19,7 +19,7 @@ CONTEXTS = (128, 2048)
 BASELINES = ("dynamic", "paged", "paged-compiled")
 _NUM_PROFILED = 8
 _KINDS = {
-    "linear_ms": ("aten::mm", "aten::addmm", "mkldnn::", "hf_paged::linear"),
+    "linear_ms": ("aten::mm", "aten::addmm", "mkldnn::", "hf_paged::products_of_rows"),
     "attention_ms": ("aten::_scaled_dot_product", "hf_paged::paged_attention"),
     "copies_ms": ("aten::cat", "aten::index_copy_", "aten::index_fill_"),
     "guards_ms": ("TorchDynamo Cache Lookup",),
