@@ -193,7 +193,8 @@ def test_a_worker_that_fails_says_why(monkeypatch):
 def test_a_step_is_taken_apart_into_what_it_is_spent_on(subject):
     rows = profile.measure(subject, settings(contexts=(24,), prompt_lengths=(5, 18), baselines=("dynamic", "paged")))
     assert [(row["context"], row["contender"]) for row in rows["rows"]] == [
-        ("24", "dynamic"), ("24", "paged"), ("2 rows", "dynamic"), ("2 rows", "paged")
+        ("24", "dynamic"), ("24", "paged"), ("2 rows", "dynamic"), ("2 rows", "paged"),
+        ("2 prompts", "dynamic"), ("2 prompts", "paged"),
     ]  # fmt: skip
     for row in rows["rows"]:
         assert row["linear_ms"] > 0

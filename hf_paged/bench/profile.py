@@ -1,7 +1,8 @@
 """Profile: where the milliseconds of a decoding step go."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -30,13 +31,14 @@ _PYTHON = "python_ms"
 
 
 def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
-    """Take steps apart: one row at each context, and the batch of `mixed`.
+    """Take steps apart: one row at each context, and the batch of `mixed`; and the prompts of that batch.
 
     Returns:
         `rows` for each batch and contender: `ms_per_step` without the profiler, `profiled_ms` with it, and of these
         `linear_ms` and `attention_ms`; `copies_ms`, of keys and values into the cache; `guards_ms`, dynamo's;
         `graph_ms`, what inductor compiled, with the linear layers of one token; `other_operations_ms`; and
-        `python_ms`, whatever is left: Python, planning and the dispatch of operations.
+        `python_ms`, whatever is left: Python, planning and the dispatch of operations. The prompts, all of them
+        together, have no `ms_per_step`.
     """
     contexts = subject.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens + _NUM_PROFILED)
     batches: list[tuple[str, Tensor, Tensor | None]] = [(str(n), subject.prompt(n), None) for n in contexts]
@@ -51,18 +53,31 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
             summary = summarize([race.lap(ids, settings.max_new_tokens)])
             for row in summary:
                 if "error" not in row:
-                    (contender,) = (other for other in contenders if other.name == row["contender"])
-                    row |= _taken_apart(contender)
+                    row |= _taken_apart(_named(contenders, row["contender"]).step, _NUM_PROFILED)
                 rows.append({"context": name} | row)
             race.end()
+        for row in progress([row for row in summary if "error" not in row], "prompts"):
+            contender = _named(contenders, row["contender"])
+            contender.begin(ids.shape[1] + 1, mask)
+            rows.append(
+                {"context": f"{len(lengths)} prompts", "contender": contender.name}
+                | _taken_apart(partial(contender.feed, ids, 1), 1)
+            )
+            contender.cache = None
     return {"rows": rows}
 
 
-def _taken_apart(contender: Contender) -> dict[str, float]:
+def _named(contenders: Sequence[Contender], name: str) -> Contender:
+    (contender,) = (contender for contender in contenders if contender.name == name)
+    return contender
+
+
+def _taken_apart(action: Callable[[], float], times: int) -> dict[str, float]:
+    """Repeat what returns the seconds it took, and say what an average one is spent on."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        seconds = sum(contender.step() for _ in range(_NUM_PROFILED))
-    events = [(event.key, event.self_cpu_time_total / 1e3 / _NUM_PROFILED) for event in profiler.key_averages()]
-    return by_kind(events, 1e3 * seconds / _NUM_PROFILED)
+        seconds = sum(action() for _ in range(times))
+    events = [(event.key, event.self_cpu_time_total / 1e3 / times) for event in profiler.key_averages()]
+    return by_kind(events, 1e3 * seconds / times)
 
 
 def by_kind(events: Sequence[tuple[str, float]], profiled_ms: float) -> dict[str, float]:
