@@ -39,7 +39,7 @@ class Batch:
         self._is_rehearsing = False  # whether the pass under way is only recorded
         self._records_past = False
         self._missing: set[int] = set()  # layers that the step under way has not written yet
-        self._routine: Routine | None = None  # how to write most of them, once one is written
+        self._routines: dict[int, Routine] = {}  # how to write the others of a group, once one is written
 
     @property
     def num_rows(self) -> int:
@@ -167,28 +167,26 @@ class Batch:
             OutOfPagesError: if the tokens don't fit; nothing is written.
             ValueError: if shapes, dtype or device don't fit; nothing is written.
         """
+        group = self.pool.group_of_layer[layer]
+        routine = self._routines.get(group)
         result = None
-        if self._routine is not None and layer in self._missing:
-            result = self._routine.write(layer, keys, values)
+        if routine is not None and layer in self._missing:
+            result = routine.write(layer, keys, values)
         if result is None:
             storage = self.pool.open_storage(layer, keys, values)
             step = self.step_for(layer, keys, values)
-            group = self.pool.group_of_layer[layer]
             step.write(group, storage, keys, values)
             result = step.read(group, storage, keys, values)
-            self._routine = self._routine_after(step, group, storage, keys, values)
+            if group not in self._routines and Routine.begins(step, group, storage):
+                self._routines[group] = Routine(step, group, self._alike(group, keys, values), keys, values)
         self.note_written(layer)
         return result
 
-    def _routine_after(
-        self, step: Step, group: int, storage: LayerStorage, keys: Tensor, values: Tensor
-    ) -> Routine | None:
-        if not Routine.begins(step, group, storage):
-            return None
+    def _alike(self, group: int, keys: Tensor, values: Tensor) -> dict[int, LayerStorage]:
+        """Storages of a group's layers that are still to be written, where keys and values like these fit in."""
         layers = self._missing.intersection(self.pool.groups[group].layers)
-        storages = {layer: other for layer in layers if (other := self.pool.storage(layer)) is not None}
-        alike = {layer: other for layer, other in storages.items() if other.fits(keys, values)}
-        return Routine(step, group, alike, keys, values)
+        storages = {layer: storage for layer in layers if (storage := self.pool.storage(layer)) is not None}
+        return {layer: storage for layer, storage in storages.items() if storage.fits(keys, values)}
 
     def begin_pass(self, layer: int) -> None:
         """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer."""
@@ -201,7 +199,7 @@ class Batch:
         """Make a step that went through all layers part of the rows."""
         step = self.step
         if step is not None and not self._missing:
-            self._routine = None
+            self._routines.clear()
             for table in self.tables:
                 table.commit(step.counts)
             self.columns = step.next_columns
@@ -270,7 +268,8 @@ class Batch:
     def _abandon(self) -> None:
         if self.step is not None:
             self.step.is_cancelled = True
-            self.step = self._routine = None
+            self.step = None
+            self._routines.clear()
             self._undo()
 
     def _undo(self) -> None:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from hf_paged import PagedCache
+from hf_paged import PagedCache, batch
 from hf_paged.mask import paged_flex_mask
-from tests.models import plain, random_ids, run, tiny_llama
+from hf_paged.routine import Routine
+from tests.models import plain, random_ids, run, tiny_llama, tiny_model
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}
 
@@ -101,6 +103,25 @@ def test_a_step_that_was_given_up_leaves_nothing_to_the_next():
     hook.remove()
     second = run(model, cache, ids[:, 30:], [1] * 10)
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, **FP32)
+
+
+def test_groups_of_layers_that_take_turns_have_one_each(monkeypatch):
+    made = []
+
+    class Counted(Routine):
+        def __init__(self, step, group, *others):
+            made.append(group)
+            super().__init__(step, group, *others)
+
+    monkeypatch.setattr(batch, "Routine", Counted)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = tiny_model(Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=24, num_hidden_layers=4, layer_types=kinds)
+    ids, splits = random_ids(2, 30), [20] + [1] * 10
+    expected = plain(model, ids, splits)
+    model.set_attn_implementation("paged_flex")
+    actual = run(model, PagedCache.from_model(model, page_size=16), ids, splits)
+    torch.testing.assert_close(actual, expected, **FP32)
+    assert made == [0, 1] * 10
 
 
 def test_tensors_that_require_gradients_are_written_without_them():
