@@ -31,12 +31,18 @@ def _linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 
 def _products_of_rows(weight: Tensor, rows: Tensor) -> Tensor:
-    return torch.mm(weight, rows.t()) if len(rows) <= _MKL_ROWS else _onednn(weight, rows, None, "none", [], "")
+    return torch.mm(weight, rows.t()) if len(rows) <= _MKL_ROWS else _onednn(weight, rows, None)
 
 
 def _linear_of_many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = _onednn(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
+    output = _onednn(x.reshape(-1, x.shape[-1]), weight, bias)
     return output.view(*x.shape[:-1], len(weight))
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Looked up here, not when this is imported: a torch that was built without oneDNN lacks it.
+    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return output
 
 
 def _like_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +53,6 @@ def _like_products(weight: Tensor, rows: Tensor) -> Tensor:
     return weight.new_empty(weight.shape[0], rows.shape[0])
 
 
-_onednn = torch.ops.mkldnn._linear_pointwise.default
 _LINEAR = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 # The caches of torch.compile know an operation by its name alone: a new lowering needs a new name.
 _library.define(f"linear_of_few_rows{_LINEAR}")  # type: ignore[no-untyped-call]
