@@ -20,6 +20,9 @@ from torch._inductor.compile_fx import compile_fx
 _MKL_ROWS = 4  # up to which MKL is ahead
 _MANY = 128  # rows from which on it does not matter which matrix is brought into another layout
 
+# Some builds of torch are without it.
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
 _library = torch.library.Library("hf_paged", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -40,7 +43,8 @@ def _linear_of_many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Looked up here, not when this is imported: a torch that was built without oneDNN lacks it.
+    if not _HAS_ONEDNN:
+        return torch.nn.functional.linear(x, weight, bias)
     output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return output
 

@@ -112,7 +112,9 @@ def test_only_linear_layers_in_float32_are_compiled_in_another_way(graphs):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 16, 127, 128, 200])
 @pytest.mark.parametrize("kind", ["few", "many"])
-def test_linear_layers_of_rows_give_what_torch_gives(kind, num_rows, has_bias):
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_linear_layers_of_rows_give_what_torch_gives(has_onednn, kind, num_rows, has_bias, monkeypatch):
+    monkeypatch.setattr(linear, "_HAS_ONEDNN", has_onednn)
     generator = torch.Generator().manual_seed(num_rows)
     x, weight = torch.randn(1, num_rows, 40, generator=generator), torch.randn(24, 40, generator=generator)
     bias = torch.randn(24, generator=generator) if has_bias else None
