@@ -11,11 +11,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_paged import kernel
 from hf_paged.dtypes import autocast_dtype
 from hf_paged.eager import blockwise_attention
+from hf_paged.flash_decoding import flash_decoding
 from hf_paged.mask import NAME, PagedMask, paged_flex_mask
 from hf_paged.plan import Plan
 from hf_paged.step import View
 from hf_paged.storage import holds_pages
 from hf_paged.tiles import Layout
+from hf_paged.units import Units
 
 
 def paged_flex_attention(
@@ -112,11 +114,11 @@ def _attend(
     if step.view is not View.PAGES:
         return _attend_to_columns(query, key, value, plan.by_column, is_causal, scale, softcap, sinks)
     table, storage = step.source_of(key, plan.batch.pool.group_of_layer.get(layer))
-    sink_page = None if sinks is None else table.group.sink_page()
+    sink_page = None if sinks is None or plan.reads_units(query.device) else table.group.sink_page()
     if sink_page is not None and storage is not None:
         key, value = storage.tensors  # taking the page may have let the storage grow
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
-    shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap)
+    shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
     attend = plan.attentions.get((table, table.version, sink_page, *shapes))
     if attend is None:
         layout = Layout(
@@ -127,8 +129,11 @@ def _attend(
             sink_page=sink_page,
         )
         tiles = plan.tiles(table, layout, key.shape[2])
-        has_sinks = sink_page is not None
-        attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
+        options = table.group.page_size, scale, softcap, sinks is not None
+        if isinstance(tiles, Units):
+            attend = flash_decoding(query, key, value, tiles, *options)
+        else:
+            attend = kernel.paged_attention(query, key, value, tiles, *options)
         plan.attentions[table, table.version, sink_page, *shapes] = attend
     if torch.autograd.profiler._is_profiler_enabled:
         with torch.autograd.profiler.record_function("hf_paged::paged_attention"):

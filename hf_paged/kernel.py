@@ -1,23 +1,17 @@
 """FlexAttention over a pool of pages, compiled."""
 
-import logging
-import re
-import threading
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from hf_paged.inductor import Kernel, compiled_kernel
 from hf_paged.stacks import fill_up, stack, unstack
 from hf_paged.tiles import Tiles
-
-logger = logging.getLogger(__name__)
 
 _QUERY_BLOCK = 128
 # FlexAttention's decoding kernel on GPU takes fewer than 128 rows; with fewer always, no size decides on the kernel.
@@ -25,7 +19,7 @@ _TILE_ROWS = 127
 _TILE_ROWS_WITHOUT_REPACKING = 63
 
 
-_NO_SINKS = torch.zeros(1, 1)
+NO_SINKS = torch.zeros(1, 1)
 
 
 @dataclass(frozen=True)
@@ -154,20 +148,20 @@ def paged_attention(
     lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
     num_rows, num_heads, num_queries, _ = query.shape
     by_group = (keys.shape[1], tiles.group)
-    scores = query.new_zeros(by_group) if has_sinks else _NO_SINKS
+    scores = query.new_zeros(by_group) if has_sinks else NO_SINKS
     arguments = _Arguments(stack(query, tiles), keys, values, *lists, scores)
-    kernel = _specialization(variant, arguments).bound_to(arguments)
+    kernel = _kernel(variant, arguments).bound_to(arguments)
     num_missing = len(tiles.num_partial) - len(query) if num_queries == 1 else 0
     one_query, one_output = (num_rows, *by_group, query.shape[3]), (num_rows, 1, num_heads, values.shape[3])
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
-        scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
         return unstack(kernel(stack(query, tiles), keys, values, scores), tiles, num_rows, num_queries)
 
     def attend_with_one_query(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
         stacked = query.reshape(one_query).contiguous()
-        scores = _NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
         if num_missing:
             return kernel(fill_up(stacked, tiles), keys, values, scores)[:num_rows].view(one_output)
         return kernel(stacked, keys, values, scores).view(one_output)
@@ -190,105 +184,17 @@ def _fixed_num_tiles(num_queries: int, tiles: Tiles) -> int | None:
     return len(tiles.num_partial) if tiles.full is None and num_queries == 1 and not is_dense else None
 
 
-def num_specializations() -> int:
-    """Kernels compiled in this process."""
-    return len(_specializations)
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """What inductor compiled, and how it wants to be called.
-
-    Attributes:
-        run: takes a list of inputs.
-        inputs_of: makes that list of `_Arguments`: the tensors in another order, and sizes of them.
-        places: where in the list the queries, keys, values and sinks are; -1 for sinks without a place.
-    """
-
-    run: Callable[[list[Any]], Sequence[Tensor]]
-    inputs_of: Callable[..., list[Any]]
-    places: tuple[int, int, int, int]
-
-    def bound_to(self, arguments: _Arguments) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Return what attends with other queries, keys, values and sinks of the same sizes."""
-        inputs, run = self.inputs_of(*arguments), self.run
-        at_query, at_keys, at_values, at_sinks = self.places
-
-        def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor) -> Tensor:
-            filled = inputs.copy()
-            filled[at_query], filled[at_keys], filled[at_values] = query, keys, values
-            if at_sinks >= 0:
-                filled[at_sinks] = sinks
-            return run(filled)[0]
-
-        return attend
-
-
-_specializations: dict[tuple[Any, ...], _Kernel] = {}
-_compile_lock = threading.RLock()
-
-
-def _specialization(variant: Variant, arguments: _Arguments) -> _Kernel:
-    # What a compiled kernel does not adapt to: a size of 1, which broadcasts, storage that 32-bit indices can't
-    # address, and the number of threads.
+def _kernel(variant: Variant, arguments: _Arguments) -> Kernel:
+    # What a kernel does not adapt to beside the variant: a size of 1, which broadcasts, and storage that 32-bit
+    # indices can't address.
     num_tiles, _, tile_rows, _ = arguments.query.shape
     ones = num_tiles == 1, tile_rows == 1, len(arguments.page_index) == 1, arguments.seen.shape[1] == 1
     is_large = arguments.keys.numel() >= 2**31 or arguments.values.numel() >= 2**31
-    key = (variant, ones, is_large, torch.get_num_threads())
-    kernel = _specializations.get(key)
-    if kernel is None:
-        with _compile_lock:
-            kernel = _specializations.get(key)
-            if kernel is None:
-                logger.info("Compiling FlexAttention for %s; this takes 5 to 30 seconds, once.", variant)
-                kernel = _specializations[key] = _compile(variant, arguments)
-    return kernel
+    sizes = partial(_dynamic_sizes, variant)
+    return compiled_kernel((variant, ones, is_large), partial(_build, variant), arguments, sizes)
 
 
-def _compile(variant: Variant, arguments: _Arguments) -> _Kernel:
-    """Compile for arguments like these.
-
-    Dynamo finds the kernel by looking at hundreds of guards. Between two layers' weights nothing of them is left in
-    the processor's caches, and the look takes several times as long as the attention of a short row. What the guards
-    would find out is in the key of `_specialization`, so the kernel is called without them.
-    """
-    sources: list[str] = []
-    compiled: list[Any] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        # Read before inductor takes the graph apart: where dynamo has each input from, as an expression over L.
-        sources.extend(node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder")
-        return compile_fx(graph, inputs, inner_compile=compile_inner)
-
-    def compile_inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-        compiled.append(compile_fx_inner(graph, inputs, **options))
-        return compiled[-1]
-
-    attend = _build(variant)
-    # Dynamo counts recompilations by code object and gives up at a limit: each specialisation gets one of its own.
-    code = attend.__code__.replace(co_name=f"paged_attention_{len(_specializations)}")
-    own = types.FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
-    for name, tensor in zip(code.co_varnames, arguments, strict=False):
-        for size in _dynamic_sizes(name, variant):
-            if tensor is not None and tensor.shape[size] > 1:
-                torch._dynamo.mark_dynamic(tensor, size)
-    # Inside of a model compiled with dynamic=True, what is a constant of the kernel would become an input.
-    static = torch._dynamo.config.patch(assume_static_by_default=True)
-    # That cache would find what AOTAutograd makes of the kernel without compiling what is inside.
-    inside = torch._functorch.config.patch(enable_autograd_cache=False)
-    # The sizes are those of the tensors that they are read from, so there is nothing to be asserted on each call.
-    unchecked = torch._inductor.config.patch(size_asserts=False)
-    with static, inside, unchecked, torch.no_grad(), torch.autocast(variant.device.type, enabled=False):
-        torch.compile(own, backend=backend, fullgraph=True)(*arguments)
-    (graph,) = compiled
-    inputs = [_expression(source) for source in sources]
-    names = code.co_varnames[: code.co_argcount]
-    query, keys, values, *_, sinks = (inputs.index(name) if name in inputs else -1 for name in names)
-    inputs_of = eval(f"lambda {', '.join(names)}: [{', '.join(inputs)}]")
-    return _Kernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
-
-
-def _dynamic_sizes(name: str, variant: Variant) -> tuple[int, ...]:
+def _dynamic_sizes(variant: Variant, name: str) -> tuple[int, ...]:
     """Sizes of an argument of the kernel that change without a recompilation: tiles, their rows, slots, pages."""
     has_any_tiles = variant.num_tiles is None
     match name:
@@ -309,11 +215,6 @@ def _dynamic_sizes(name: str, variant: Variant) -> tuple[int, ...]:
         case "paged_seen":
             return (0, 1, 2) if variant.is_dense else (0, 1)
     return (0,)
-
-
-def _expression(source: str) -> str:
-    """Turn `"L['keys'].size()[2]"` into `"keys.size()[2]"`."""
-    return re.sub(r"L\['(\w+)'\]", r"\1", source)
 
 
 def _build(variant: Variant) -> Callable[..., Tensor]:

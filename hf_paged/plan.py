@@ -8,6 +8,7 @@ from hf_paged.kernel import Attention
 from hf_paged.page_table import PageTable
 from hf_paged.step import Step
 from hf_paged.tiles import Layout, Tiles
+from hf_paged.units import Units
 
 try:
     from torch._custom_class_base import CustomClassBase  # type: ignore[import-not-found]
@@ -98,6 +99,16 @@ class Plan(CustomClassBase):  # type: ignore[misc]
             else:
                 self.made_tiles[key] = self.step.tiles(tiling, self.window, self._queries, layout)
         return self.made_tiles[key]
+
+    def units(self, table: PageTable) -> Units | None:
+        """The pages of `table` that the only query of each row reads; None where queries are more, or have a mask.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        if self.visible is not None:
+            return None
+        return self.step.units(self.batch.tilings[table], self.window, self._queries)
 
 
 register_custom_class(Plan, typ=_BY_REFERENCE)

@@ -14,6 +14,7 @@ from hf_paged.storage import LayerStorage, Slots
 from hf_paged.tiles import Layout, Tiles
 from hf_paged.tiling import Tiling
 from hf_paged.twins import Leaders, confirmed_twins, parted_twins, possible_twins
+from hf_paged.units import Units
 
 
 class View(enum.Enum):
@@ -94,6 +95,17 @@ class Step(ABC):
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
+
+    def units(self, tiling: Tiling, window: int | None, queries: slice) -> Units | None:
+        """List the pages that the only query of each row reads; arguments as for `tiles`.
+
+        Returns:
+            The units; None where there are several queries of a row.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        return None
 
     @abstractmethod
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
@@ -269,6 +281,14 @@ class PaddedStep(Step):
         """See `Step`."""
         firsts = None if window is None else self.firsts(window)[:, queries]
         return tiling.causal(self.limits[:, queries], firsts, window, layout)
+
+    def units(self, tiling: Tiling, window: int | None, queries: slice) -> Units | None:
+        """See `Step`."""
+        limits = self.limits[:, queries]
+        if limits.shape[1] > 1:
+            return None
+        firsts = None if window is None else self.firsts(window)[:, queries][:, 0]
+        return tiling.units(limits[:, 0], firsts, window)
 
     def firsts(self, window: int) -> Counts:
         """`(num_rows, num_new)` tokens of its row that each query no longer sees through a window."""

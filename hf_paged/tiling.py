@@ -13,6 +13,7 @@ from hf_paged.decoding import DecodeTiles
 from hf_paged.page_table import PageTable
 from hf_paged.seats import Seats
 from hf_paged.tiles import MIN_WIDTH, Layout, Pages, Tiles, listed
+from hf_paged.units import DecodeUnits, Units
 
 
 class Tiling:
@@ -25,6 +26,7 @@ class Tiling:
     def __init__(self, table: PageTable) -> None:
         self._table = table
         self._decode: dict[tuple[int | None, Layout], DecodeTiles] = {}
+        self._units: dict[int | None, DecodeUnits] = {}
 
     def causal(self, limits: Counts, firsts: Counts | None, window: int | None, layout: Layout) -> Tiles:
         """Tiles for queries that see the tokens of their row from `firsts` up to, not including, `limits`.
@@ -43,7 +45,7 @@ class Tiling:
         if num_queries == 1:
             decode = self._decode.get((window, layout))
             if decode is None or not decode.fit(self._table, num_rows):
-                decode = self._decode[window, layout] = DecodeTiles.of(self._table, num_rows, window, layout)
+                decode = self._decode[window, layout] = DecodeTiles(self._table, num_rows, window, layout)
             decode.fill(limits[:, 0], None if firsts is None else firsts[:, 0])
             return decode.tiles
         tile_length, tiles_per_row = _cut(num_queries, layout)
@@ -52,6 +54,20 @@ class Tiling:
         first[:, :num_queries] = 0 if firsts is None else firsts
         last, first = (array.reshape(num_rows * tiles_per_row, tile_length) for array in (last, first))
         return self._between(first, last, np.repeat(np.arange(num_rows), tiles_per_row), layout)
+
+    def units(self, limits: Counts, firsts: Counts | None, window: int | None) -> Units:
+        """Units for one query of each row, on a CPU.
+
+        Args:
+            limits: `(num_rows,)` as for `causal`.
+            firsts: likewise.
+            window: likewise.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        self._check_kept(self._table.starts, limits, firsts)
+        return self._units.setdefault(window, DecodeUnits(self._table)).fill(limits, firsts)
 
     def packed(self, rows: Counts, limits: Counts, firsts: Counts | None, num_queries: int, layout: Layout) -> Tiles:
         """Tiles for queries of several rows that follow one another; those behind `rows` belong to no row.

