@@ -12,12 +12,14 @@ from hf_paged import kernel
 from hf_paged.dtypes import autocast_dtype
 from hf_paged.eager import blockwise_attention
 from hf_paged.flash_decoding import flash_decoding
+from hf_paged.kernel import Attention
 from hf_paged.mask import NAME, PagedMask, paged_flex_mask
+from hf_paged.page_table import PageTable
 from hf_paged.plan import Plan
+from hf_paged.segments import segmented_attention
 from hf_paged.step import View
 from hf_paged.storage import holds_pages
 from hf_paged.tiles import Layout
-from hf_paged.units import Units
 
 
 def paged_flex_attention(
@@ -114,13 +116,15 @@ def _attend(
     if step.view is not View.PAGES:
         return _attend_to_columns(query, key, value, plan.by_column, is_causal, scale, softcap, sinks)
     table, storage = step.source_of(key, plan.batch.pool.group_of_layer.get(layer))
-    sink_page = None if sinks is None or plan.reads_units(query.device) else table.group.sink_page()
-    if sink_page is not None and storage is not None:
-        key, value = storage.tensors  # taking the page may have let the storage grow
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
-    attend = plan.attentions.get((table, table.version, sink_page, *shapes))
+    attend = plan.attentions.get((table, table.version, *shapes))
+    if attend is None and avoids_tiles(query.device):
+        attend = _without_tiles(plan, table, query, key, value, scale, softcap, sinks)
     if attend is None:
+        sink_page = None if sinks is None else table.group.sink_page()
+        if sink_page is not None and storage is not None:
+            key, value = storage.tensors  # taking the page may have let the storage grow
         layout = Layout(
             group=query.shape[1] // key.shape[1],
             max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
@@ -129,16 +133,40 @@ def _attend(
             sink_page=sink_page,
         )
         tiles = plan.tiles(table, layout, key.shape[2])
-        options = table.group.page_size, scale, softcap, sinks is not None
-        if isinstance(tiles, Units):
-            attend = flash_decoding(query, key, value, tiles, *options)
-        else:
-            attend = kernel.paged_attention(query, key, value, tiles, *options)
-        plan.attentions[table, table.version, sink_page, *shapes] = attend
+        has_sinks = sink_page is not None
+        attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
+    plan.attentions[table, table.version, *shapes] = attend
     if torch.autograd.profiler._is_profiler_enabled:
         with torch.autograd.profiler.record_function("hf_paged::paged_attention"):
             return attend(query, key, value, sinks)
     return attend(query, key, value, sinks)
+
+
+def avoids_tiles(device: torch.device) -> bool:
+    """Whether packed queries, and single ones, have ways of their own instead of FlexAttention's tiles.
+
+    On a CPU these are faster. On a GPU a packed chunk has many segments, each of which would be several launches.
+    """
+    return device.type == "cpu"
+
+
+def _without_tiles(
+    plan: Plan,
+    table: PageTable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Attention | None:
+    segments = plan.segments(table)
+    if segments is not None:
+        return segmented_attention(segments, query.shape[2], scale, softcap)
+    units = plan.units(table)
+    if units is not None:
+        return flash_decoding(query, key, value, units, table.group.page_size, scale, softcap, sinks is not None)
+    return None
 
 
 def _attend_to_columns(

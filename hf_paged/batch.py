@@ -7,11 +7,12 @@ import numpy as np
 from torch import Tensor
 
 from hf_paged.columns import BoolMatrix, Columns, Counts
+from hf_paged.gather import gather_columns
 from hf_paged.kernel import repacks_storage
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.routine import Routine
-from hf_paged.step import PaddedStep, Step, gather_columns
+from hf_paged.step import PaddedStep, Step
 from hf_paged.storage import LayerStorage
 from hf_paged.tiling import Tiling
 

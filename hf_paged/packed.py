@@ -8,6 +8,7 @@ from torch import Tensor
 from hf_paged.batch import Batch
 from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.page_table import PageTable
+from hf_paged.segments import Segment, segments_of
 from hf_paged.step import Placement, Step, View
 from hf_paged.tiles import Layout, Tiles
 from hf_paged.tiling import Tiling
@@ -124,11 +125,19 @@ class PackedStep(Step):
 
     def tiles(self, tiling: Tiling, window: int | None, queries: slice, layout: Layout) -> Tiles:
         """See `Step`."""
+        return tiling.packed(*self._seen(window, queries), len(range(self.num_new)[queries]), layout)
+
+    def segments(self, table: PageTable, window: int | None, queries: slice) -> list[Segment]:
+        """See `Step`."""
+        return segments_of(table, *self._seen(window, queries))
+
+    def _seen(self, window: int | None, queries: slice) -> tuple[Counts, Counts, Counts | None]:
+        """For each query that belongs to a row its row, and the tokens of that up to which and from which it sees."""
         chosen = np.arange(self.num_new)[queries]
         real = chosen[chosen < len(self._chunk.rows)]
         rows, columns = self._chunk.rows[real], self._chunk.columns[real]
         firsts = None if window is None else self._packing.firsts(window, rows, columns)
-        return tiling.packed(rows, self._chunk.places[real] + 1, firsts, len(chosen), layout)
+        return rows, self._chunk.places[real] + 1, firsts
 
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
         """Refuse: a mask over the columns of a packed chunk says nothing about its rows."""

@@ -6,6 +6,7 @@ from hf_paged.batch import Batch
 from hf_paged.columns import BoolMatrix
 from hf_paged.kernel import Attention
 from hf_paged.page_table import PageTable
+from hf_paged.segments import Segment
 from hf_paged.step import Step
 from hf_paged.tiles import Layout, Tiles
 from hf_paged.units import Units
@@ -99,6 +100,14 @@ class Plan(CustomClassBase):  # type: ignore[misc]
             else:
                 self.made_tiles[key] = self.step.tiles(tiling, self.window, self._queries, layout)
         return self.made_tiles[key]
+
+    def segments(self, table: PageTable) -> list[Segment] | None:
+        """The queries row by row, if they come packed.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        return self.step.segments(table, self.window, self._queries)
 
     def units(self, table: PageTable) -> Units | None:
         """The pages of `table` that the only query of each row reads; None where queries are more, or have a mask.

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.errors import OutOfPagesError
+from hf_paged.gather import gather_columns
 from hf_paged.page_table import PageTable
+from hf_paged.segments import Segment
 from hf_paged.storage import LayerStorage, Slots
 from hf_paged.tiles import Layout, Tiles
 from hf_paged.tiling import Tiling
@@ -95,6 +97,17 @@ class Step(ABC):
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
+
+    def segments(self, table: PageTable, window: int | None, queries: slice) -> list[Segment] | None:
+        """Cut queries that see their row up to themselves by their rows; arguments as for `tiles`.
+
+        Returns:
+            The segments; None where queries don't come packed.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        return None
 
     def units(self, tiling: Tiling, window: int | None, queries: slice) -> Units | None:
         """List the pages that the only query of each row reads; arguments as for `tiles`.
@@ -370,42 +383,6 @@ class Placement:
         self._slots = {cpu: torch.from_numpy(slots)}
         self.written = int(slots[0]) if len(slots) == 1 else slots
         self._version = self.table.version
-
-
-def gather_columns(
-    storage: LayerStorage, table: PageTable, columns: Columns, first_column: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Copy a layer into the padded layout of Transformers' own caches.
-
-    Args:
-        storage: of the layer.
-        table: the rows, with pages for all tokens that `columns` counts.
-        columns: the padded view.
-        first_column: leave out the columns before.
-
-    Returns:
-        Keys and values, each `(num_rows, num_kv_heads, columns.count - first_column, head_dim)`, 0 where there was
-        padding and where tokens were dropped.
-    """
-    page_size = table.group.page_size
-    shape = (table.num_rows, columns.count - first_column)
-    if columns.real is None:
-        positions = np.broadcast_to(np.arange(first_column, columns.count), shape)
-    else:
-        positions = np.maximum(columns.real.cumsum(axis=1) - 1, 0)[:, first_column:]
-    absent = positions < table.starts[:, None]
-    if columns.real is not None:
-        absent |= ~columns.real[:, first_column:]
-    width = table.block_table.shape[1]
-    pages = table.block_table[np.arange(shape[0])[:, None], np.minimum(positions // page_size, width - 1)]
-    pages = np.where(absent, 0, pages)  # a row of padding alone has no page to read
-    slots = torch.from_numpy((pages.astype(np.int64) * page_size + positions % page_size).ravel())
-    gathered = []
-    for tensor in storage.gather(slots.to(storage.device)):
-        if absent.any():
-            tensor.masked_fill_(torch.from_numpy(absent).reshape(1, -1, 1).to(storage.device), 0)
-        gathered.append(tensor.view(tensor.shape[0], *shape, -1).transpose(0, 1).contiguous())
-    return gathered[0], gathered[1]
 
 
 def _on(copies: dict[torch.device, Tensor], device: torch.device) -> Tensor:

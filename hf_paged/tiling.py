@@ -41,7 +41,7 @@ class Tiling:
             ValueError: if a token is to be seen that was dropped.
         """
         num_rows, num_queries = limits.shape
-        self._check_kept(self._table.starts[:, None], limits, firsts)
+        check_kept(self._table, self._table.starts[:, None], limits, firsts)
         if num_queries == 1:
             decode = self._decode.get((window, layout))
             if decode is None or not decode.fit(self._table, num_rows):
@@ -66,7 +66,7 @@ class Tiling:
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
-        self._check_kept(self._table.starts, limits, firsts)
+        check_kept(self._table, self._table.starts, limits, firsts)
         return self._units.setdefault(window, DecodeUnits(self._table)).fill(limits, firsts)
 
     def packed(self, rows: Counts, limits: Counts, firsts: Counts | None, num_queries: int, layout: Layout) -> Tiles:
@@ -82,16 +82,12 @@ class Tiling:
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
-        self._check_kept(self._table.starts[rows], limits, firsts)
+        check_kept(self._table, self._table.starts[rows], limits, firsts)
         seats, tile_rows = Seats.of(rows, num_queries, layout.group, layout.max_tile_rows, layout.device)
         last, first = np.zeros((2, seats.num_tiles, seats.tile_length), dtype=np.int64)
         last.flat[seats.taken] = limits
         first.flat[seats.taken] = 0 if firsts is None else firsts
         return replace(self._between(first, last, tile_rows, layout), seats=seats, tiles_per_row=1)
-
-    def _check_kept(self, starts: Counts, limits: Counts, firsts: Counts | None) -> None:
-        if self._table.group.window is not None and (starts > (0 if firsts is None else firsts))[limits > 0].any():
-            raise _dropped(self._table)
 
     def _between(self, first: Counts, last: Counts, rows: Counts, layout: Layout) -> Tiles:
         """Tiles of the rows `rows`, `(num_tiles,)`, whose queries `(num_tiles, tile_length)` see what is between."""
@@ -189,6 +185,12 @@ def _first(pages: Pages, chosen: npt.ArrayLike) -> Pages:
 def _cut(num_queries: int, layout: Layout) -> tuple[int, int]:
     tile_length = min(num_queries, max(1, layout.max_tile_rows // layout.group))
     return tile_length, -(-num_queries // tile_length)
+
+
+def check_kept(table: PageTable, starts: Counts, limits: Counts, firsts: Counts | None) -> None:
+    """Raise if a query is to see tokens between `firsts` and `limits` that were dropped, those before `starts`."""
+    if table.group.window is not None and (starts > (0 if firsts is None else firsts))[limits > 0].any():
+        raise _dropped(table)
 
 
 def _dropped(table: PageTable) -> ValueError:

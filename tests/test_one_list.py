@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_paged import PagedCache, kernel
-from tests.families import FAMILIES
+from hf_paged import PagedCache, attention, kernel
+from tests.families import FAMILIES, new_cache
 from tests.models import generate, left_padded, paged_cache, random_ids, run, tiny_llama
 
 
 @pytest.fixture(autouse=True)
 def one_list(monkeypatch):
+    monkeypatch.setattr(attention, "avoids_tiles", lambda device: False)
     monkeypatch.setattr(kernel, "lists_full_pages", lambda device: False)
 
 
@@ -33,9 +34,12 @@ def test_batches_that_are_no_power_of_two(num_rows):
     assert torch.equal(generate(model, "paged_flex", PagedCache.from_model(model, page_size=16), ids), expected)
 
 
-def test_packed_prompts():
-    model, ids, mask = tiny_llama(), random_ids(3, 70), left_padded(70, [70, 3, 40])
-    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, attention_mask=mask)
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "GPT-OSS", "DeepSeek-V3"])
+def test_packed_prompts(name):
+    (family,) = (family for family in FAMILIES if family.name == name)
+    oracle, model = family.load(family.oracle), family.load("paged_flex")
+    ids, mask = random_ids(3, 70), left_padded(70, [70, 3, 40])
+    expected = generate(oracle, family.oracle, new_cache(oracle), ids, attention_mask=mask)
     cache = paged_cache(model)
     cache.prefill(model, ids, mask, max_tokens=50)
     assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), expected)

@@ -1,5 +1,6 @@
 """A prompt that is prefilled packed leaves what a padded prefill leaves, and `generate()` goes on from there."""
 
+import copy
 import functools
 import threading
 
@@ -55,6 +56,12 @@ def mistral() -> PreTrainedModel:
 MODELS = pytest.mark.parametrize("load", [llama, mistral])
 
 
+@pytest.fixture(params=["segments", "tiles"])
+def way(request, monkeypatch):
+    """How packed queries attend: as on a CPU, and as on a GPU."""
+    monkeypatch.setattr("hf_paged.attention.avoids_tiles", lambda device: request.param == "segments")
+
+
 def paged(model: PreTrainedModel, **arguments) -> PagedCache:
     model.set_attn_implementation("paged_flex")
     return PagedCache.from_model(model, **{"page_size": 16, **arguments})
@@ -79,7 +86,7 @@ def num_held(cache: PagedCache) -> list[int]:
     return [len({page for row in rows for page in row}) for rows in pages(cache)]
 
 
-def assert_same_content(cache: PagedCache, other: PagedCache) -> None:
+def assert_same_content(cache: PagedCache, other: PagedCache, **tolerance: float) -> None:
     assert cache.get_seq_length() == other.get_seq_length()
     assert cache.lengths == other.lengths
     for record, expected in zip(vars(cache._batch.columns).values(), vars(other._batch.columns).values(), strict=True):
@@ -91,7 +98,7 @@ def assert_same_content(cache: PagedCache, other: PagedCache) -> None:
     if not any(cache.lengths):
         return  # without a token there is no storage yet
     for layer in cache.pool.group_of_layer:
-        torch.testing.assert_close(cache.gather(layer), other.gather(layer), **CLOSE)
+        torch.testing.assert_close(cache.gather(layer), other.gather(layer), **(tolerance or CLOSE))
 
 
 def continued(model, cache, ids: Tensor, mask: Tensor, begin: int) -> Tensor:
@@ -130,7 +137,7 @@ def padded_prefill(load, side: str, page_size: int) -> tuple[PagedCache, Tensor]
 @pytest.mark.parametrize("page_size", [16, 128])
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 @MODELS
-def test_pages_and_logits_are_those_of_a_padded_prefill(load, side, page_size, max_tokens):
+def test_pages_and_logits_are_those_of_a_padded_prefill(load, side, page_size, max_tokens, way):
     model, mask = load(), padding(side)
     ids = random_ids(len(mask), NUM_COLUMNS + 3)
     expected, logits = padded_prefill(load, side, page_size)
@@ -290,6 +297,25 @@ def test_rows_of_padding_alone_of_one_token_and_of_whole_pages_are_right(lengths
     cache.pool.check_integrity()
 
 
+EDGES = [1, 127, 128, 129, 255, 256, 257, 600]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("max_tokens", [100, 512, 4096])
+@MODELS
+def test_two_turns_of_rows_that_end_at_the_edges_of_pages_leave_what_padded_ones_leave(load, max_tokens, dtype):
+    model = copy.deepcopy(load()).to(dtype)
+    turns = random_ids(len(EDGES), 1101)
+    mask = torch.cat([left_padded(600, EDGES), left_padded(500, [*EDGES[::-1][1:], 500])], dim=1)
+    mask = torch.cat([mask, torch.ones(len(EDGES), 1, dtype=torch.long)], dim=1)
+    cache, padded = paged(model, page_size=128), paged(model, page_size=128)
+    for stop in (601, 1101):
+        cache.prefill(model, turns[:, :stop], mask[:, :stop], max_tokens=max_tokens)
+        cache.pool.check_integrity()
+    run(model, padded, turns[:, :1100], [600, 500], mask[:, :1100])
+    assert_same_content(cache, padded, **(CLOSE if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     data=st.data(),
@@ -297,8 +323,9 @@ def test_rows_of_padding_alone_of_one_token_and_of_whole_pages_are_right(lengths
     num_columns=st.lists(st.integers(2, 40), min_size=1, max_size=3),
     max_tokens=st.integers(1, 70),
     load=st.sampled_from([llama, mistral]),
+    is_by_segment=st.booleans(),
 )
-def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_columns, max_tokens, load):
+def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_columns, max_tokens, load, is_by_segment):
     model, total = load(), sum(num_columns)
     seed = data.draw(st.integers(0, 2**16))
     generator = torch.Generator().manual_seed(seed)
@@ -312,7 +339,9 @@ def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_colum
     done = 0
     for count in num_columns:
         stop = done + count
-        cache.prefill(model, ids[:, :stop], mask[:, :stop], max_tokens=max_tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hf_paged.attention.avoids_tiles", lambda device: is_by_segment)
+            cache.prefill(model, ids[:, :stop], mask[:, :stop], max_tokens=max_tokens)
         assert cache.get_seq_length() == stop - 1
         assert cache.lengths == mask[:, : stop - 1].sum(1).tolist()
         cache.pool.check_integrity()
@@ -338,7 +367,7 @@ def one_shape(monkeypatch):
 
 
 @MODELS
-def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, one_shape):
+def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, one_shape, way):
     model, ids, mask = load(), random_ids(4, NUM_COLUMNS), padding("left")
     expected, _ = padded_prefill(load, "left", 16)
     ids = random_ids(len(mask), NUM_COLUMNS + 3)[:, :NUM_COLUMNS]
@@ -367,7 +396,7 @@ def test_chunks_hold_max_tokens_whatever_the_padding():
 
 
 @MODELS
-def test_some_of_the_packed_queries_may_be_asked_alone(load, one_shape):
+def test_some_of_the_packed_queries_may_be_asked_alone(load, one_shape, way):
     model, ids = load(), random_ids(2, 21)
     cache, compared = paged(model), []
 
@@ -408,7 +437,7 @@ def test_pages_that_have_left_the_window_are_dropped_between_chunks(max_tokens):
 
 @pytest.mark.parametrize("max_tokens", [3, 40])
 @MODELS
-def test_what_another_prompt_left_in_a_page_is_not_seen(load, max_tokens):
+def test_what_another_prompt_left_in_a_page_is_not_seen(load, max_tokens, way):
     model, ids = load(), random_ids(2, 50)
     padded = paged(model)
     run(model, padded, ids[:, :49], [49])

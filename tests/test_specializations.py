@@ -42,6 +42,14 @@ for num_rows in (1, 2, 5):
             cache = PagedCache.from_model(model, page_size=32)
             cache.prefill(model, random_ids(num_rows, 20), max_tokens=max_tokens)
             cache.prefill(model, random_ids(num_rows, 20 + turn), max_tokens=max_tokens)
+"""
+
+BY_TILES = """
+from hf_paged import attention
+attention.avoids_tiles = lambda device: False
+"""
+
+DECODING = """
 run(model, cache, random_ids(5, 10), [1] * 10)
 """
 
@@ -73,8 +81,12 @@ def test_batch_sizes_lengths_and_pool_sizes_don_t_recompile(tmp_path):
     assert counts(MANY_SHAPES, tmp_path)["specializations"] <= 4
 
 
-def test_all_packed_chunks_run_the_kernel_that_decodes_a_batch(tmp_path):
-    assert counts(PACKED, tmp_path)["specializations"] == 1
+def test_packed_chunks_compile_nothing_on_a_cpu(tmp_path):
+    assert counts(PACKED, tmp_path)["specializations"] == 0
+
+
+def test_all_packed_chunks_in_tiles_run_the_kernel_that_decodes_a_batch(tmp_path):
+    assert counts(BY_TILES + PACKED + DECODING, tmp_path)["specializations"] == 1
 
 
 @pytest.mark.timeout(300)

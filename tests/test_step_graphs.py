@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from hf_paged import PagedCache, ReleaseFinished, cuda_graphs, kernel, linear
+from hf_paged import PagedCache, ReleaseFinished, attention, cuda_graphs, kernel, linear
 from hf_paged.compilation import compiled
 from tests.families import FAMILIES
 from tests.models import generate, left_padded, random_ids, tiny_llama, tiny_model
@@ -49,6 +49,7 @@ def steps(way, monkeypatch):
     if way != "cuda":
         record, repeat = keep, run_again
         monkeypatch.setattr(recording, "send", send_and_remember)
+        monkeypatch.setattr(attention, "avoids_tiles", lambda device: False)
         monkeypatch.setattr(kernel, "lists_full_pages", lambda device: False)
         monkeypatch.setattr(linear, "compile_fx", lambda graph, inputs: graph)
         compile_graph = linear.backend

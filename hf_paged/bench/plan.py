@@ -12,7 +12,6 @@ from hf_paged.bench.settings import Settings
 from hf_paged.cache import PagedCache
 from hf_paged.lab.progress import progress
 from hf_paged.mask import NAME, PagedMask
-from hf_paged.tiles import Layout
 
 POOL_SIZES = (100, 1000, 10**6)
 NUM_ROWS = 16
@@ -26,7 +25,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Plan steps of 16 rows.
 
     What is timed is what Transformers does with the cache before the first layer (its length, and the mask, which
-    plans the step) and the block lists that the first layer makes. Pages have room for one head of one layer, so that
+    plans the step) and the lists of pages that the first layer makes. Pages have room for one head of one layer, so that
     a pool of a million costs little memory, all of it untouched.
 
     Returns:
@@ -46,7 +45,6 @@ def steps(num_pages: int) -> list[float]:
     )
     config._attn_implementation = NAME
     cache = PagedCache(config, num_pages, _PAGE_SIZE)
-    layout = Layout(group=1, max_tile_rows=1, device=torch.device("cpu"), lists_full=True)
     seconds = []
     for step in range(_NUM_STEPS + 1):
         num_new = 1 if step else _PROMPT_LENGTH
@@ -57,7 +55,7 @@ def steps(num_pages: int) -> list[float]:
         mask = create_causal_mask(config, embeddings, attention_mask, cache)
         assert isinstance(mask, PagedMask)
         if step:
-            mask.plan.tiles(mask.plan.batch.tables[0], layout, num_pages * _PAGE_SIZE)
+            mask.plan.units(mask.plan.batch.tables[0])
             seconds.append(time.perf_counter() - start)
         # Rows of one prompt would share its pages.
         tokens = torch.randn(NUM_ROWS, 1, num_new, _HEAD_DIM, generator=torch.Generator().manual_seed(step))
