@@ -125,6 +125,7 @@ def _attend(
         sink_page = None if sinks is None else table.group.sink_page()
         if sink_page is not None and storage is not None:
             key, value = storage.tensors  # taking the page may have let the storage grow
+            shapes = (query.shape, key.shape, value.shape, *shapes[3:])
         layout = Layout(
             group=query.shape[1] // key.shape[1],
             max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
