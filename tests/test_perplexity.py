@@ -119,7 +119,7 @@ def test_in_bfloat16_both_caches_round_alike():
     chunks, tokens = (
         compute(tiny_llama(dtype=torch.bfloat16), caches=("dynamic", "paged"), chunk_size=size) for size in (5, 1)
     )
-    assert chunks["paged"].relative_difference == 0
+    assert chunks["paged"].relative_difference < 1e-3  # only a last chunk of one token reads pages
     assert 0 < tokens["paged"].relative_difference < 0.02
     assert tokens["paged"].perplexity == pytest.approx(compute(tiny_llama())["dynamic"].perplexity, rel=0.05)
 

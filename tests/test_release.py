@@ -83,8 +83,8 @@ def test_a_released_row_neither_grows_nor_costs_attention_work(model):
             )
         position += 1
         (tiling,) = kv_length.batch.tilings.values()
-        (decode,) = tiling._decode.values()
-        assert decode.tiles.num_full[0] == decode.tiles.num_partial[0] == 0
+        (decode,) = tiling._units.values()
+        assert decode._units.counts.tolist() == [0, *(-(-tables[0].lengths[1:] // 16))]
         assert tables[0].row_pages(0) == []
     assert cache.lengths == [0, 41, 20]
 

@@ -62,7 +62,9 @@ def test_sinks_are_seen_beside_a_mask_that_hides_cached_tokens(model):
 
 def test_one_page_of_each_group_is_the_sink(model):
     cache = paged(model)
-    run(model, cache, random_ids(1, 20), [10] + [1] * 10)
+    run(model, cache, random_ids(1, 12), [10, 1, 1])
+    assert [group.allocator.num_active for group in cache.pool.groups] == [1, 1], "single tokens need none on a CPU"
+    run(model, cache, random_ids(1, 8), [4, 4])
     held = [group.allocator.num_active for group in cache.pool.groups]
     assert held == [2 + 1, 2 + 1]
     assert cache.stats().num_active_pages == 2 + 2
@@ -75,7 +77,7 @@ def test_no_page_for_the_sink_is_said_and_changes_nothing(model):
     cache = paged(model, num_pages=2)
     run(model, cache, random_ids(1, 20), [20])
     with pytest.raises(OutOfPagesError, match="needs 1 more pages, but 0 of 2 are free"):
-        run(model, cache, random_ids(1, 1), [1])
+        run(model, cache, random_ids(1, 2), [2])
     cache.crop(0)
     assert cache.lengths == [20]
     cache.pool.check_integrity()
