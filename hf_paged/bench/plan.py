@@ -25,8 +25,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Plan steps of 16 rows.
 
     What is timed is what Transformers does with the cache before the first layer (its length, and the mask, which
-    plans the step) and the lists of pages that the first layer makes. Pages have room for one head of one layer, so that
-    a pool of a million costs little memory, all of it untouched.
+    plans the step) and the list of pages that the first layer makes. Pages have room for one head of one layer, so
+    that a pool of a million costs little memory, all of it untouched.
 
     Returns:
         `rows` for each number of pages, with the median `us` of a step.
