@@ -119,24 +119,25 @@ def _attend(
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
     attend = plan.attentions.get((table, table.version, *shapes))
-    if attend is None and avoids_tiles(query.device):
-        attend = _without_tiles(plan, table, query, key, value, scale, softcap, sinks)
     if attend is None:
-        sink_page = None if sinks is None else table.group.sink_page()
-        if sink_page is not None and storage is not None:
-            key, value = storage.tensors  # taking the page may have let the storage grow
-            shapes = (query.shape, key.shape, value.shape, *shapes[3:])
-        layout = Layout(
-            group=query.shape[1] // key.shape[1],
-            max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
-            device=query.device,
-            lists_full=kernel.lists_full_pages(query.device),
-            sink_page=sink_page,
-        )
-        tiles = plan.tiles(table, layout, key.shape[2])
-        has_sinks = sink_page is not None
-        attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
-    plan.attentions[table, table.version, *shapes] = attend
+        if avoids_tiles(query.device):
+            attend = _without_tiles(plan, table, query, key, value, scale, softcap, sinks)
+        if attend is None:
+            sink_page = None if sinks is None else table.group.sink_page()
+            if sink_page is not None and storage is not None:
+                key, value = storage.tensors  # taking the page may have let the storage grow
+                shapes = (query.shape, key.shape, value.shape, *shapes[3:])
+            layout = Layout(
+                group=query.shape[1] // key.shape[1],
+                max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
+                device=query.device,
+                lists_full=kernel.lists_full_pages(query.device),
+                sink_page=sink_page,
+            )
+            tiles = plan.tiles(table, layout, key.shape[2])
+            has_sinks = sink_page is not None
+            attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
+        plan.attentions[table, table.version, *shapes] = attend
     if torch.autograd.profiler._is_profiler_enabled:
         with torch.autograd.profiler.record_function("hf_paged::paged_attention"):
             return attend(query, key, value, sinks)

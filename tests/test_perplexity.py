@@ -117,9 +117,9 @@ def test_texts_count_by_their_tokens(model):
 
 def test_in_bfloat16_both_caches_round_alike():
     chunks, tokens = (
-        compute(tiny_llama(dtype=torch.bfloat16), caches=("dynamic", "paged"), chunk_size=size) for size in (5, 1)
+        compute(tiny_llama(dtype=torch.bfloat16), caches=("dynamic", "paged"), chunk_size=size) for size in (7, 1)
     )
-    assert chunks["paged"].relative_difference < 1e-3  # only a last chunk of one token reads pages
+    assert chunks["paged"].relative_difference == 0  # no chunk of 7 leaves a single token over
     assert 0 < tokens["paged"].relative_difference < 0.02
     assert tokens["paged"].perplexity == pytest.approx(compute(tiny_llama())["dynamic"].perplexity, rel=0.05)
 
