@@ -167,7 +167,7 @@ def _without_tiles(
         return segmented_attention(segments, query.shape[2], scale, softcap)
     units = plan.units(table)
     if units is not None:
-        return flash_decoding(query, key, value, units, table.group.page_size, scale, softcap, sinks is not None)
+        return flash_decoding(query, key, value, units, scale, softcap, sinks is not None)
     return None
 
 

@@ -1,7 +1,7 @@
-"""Decoding on a CPU: the pages of all rows shared out among the threads, and put together row by row.
+"""Decoding on a CPU: the pages of all rows, in pieces, shared out among the threads, and put together row by row.
 
 FlexAttention's template for CPUs gives each key/value head of each row to one thread, and goes through the pages once
-for every query head. Here any thread may get any page, and reads it once for all query heads that share it.
+for every query head. Here any thread may get any piece of a page, and reads it once for all heads that share it.
 """
 
 import math
@@ -28,7 +28,7 @@ class _Variant:
     num_kv_heads: int
     group: int
     head_dims: tuple[int, int]
-    page_size: int
+    unit_size: int
     scale: float
     softcap: float | None
     has_sinks: bool
@@ -40,7 +40,6 @@ def flash_decoding(
     keys: Tensor,
     values: Tensor,
     units: Units,
-    page_size: int,
     scale: float,
     softcap: float | None = None,
     has_sinks: bool = False,
@@ -51,8 +50,7 @@ def flash_decoding(
         query: `(num_rows, num_heads, 1, head_dim)`.
         keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `units` says.
         values: `(1, num_kv_heads, num_slots, value_head_dim)`.
-        units: the pages to read.
-        page_size: tokens per page.
+        units: what to read.
         scale: factor on the scores.
         softcap: bound of the scores; None without.
         has_sinks: whether there are attention sinks.
@@ -60,30 +58,28 @@ def flash_decoding(
     Source:
         Flash-Decoding: Dao et al., 2023. Pages that rows share, read once: Juravsky et al., 2024 (Hydragen).
     """
-    num_rows, num_heads, _, head_dim = query.shape
     num_kv_heads, value_head_dim = values.shape[1], values.shape[3]
-    by_group = num_kv_heads, num_heads // num_kv_heads
+    group = query.shape[1] // num_kv_heads
     variant = _Variant(
         dtype=query.dtype,
         num_kv_heads=num_kv_heads,
-        group=by_group[1],
-        head_dims=(head_dim, value_head_dim),
-        page_size=page_size,
+        group=group,
+        head_dims=(query.shape[3], value_head_dim),
+        unit_size=units.size,
         scale=scale,
         softcap=softcap,
         has_sinks=has_sinks,
-        has_one_row=num_rows == 1,
+        has_one_row=query.shape[0] == 1,
     )
-    grouped, output = (num_rows, *by_group, head_dim), (num_rows, 1, num_heads, value_head_dim)
-    lists = units.pages, units.rows, units.firsts, units.limits, units.by_row, units.counts
-    scores = query.new_zeros(by_group) if has_sinks else NO_SINKS
-    arguments = query.reshape(grouped).contiguous(), keys, values, *lists, scores
+    lists = units.pieces, units.rows, units.firsts, units.limits, units.by_row, units.counts
+    scores = query.new_zeros(num_kv_heads, group) if has_sinks else NO_SINKS
+    arguments = query.contiguous(), keys, values, *lists, scores
     kernel = compiled_kernel(variant, partial(_build, variant), arguments, _dynamic_sizes).bound_to(arguments)
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
-        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(num_kv_heads, group)
         # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
-        return kernel(query.reshape(grouped).contiguous(), keys, values, scores).view(output)
+        return kernel(query.contiguous(), keys, values, scores)
 
     return attend
 
@@ -101,13 +97,15 @@ def _dynamic_sizes(name: str) -> tuple[int, ...]:
 
 def _build(variant: _Variant) -> Callable[..., Tensor]:
     num_sums = variant.group * -(-variant.head_dims[1] // _LANES)
-    sum_up = _in_one_go if num_sums <= _MAX_SUMS else _head_by_head
+    sum_up = _sum_in_one_go if num_sums <= _MAX_SUMS else _sum_head_by_head
+    # With a single row, what counts is to have few buffers; see `_sum_in_one_go`.
+    score = _score_head_by_head if variant.has_one_row else _score_in_one_go
 
     def attend_to_units(
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        pages: Tensor,
+        pieces: Tensor,
         rows: Tensor,
         firsts: Tensor,
         limits: Tensor,
@@ -115,49 +113,68 @@ def _build(variant: _Variant) -> Callable[..., Tensor]:
         counts: Tensor,
         sinks: Tensor,
     ) -> Tensor:
-        queries = query[rows].transpose(0, 1).float()  # (num_kv_heads, num_units, group, head_dim)
-        unit_keys, unit_values = (_by_page(tensor, variant.page_size)[:, pages].float() for tensor in (keys, values))
-        token = torch.arange(variant.page_size, dtype=torch.int32)
+        by_head = query.view(-1, variant.num_kv_heads, variant.group, variant.head_dims[0])
+        queries = by_head[rows].transpose(0, 1).float()  # (num_kv_heads, num_units, group, head_dim)
+        unit_keys, unit_values = (_cut(tensor, variant.unit_size)[:, pieces].float() for tensor in (keys, values))
+        token = torch.arange(variant.unit_size, dtype=torch.int32)
         is_seen = (token >= firsts[:, None]) & (token < limits[:, None])
-        scores = (queries[:, :, :, None] * unit_keys[:, :, None]).sum(-1) * variant.scale
+        scores = score(queries, unit_keys) * variant.scale
         if variant.softcap is not None:
             scores = variant.softcap * torch.tanh(scores / variant.softcap)
         scores = torch.where(is_seen[:, None], scores, -math.inf)
         top = scores.amax(-1)  # (num_kv_heads, num_units, group)
         weights = torch.exp(scores - top[..., None])
         sums = weights.sum(-1)
-        parts = [sum_up(weights, lanes) for lanes in torch.split(unit_values, _LANES, -1)]
+        part = sum_up(weights, unit_values)
 
-        # Places lead and rows follow: then vectors are made of values, which lie side by side, not of places.
-        is_held = (torch.arange(by_row.shape[0])[:, None] < counts)[..., None]  # (num_places, num_rows, 1)
-        tops = torch.where(is_held, top[:, by_row], -math.inf)
-        best = tops.amax(1)  # (num_kv_heads, num_rows, group)
+        # The units of a row, side by side: (num_places, num_rows, num_kv_heads, group).
+        is_held = (torch.arange(by_row.shape[0])[:, None] < counts)[..., None, None]
+        tops = torch.where(is_held, top[:, by_row].permute(1, 2, 0, 3), -math.inf)
+        best = tops.amax(0)
         if variant.has_sinks:
-            best = torch.maximum(best, sinks[:, None].float())
+            best = torch.maximum(best, sinks.float())
         best = torch.where(best == -math.inf, 0.0, best)  # of a row that sees nothing
-        share = torch.exp(tops - best[:, None])
-        total = torch.where(is_held, share * sums[:, by_row], 0.0).sum(1)
+        share = torch.exp(tops - best)
+        total = torch.where(is_held, share * sums[:, by_row].permute(1, 2, 0, 3), 0.0).sum(0)
         if variant.has_sinks:
-            total = total + torch.exp(sinks[:, None].float() - best)
+            total = total + torch.exp(sinks.float() - best)
         # What is not held is another row's, which must not spoil this one even if it is NaN.
-        held = [torch.where(is_held[..., None], share[..., None] * part[:, by_row], 0.0) for part in parts]
-        output = torch.cat([part.sum(1) for part in held], -1) / torch.where(total > 0, total, 1.0)[..., None]
-        return output.transpose(0, 1).to(query.dtype).contiguous()
+        held = torch.where(is_held[..., None], share[..., None] * part[:, by_row].permute(1, 2, 0, 3, 4), 0.0)
+        output = held.sum(0) / torch.where(total > 0, total, 1.0)[..., None]
+        return output.view(-1, 1, query.shape[1], variant.head_dims[1]).to(query.dtype)
 
     return attend_to_units
 
 
-def _by_page(tensor: Tensor, page_size: int) -> Tensor:
-    """`(1, num_kv_heads, num_slots, head_dim)` to `(num_kv_heads, num_pages, page_size, head_dim)`."""
+def _cut(tensor: Tensor, size: int) -> Tensor:
+    """`(1, num_kv_heads, num_slots, head_dim)` to `(num_kv_heads, num_pieces, size, head_dim)`."""
     _, num_kv_heads, _, head_dim = tensor.shape
-    return tensor.view(num_kv_heads, -1, page_size, head_dim)
+    return tensor.view(num_kv_heads, -1, size, head_dim)
 
 
-def _head_by_head(weights: Tensor, values: Tensor) -> Tensor:
-    """Sum `(.., group, page_size)` weights times `(.., page_size, lanes)` values to `(.., group, lanes)`."""
-    return (weights[..., None] * values[..., None, :, :]).sum(-2)
+# Whether heads are taken apart here decides whether inductor makes one loop of all of them, or one for each.
 
 
-def _in_one_go(weights: Tensor, values: Tensor) -> Tensor:
-    """The same, so that inductor makes one loop of all heads: values come from memory while sums are computed."""
-    return torch.stack([(weights[..., head, :, None] * values).sum(-2) for head in range(weights.shape[-2])], -2)
+def _score_in_one_go(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products of `(.., group, head_dim)` queries and `(.., size, head_dim)` keys, `(.., group, size)`."""
+    heads = torch.unbind(queries, -2)
+    return torch.stack([(query[..., None, :] * keys).sum(-1) for query in heads], -2)
+
+
+def _score_head_by_head(queries: Tensor, keys: Tensor) -> Tensor:
+    return (queries[..., None, :] * keys[..., None, :, :]).sum(-1)
+
+
+def _sum_in_one_go(weights: Tensor, values: Tensor) -> Tensor:
+    """Sums of `(.., size, head_dim)` values by `(.., group, size)` weights, `(.., group, head_dim)`.
+
+    Side by side in one buffer, since each of its own takes a microsecond of Python.
+    """
+    lanes = torch.split(values, _LANES, -1)
+    sums = [(head[..., None] * part).sum(-2) for head in torch.unbind(weights, -2) for part in lanes]
+    return torch.cat(sums, -1).view(*weights.shape[:-1], values.shape[-1])
+
+
+def _sum_head_by_head(weights: Tensor, values: Tensor) -> Tensor:
+    lanes = torch.split(values[..., None, :, :], _LANES, -1)
+    return torch.cat([(weights[..., None] * part).sum(-2) for part in lanes], -1)

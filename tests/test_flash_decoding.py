@@ -1,5 +1,7 @@
 """Decoding on a CPU: which pages are read, and that they give what softmax over the tokens of each row gives."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,10 +16,8 @@ PAGE = 16
 class Table:
     """As much of a page table as units are made from."""
 
-    class group:
-        page_size = PAGE
-
-    def __init__(self, block_table):
+    def __init__(self, block_table, page_size=PAGE):
+        self.group = SimpleNamespace(page_size=page_size)
         self.block_table = np.array(block_table, dtype=np.int32)
         self.version = 0
 
@@ -32,7 +32,9 @@ def expected_output(query, keys, values, table, limits, firsts, scale, softcap=N
     outputs = []
     for row, (first, limit) in enumerate(zip(firsts, limits, strict=True)):
         tokens = np.arange(first, limit)
-        slots = torch.from_numpy(table.block_table[row, tokens // PAGE].astype(np.int64) * PAGE + tokens % PAGE)
+        page_size = table.group.page_size
+        pages = table.block_table[row, tokens // page_size].astype(np.int64)
+        slots = torch.from_numpy(pages * page_size + tokens % page_size)
         row_keys, row_values = (tensor[0, :, slots].repeat_interleave(group, 0) for tensor in (keys, values))
         scores = (query[row].float() @ row_keys.float().transpose(1, 2)) * scale
         if softcap is not None:
@@ -50,12 +52,13 @@ def attention_of(
     """Output of the kernel, and what it should be."""
     num_kv_heads, group = heads
     query = torch.randn(len(limits), num_kv_heads * group, 1, dims[0]).to(dtype)
-    keys = torch.randn(1, num_kv_heads, num_pages * PAGE, dims[0]).to(dtype)
-    values = torch.randn(1, num_kv_heads, num_pages * PAGE, dims[1]).to(dtype)
+    num_slots = num_pages * table.group.page_size
+    keys = torch.randn(1, num_kv_heads, num_slots, dims[0]).to(dtype)
+    values = torch.randn(1, num_kv_heads, num_slots, dims[1]).to(dtype)
     sinks = torch.randn(num_kv_heads * group) if options.pop("has_sinks", False) else None
     softcap = options.pop("softcap", None)
     units = filled(table, limits, firsts)
-    attend = flash_decoding(query, keys, values, units, PAGE, 0.3, softcap, sinks is not None)
+    attend = flash_decoding(query, keys, values, units, 0.3, softcap, sinks is not None)
     output = attend(query, keys, values, sinks)
     firsts = [0] * len(limits) if firsts is None else firsts
     return output, expected_output(query, keys, values, table, limits, firsts, 0.3, softcap, sinks)
@@ -69,19 +72,19 @@ def seed():
     torch.manual_seed(0)
 
 
-def test_units_are_in_the_order_of_their_pages():
+def test_units_are_in_the_order_of_memory():
     units = filled(Table(THREE_ROWS), [33, 20, 64])
-    assert units.pages.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert units.pieces.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 9]
     assert units.counts.tolist() == [3, 2, 4]
     for row, count in enumerate(units.counts.tolist()):
         own = units.by_row[:count, row]
         assert units.rows[own].tolist() == [row] * count
-        assert units.pages[own].tolist() == THREE_ROWS[row][:count]
+        assert units.pieces[own].tolist() == THREE_ROWS[row][:count]
         assert units.limits[own].tolist()[:-1] == [PAGE] * (count - 1)
     assert [int(units.limits[units.by_row[count - 1, row]]) for row, count in enumerate([3, 2, 4])] == [1, 4, 16]
 
 
-def test_units_are_made_anew_only_for_other_pages():
+def test_units_are_made_anew_only_for_other_pieces():
     table = Table(THREE_ROWS)
     decode = DecodeUnits(table)
     first = decode.fill(np.array([33, 20, 50]), None)
@@ -90,7 +93,26 @@ def test_units_are_made_anew_only_for_other_pages():
     assert decode.fill(np.array([34, 33, 51]), None) is not first
     table.block_table[1] = [3, 4, 5, 0]
     table.version += 1
-    assert decode.fill(np.array([34, 33, 51]), None).pages.tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7]
+    assert decode.fill(np.array([34, 33, 51]), None).pieces.tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7]
+
+
+def test_of_a_large_page_the_pieces_that_are_filled_are_read():
+    units = filled(Table([[5, 2], [3, 0]], page_size=128), [130, 65], [40, 0])
+    assert units.size == 32
+    assert units.pieces.tolist() == [8, 12, 13, 14, 21, 22, 23]
+    assert units.rows.tolist() == [0, 1, 1, 1, 0, 0, 0]
+    assert units.firsts.tolist() == [0, 0, 0, 0, 8, 0, 0]
+    assert units.limits.tolist() == [2, 32, 32, 1, 32, 32, 32]
+    assert units.counts.tolist() == [4, 3]
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 256])
+@pytest.mark.parametrize("window", [None, 40])
+def test_pages_of_any_size(page_size, window):
+    limits = [3 * page_size - 5, 1, 2 * page_size]
+    firsts = None if window is None else [max(0, limit - window) for limit in limits]
+    output, expected = attention_of(Table(THREE_ROWS, page_size), limits, firsts)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("limits", [[1, 1, 1], [16, 17, 15], [33, 20, 64], [64, 1, 32]])
@@ -143,7 +165,7 @@ def test_what_is_not_a_number_stays_in_its_row(spoilt):
     values[:, :, spoilt * PAGE : (spoilt + 1) * PAGE] = torch.nan
     keys[:, :, spoilt * PAGE : (spoilt + 1) * PAGE] = torch.inf
     units = filled(table, [33, 20, 64])
-    output = flash_decoding(query, keys, values, units, PAGE, 0.3)(query, keys, values, None)
+    output = flash_decoding(query, keys, values, units, 0.3)(query, keys, values, None)
     assert [bool(row.isfinite().all()) for row in output] == [spoilt not in row for row in THREE_ROWS]
 
 
@@ -152,7 +174,7 @@ def test_extreme_scores():
     query, keys, values = torch.randn(3, 6, 1, 16), torch.randn(1, 2, 160, 16), torch.randn(1, 2, 160, 16)
     keys *= 1e4
     limits = [33, 20, 64]
-    output = flash_decoding(query, keys, values, filled(table, limits), PAGE, 0.3)(query, keys, values, None)
+    output = flash_decoding(query, keys, values, filled(table, limits), 0.3)(query, keys, values, None)
     expected = expected_output(query, keys, values, table, limits, [0] * 3, 0.3)
     torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
 
