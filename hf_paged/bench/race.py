@@ -1,5 +1,6 @@
 """Contenders that take turns step by step, so that whatever slows the machine down slows all of them down."""
 
+import itertools
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -54,13 +55,14 @@ class Race:
     A contender that raises is out, and its error is kept; the others go on.
 
     Args:
-        contenders: in the order in which the first turn is taken.
+        contenders: in each turn in another order, so that nobody always comes after the same one.
         max_length: columns that will be used at most.
         mask: `(num_rows, num_columns)` of the prompts, 0 for padding; None without padding.
     """
 
     def __init__(self, contenders: Sequence[Contender], max_length: int, mask: Tensor | None = None) -> None:
         self._contenders = list(contenders)
+        self._orders = itertools.cycle(itertools.permutations(self._contenders))
         self._names = [contender.name for contender in contenders]
         self._errors: dict[str, str] = {}
         self._turn(lambda contender: contender.begin(max_length, mask))
@@ -97,7 +99,7 @@ class Race:
             contender.cache = None
 
     def _turn(self, action: Callable[[Contender], None]) -> None:
-        for contender in self._contenders:
+        for contender in next(self._orders):
             if contender.name in self._errors:
                 continue
             try:
@@ -106,7 +108,6 @@ class Race:
                 logger.info("%s is out: %s", contender.name, error)
                 self._errors[contender.name] = f"{type(error).__name__}: {error}"
                 contender.cache = None
-        self._contenders.append(self._contenders.pop(0))  # the next turn begins with the next one
 
 
 def race_once(
