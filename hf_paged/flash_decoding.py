@@ -127,21 +127,23 @@ def _build(variant: _Variant) -> Callable[..., Tensor]:
         sums = weights.sum(-1)
         part = sum_up(weights, unit_values)
 
-        # The units of a row, side by side: (num_places, num_rows, num_kv_heads, group).
-        is_held = (torch.arange(by_row.shape[0])[:, None] < counts)[..., None, None]
-        tops = torch.where(is_held, top[:, by_row].permute(1, 2, 0, 3), -math.inf)
-        best = tops.amax(0)
+        # Places lead and rows follow: then vectors are made of values, which lie side by side, not of places. Key/value
+        # heads stay outermost: torch 2.11 makes code that writes past a buffer if they come last (three heads, group 1).
+        is_held = (torch.arange(by_row.shape[0])[:, None] < counts)[..., None]  # (num_places, num_rows, 1)
+        tops = torch.where(is_held, top[:, by_row], -math.inf)
+        best = tops.amax(1)  # (num_kv_heads, num_rows, group)
         if variant.has_sinks:
-            best = torch.maximum(best, sinks.float())
+            best = torch.maximum(best, sinks[:, None].float())
         best = torch.where(best == -math.inf, 0.0, best)  # of a row that sees nothing
-        share = torch.exp(tops - best)
-        total = torch.where(is_held, share * sums[:, by_row].permute(1, 2, 0, 3), 0.0).sum(0)
+        share = torch.exp(tops - best[:, None])
+        total = torch.where(is_held, share * sums[:, by_row], 0.0).sum(1)
         if variant.has_sinks:
-            total = total + torch.exp(sinks.float() - best)
+            total = total + torch.exp(sinks[:, None].float() - best)
         # What is not held is another row's, which must not spoil this one even if it is NaN.
-        held = torch.where(is_held[..., None], share[..., None] * part[:, by_row].permute(1, 2, 0, 3, 4), 0.0)
-        output = held.sum(0) / torch.where(total > 0, total, 1.0)[..., None]
-        return output.view(-1, 1, query.shape[1], variant.head_dims[1]).to(query.dtype)
+        held = torch.where(is_held[..., None], share[..., None] * part[:, by_row], 0.0)
+        output = held.sum(1) / torch.where(total > 0, total, 1.0)[..., None]
+        by_row_first = output.transpose(0, 1).to(query.dtype).contiguous()
+        return by_row_first.view(-1, 1, query.shape[1], variant.head_dims[1])
 
     return attend_to_units
 
