@@ -127,8 +127,8 @@ def _build(variant: _Variant) -> Callable[..., Tensor]:
         sums = weights.sum(-1)
         part = sum_up(weights, unit_values)
 
-        # Places lead and rows follow: then vectors are made of values, which lie side by side, not of places. Key/value
-        # heads stay outermost: torch 2.11 makes code that writes past a buffer if they come last (three heads, group 1).
+        # Places lead and rows follow: then vectors are made of values, which lie side by side, not of places. Heads
+        # stay outermost: if they come last, torch 2.11 makes code that writes past a buffer (three, group 1).
         is_held = (torch.arange(by_row.shape[0])[:, None] < counts)[..., None]  # (num_places, num_rows, 1)
         tops = torch.where(is_held, top[:, by_row], -math.inf)
         best = tops.amax(1)  # (num_kv_heads, num_rows, group)
