@@ -170,7 +170,7 @@ def _score_head_by_head(queries: Tensor, keys: Tensor) -> Tensor:
 def _sum_in_one_go(weights: Tensor, values: Tensor) -> Tensor:
     """Sums of `(.., size, head_dim)` values by `(.., group, size)` weights, `(.., group, head_dim)`.
 
-    Side by side in one buffer, since each of its own takes a microsecond of Python.
+    Side by side in one buffer: inductor makes each buffer by a call into Python.
     """
     lanes = torch.split(values, _LANES, -1)
     sums = [(head[..., None] * part).sum(-2) for head in torch.unbind(weights, -2) for part in lanes]
