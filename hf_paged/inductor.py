@@ -13,6 +13,8 @@ import torch._dynamo
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+from hf_paged.launches import Launches, record
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,16 +33,25 @@ class Kernel:
     places: tuple[int, int, int, int]
 
     def bound_to(self, arguments: Sequence[Tensor | None]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Return what attends with other queries, keys, values and sinks of the same sizes."""
-        inputs, run = self.inputs_of(*arguments), self.run
-        at_query, at_keys, at_values, at_sinks = self.places
+        """Return what attends with other queries, keys, values and sinks of the same sizes, in one thread."""
+        inputs = self.inputs_of(*arguments)
+        places = [place for place in self.places if place >= 0]
+        launches: Launches | None = None
+        is_recorded = False
 
-        def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor) -> Tensor:
+        def attend(*tensors: Tensor) -> Tensor:
+            nonlocal launches, is_recorded
+            used = tensors[: len(places)]
+            if launches is not None:
+                return launches.repeat(*used)
             filled = inputs.copy()
-            filled[at_query], filled[at_keys], filled[at_values] = query, keys, values
-            if at_sinks >= 0:
-                filled[at_sinks] = sinks
-            return run(filled)[0]
+            for place, tensor in zip(places, used, strict=True):
+                filled[place] = tensor
+            if is_recorded:
+                return self.run(filled)[0]
+            output, launches = record(self.run, filled, used)
+            is_recorded = True
+            return output
 
         return attend
 

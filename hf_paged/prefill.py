@@ -18,6 +18,11 @@ from hf_paged.packed import Chunk, PackedBatch
 _CHUNK_ON_CPU, _CHUNK = 512, 4096  # tokens at a time; a GPU takes as long for a few hundred
 
 
+def usual_chunk(device: torch.device) -> int:
+    """Tokens at a time where nobody says how many."""
+    return _CHUNK_ON_CPU if device.type == "cpu" else _CHUNK
+
+
 def prefill(
     model: PreTrainedModel,
     batch: Batch,
@@ -41,7 +46,7 @@ def prefill(
     """
     decoder = _decoder(model, batch)
     if max_tokens is None:
-        max_tokens = _CHUNK_ON_CPU if input_ids.device.type == "cpu" else _CHUNK
+        max_tokens = usual_chunk(input_ids.device)
     batch.rest()
     num_cached = batch.columns.count
     _check_inputs(input_ids, attention_mask, max_tokens, num_cached)

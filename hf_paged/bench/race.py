@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_paged.bench.contender import Contender
 from hf_paged.lab.memory import kv_bytes
 from hf_paged.lab.subject import Subject
+from hf_paged.prefill import usual_chunk
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +124,12 @@ def race_once(
 def warm_up(contenders: Sequence[Contender], subject: Subject, num_rows: int = 1) -> None:
     """Let everyone compile what it needs, with short prompts, then with one of several pages among them.
 
-    A single row is given more after its first tokens.
+    A single row is given more after its first tokens. Several rows are so many tokens that, packed, they are worth a
+    compiled chunk.
     """
     several_pages = 2 * max(contender.page_size for contender in contenders) + 1
-    for first, last in ((24, 24 + num_rows), (40, several_pages)):
+    first = 24 if num_rows == 1 else max(24, usual_chunk(subject.device) // (2 * num_rows) + 2)
+    for first, last in ((first, first + num_rows), (40, several_pages)):
         ids, mask = subject.padded([*range(first, first + num_rows - 1), last])
         race = Race(contenders, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
         race.lap(ids, 3)
