@@ -109,7 +109,7 @@ class PartOfTheResult:
 
 class NothingOfIt:
     def call(self, arguments):
-        (source,) = arguments
+        arguments.clear()
         target = empty_strided_cpu((4,), (1,), torch.float32)
         cpp_fused_double(target, target, 0)
         return (target,)

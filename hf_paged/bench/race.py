@@ -128,8 +128,8 @@ def warm_up(contenders: Sequence[Contender], subject: Subject, num_rows: int = 1
     compiled chunk.
     """
     several_pages = 2 * max(contender.page_size for contender in contenders) + 1
-    first = 24 if num_rows == 1 else max(24, usual_chunk(subject.device) // (2 * num_rows) + 2)
-    for first, last in ((first, first + num_rows), (40, several_pages)):
+    short = 24 if num_rows == 1 else max(24, usual_chunk(subject.device) // (2 * num_rows) + 2)
+    for first, last in ((short, short + num_rows), (40, several_pages)):
         ids, mask = subject.padded([*range(first, first + num_rows - 1), last])
         race = Race(contenders, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
         race.lap(ids, 3)
