@@ -1,8 +1,7 @@
 """What a kernel that inductor made for a CPU does, recorded once and repeated with other tensors.
 
-Around its loops, which are C++, inductor puts a function in Python that makes their buffers. For a short row that
-takes as long as the loops, and it would be done again for every layer. What is repeated is the loops alone, with the
-same buffers, and one new tensor for the result.
+Around its loops, which are C++, inductor puts a function in Python that makes their buffers, which would run again for
+every layer. What is repeated is the loops alone, with the same buffers, and one new tensor for the result.
 """
 
 from collections.abc import Callable, Sequence
