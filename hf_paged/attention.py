@@ -1,5 +1,6 @@
 """The attention function of `"paged_flex"`, and its registration."""
 
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,8 @@ from hf_paged.segments import segmented_attention
 from hf_paged.step import View
 from hf_paged.storage import holds_pages
 from hf_paged.tiles import Layout
+
+_NOTHING = nullcontext()
 
 
 def paged_flex_attention(
@@ -138,10 +141,15 @@ def _attend(
             has_sinks = sink_page is not None
             attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
         plan.attentions[table, table.version, *shapes] = attend
+    with _profiled("paged_attention"):
+        return attend(query, key, value, sinks)
+
+
+def _profiled(name: str) -> AbstractContextManager[object]:
+    """Have what happens within shown by torch's profiler as `hf_paged::{name}`."""
     if torch.autograd.profiler._is_profiler_enabled:
-        with torch.autograd.profiler.record_function("hf_paged::paged_attention"):
-            return attend(query, key, value, sinks)
-    return attend(query, key, value, sinks)
+        return torch.autograd.profiler.record_function(f"hf_paged::{name}")
+    return _NOTHING
 
 
 def avoids_tiles(device: torch.device) -> bool:
@@ -190,7 +198,7 @@ def _attend_to_columns(
     return output
 
 
-def _write_and_attend(
+def write_and_attend(
     plan: Plan,
     query: Tensor,
     key: Tensor,
@@ -203,12 +211,14 @@ def _write_and_attend(
 ) -> Tensor:
     """A layer's attention in a compiled graph, and its update if that left it to this: not to be looked into.
 
-    It writes to what is no input of the graph. That each layer's queries come from the layer before keeps the layers
+    Arguments and result are those of `paged_flex_attention`, with the plan of the mask and the index of the layer. It
+    writes to what is no input of the graph. That each layer's queries come from the layer before keeps the layers
     in order; nothing else needs an order.
     """
-    if plan.batch.is_written_by_attention:
-        key, value = plan.batch.write(layer, key, value)
-    return _attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
+    with _profiled("write_and_attend"):
+        if plan.batch.is_written_by_attention:
+            key, value = plan.batch.write(layer, key, value)
+        return _attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
 
 
 def _like_output(plan: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
@@ -218,12 +228,12 @@ def _like_output(plan: Any, query: Tensor, key: Tensor, value: Tensor, *options:
 
 _library = torch.library.Library("hf_paged", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "write_and_attend" + torch.library.infer_schema(_write_and_attend, mutates_args=()),
+    "write_and_attend" + torch.library.infer_schema(write_and_attend, mutates_args=()),
     # CUDA graphs would repeat the kernels of one pass and leave out the planning of the next.
     tags=(torch.Tag.cudagraph_unsafe, torch.Tag.pt2_compliant_tag),
 )
 # Not torch.library.custom_op, which puts more Python into each call.
-_library.impl("write_and_attend", _write_and_attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("write_and_attend", write_and_attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("hf_paged::write_and_attend", _like_output, lib=_library)
 # Written even where nobody wants the output. Not by an effect token: a node with one hides the tags of its operation.
 torch.fx.node.has_side_effect(torch.ops.hf_paged.write_and_attend.default)

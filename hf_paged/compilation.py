@@ -12,6 +12,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from hf_paged import linear
 from hf_paged.cuda_graphs import StepGraphs
+from hf_paged.step_launches import compile_step
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _config() -> CompileConfig:
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     logger.warning("Compiling a model for hf_paged: about half a minute the first time, some seconds later on.")
     begin = time.perf_counter()
-    result = linear.backend(graph, inputs)
+    result = linear.backend(graph, inputs, for_one_row=compile_step)
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
     return StepGraphs(result) if len(devices) == 1 and devices.pop().type == "cuda" else result

@@ -43,13 +43,13 @@ class Kernel:
             nonlocal launches, is_recorded
             used = tensors[: len(places)]
             if launches is not None:
-                return launches.repeat(*used)
+                return launches.repeat(*used)[0]
             filled = inputs.copy()
             for place, tensor in zip(places, used, strict=True):
                 filled[place] = tensor
             if is_recorded:
                 return self.run(filled)[0]
-            output, launches = record(self.run, filled, used)
+            (output,), launches = record(self.run, filled, used)
             is_recorded = True
             return output
 

@@ -1,95 +1,131 @@
-"""What a kernel that inductor made for a CPU does, recorded once and repeated with other tensors.
+"""What a function that inductor made for a CPU does, recorded once and repeated with other tensors.
 
-Around its loops, which are C++, inductor puts a function in Python that makes their buffers, which would run again for
-every layer. What is repeated is the loops alone, with the same buffers, and one new tensor for the result.
+Around its loops, which are C++, inductor puts a function in Python that makes their buffers and views of them. What is
+repeated is the loops alone, with the same buffers and new tensors for the results, and operations that are named.
 """
 
-from collections.abc import Callable, Sequence
-from types import FunctionType
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _PREFIX = "cpp_fused"  # of the names that inductor gives to loops
+_DTYPES = {"float32", "bfloat16", "float16"}
 # What else that function may refer to. Nothing of it reads or writes what is in a tensor.
-_HARMLESS = {"empty_strided_cpu", "reinterpret_tensor", "clear", "size", "torch", "float32", "bfloat16", "float16"}
+_HARMLESS = _DTYPES | {
+    "empty_strided_cpu", "reinterpret_tensor", "assert_alignment", "clear", "size",
+    "torch", "ops", "hf_paged", "default",
+}  # fmt: skip
 
 Run = Callable[[list[Any]], Sequence[Tensor]]
-Launch = tuple[Callable[..., None], list[Any]]
+Launch = tuple[Callable[..., Tensor | None], list[Any], Tensor | None]
 
 
 class Launches:
     """The loops of one call and the buffers that it made. For one thread at a time, since the buffers are shared.
 
     Args:
-        launches: each a function and what it is called with.
-        result: what the call returned.
-        places: where the changing tensors are, and behind them the result: a list of arguments, the index in it, and
-            the number of the tensor.
+        launches: each a function, what it is called with, and where what it returns goes, if it returns something.
+        results: what the call returned.
+        places: where the changing inputs are, and behind them the results: a list of arguments, the index in it, and
+            the number of the input or result.
     """
 
-    def __init__(self, launches: list[Launch], result: Tensor, places: list[tuple[list[Any], int, int]]) -> None:
+    def __init__(
+        self, launches: list[Launch], results: Sequence[Tensor], places: list[tuple[list[Any], int, int]]
+    ) -> None:
         self._launches = launches
-        self._shape, self._strides, self._dtype = result.shape, result.stride(), result.dtype
+        self._results = [(result.shape, result.stride(), result.dtype) for result in results]
         self._places = places
+        self.release()
 
-    def repeat(self, *tensors: Tensor) -> Tensor:
-        """Return the result for other tensors of the same sizes and strides."""
-        output = torch.empty_strided(self._shape, self._strides, dtype=self._dtype)
-        filled = *tensors, output
+    def repeat(self, *changing: Any) -> list[Tensor]:
+        """Return the results for other inputs of the same sizes and strides."""
+        results = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
+        filled = *changing, *results
         for arguments, index, number in self._places:
             arguments[index] = filled[number]
-        for function, arguments in self._launches:
-            function(*arguments)
-        return output
+        for function, arguments, target in self._launches:
+            if target is None:
+                function(*arguments)
+            else:
+                target.copy_(function(*arguments))  # type: ignore[arg-type]
+        return results
+
+    def release(self) -> None:
+        """Hold none of the inputs and results any more."""
+        for arguments, index, _ in self._places:
+            arguments[index] = None
 
 
-def record(run: Run, inputs: list[Any], changing: Sequence[Tensor]) -> tuple[Tensor, Launches | None]:
+def record(
+    run: Run, inputs: list[Any], changing: Sequence[Any], operations: Mapping[str, Callable[..., Tensor]] | None = None
+) -> tuple[Sequence[Tensor], Launches | None]:
     """Call what inductor compiled, and take down what it does.
 
     Args:
-        run: takes a list of inputs, and returns one tensor in a sequence.
+        run: takes a list of inputs, which it may clear, and returns tensors.
         inputs: for it.
         changing: those of the inputs that will be others when it is repeated.
+        operations: by their names in `torch.ops.hf_paged`: what may be called besides loops, and gives a tensor of the
+            same size for the same sizes.
 
     Returns:
-        The result, and what repeats it; None where that is more than loops, as on a GPU.
+        The results, and what repeats the call; None where it does more, as on a GPU.
     """
+    operations = operations or {}
     function = getattr(run, "__func__", None)
     names = set(function.__code__.co_names) if isinstance(function, FunctionType) else set()
     loops = {name for name in names if name.startswith(_PREFIX)}
-    if not isinstance(function, FunctionType) or names - loops - _HARMLESS:
-        return run(inputs)[0], None
+    if not isinstance(function, FunctionType) or names - loops - _HARMLESS - set(operations):
+        return run(inputs), None
     launches: list[Launch] = []
 
-    def recorded(loop: Callable[..., None]) -> Callable[..., None]:
-        def launch(*arguments: Any) -> None:
-            launches.append((loop, list(arguments)))
-            loop(*arguments)
+    def recorded(step: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def launch(*arguments: Any) -> Tensor | None:
+            output = step(*arguments)
+            if output is not None:
+                with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                    output = output.clone()
+            launches.append((step, list(arguments), output))
+            return output
 
         return launch
 
+    calls = {name: SimpleNamespace(default=recorded(operation)) for name, operation in operations.items()}
+    dtypes = {name: getattr(torch, name) for name in _DTYPES}
     scope = function.__globals__ | {name: recorded(function.__globals__[name]) for name in loops}
-    (result,) = FunctionType(function.__code__, scope)(run.__self__, inputs)  # type: ignore[attr-defined]
-    places = _places(launches, [*changing, result])
-    return result, None if places is None else Launches(launches, result, places)
+    scope["torch"] = SimpleNamespace(ops=SimpleNamespace(hf_paged=SimpleNamespace(**calls)), **dtypes)
+    results = FunctionType(function.__code__, scope)(run.__self__, inputs)  # type: ignore[attr-defined]
+    places = _places(launches, [*changing, *results], len(changing))
+    return results, None if places is None else Launches(launches, results, places)
 
 
-def _places(launches: list[Launch], tensors: list[Tensor]) -> list[tuple[list[Any], int, int]] | None:
-    """Where loops are given these tensors; None if they are given only a part of one, or one not at all."""
+def _places(launches: list[Launch], values: list[Any], num_inputs: int) -> list[tuple[list[Any], int, int]] | None:
+    """Where these are handed to what is called.
+
+    Returns:
+        As for `Launches`; None if there is only a part of one, or nothing of a result.
+    """
     found = []
-    addresses = [tensor.untyped_storage().data_ptr() for tensor in tensors]
-    for _, arguments in launches:
+    addresses = {value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)}
+    for _, arguments, _ in launches:
         for index, argument in enumerate(arguments):
-            if not isinstance(argument, Tensor) or argument.untyped_storage().data_ptr() not in addresses:
+            numbers = [number for number, value in enumerate(values) if value is argument]
+            if isinstance(argument, Tensor) and not numbers:
+                if argument.untyped_storage().data_ptr() not in addresses:
+                    continue
+                numbers = [number for number, value in enumerate(values) if _is_same_memory(argument, value)]
+            if not isinstance(argument, Tensor) and not numbers:
                 continue
-            numbers = [number for number, tensor in enumerate(tensors) if _is_same_memory(argument, tensor)]
             if len(numbers) != 1:
                 return None
             found.append((arguments, index, numbers[0]))
-    return found if len({number for _, _, number in found}) == len(tensors) else None
+    is_whole = {number for _, _, number in found}.issuperset(range(num_inputs, len(values)))
+    return found if is_whole else None
 
 
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
+def _is_same_memory(one: Tensor, other: Any) -> bool:
+    return isinstance(other, Tensor) and one.data_ptr() == other.data_ptr() and one.numel() == other.numel()

@@ -10,9 +10,11 @@ it reads it as it is. None of this needs a second copy of the weights.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch._inductor import lowering
 from torch._inductor.compile_fx import compile_fx
@@ -79,24 +81,34 @@ def _as_sum(x: Any, weight: Any, bias: Any) -> Any:
     return output if bias is None else lowering.add(output, bias)
 
 
-def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+def backend(graph: torch.fx.GraphModule, inputs: list[Any], for_one_row: Callable[..., Any] | None = None) -> Any:
     """Compile with inductor, float32 linear layers on a CPU as above; a backend of `torch.compile`.
 
     Args:
         graph: what dynamo captured.
         inputs: examples of its inputs.
+        for_one_row: to be called in place of inductor's `compile_fx_inner` for a graph whose linear layers are all of
+            one token in float32 on a CPU.
     """
+    kinds = set()
     for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
         x = node.args[0].meta["example_value"]
         if x.device.type != "cpu" or x.dtype != torch.float32:
+            kinds.add("torch's")
             continue
-        node.target = getattr(torch.ops.hf_paged, f"linear_of_{_kind(math.prod(x.shape[:-1]))}").default
+        kind = _kind(math.prod(x.shape[:-1]))
+        kinds.add(kind)
+        node.target = getattr(torch.ops.hf_paged, f"linear_of_{kind}").default
         node.args = (*node.args, *(node.kwargs.get(key) for key in ("input", "weight", "bias")[len(node.args) :]))
         node.kwargs = {}
     graph.recompile()
     # Dynamo's guards have looked at every weight; the graph need not do so again on each call.
     with torch._inductor.config.patch(size_asserts=False):
-        return compile_fx(graph, inputs)
+        if for_one_row is None or kinds != {"one_row"}:
+            return compile_fx(graph, inputs)
+        # AOTAutograd's cache would find the graph without asking for what is inside.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return compile_fx(graph, inputs, inner_compile=for_one_row)
 
 
 def _kind(num_rows: int | torch.SymInt) -> str:

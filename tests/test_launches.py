@@ -1,5 +1,7 @@
 """Repeating what a kernel did gives what calling it again gives."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def reinterpret_tensor(tensor, size, strides, offset):
 
 
 def cpp_fused_double(source, target, count):
-    target.view(-1)[:count] = 2 * source.view(-1)[:count]
+    target.view(-1).numpy()[:count] = 2 * source.view(-1).numpy()[:count]  # as C++ does: by the address
 
 
 def part_of_nothing(tensor):
@@ -107,36 +109,98 @@ class PartOfTheResult:
         return (reinterpret_tensor(target, (2,), (1,), 0),)
 
 
-class NothingOfIt:
+class NothingOfTheResult:
     def call(self, arguments):
-        arguments.clear()
+        (source,) = arguments
         target = empty_strided_cpu((4,), (1,), torch.float32)
-        cpp_fused_double(target, target, 0)
+        cpp_fused_double(source, target, 4)
+        return (empty_strided_cpu((0,), (1,), torch.float32),)
+
+
+class AnotherOperation:
+    def call(self, arguments):
+        (source,) = arguments
+        target = empty_strided_cpu((4,), (1,), torch.float32)
+        cpp_fused_double(source, target, 4)
+        return (torch.ops.hf_paged.products_of_rows.default(target[:, None], target[:, None]),)
+
+
+class WithOperation:
+    def call(self, arguments):
+        what, source = arguments
+        arguments.clear()
+        doubled = empty_strided_cpu((4,), (1,), torch.float32)
+        cpp_fused_double(source, doubled, 4)
+        changed = torch.ops.hf_paged.changed_by.default(what, reinterpret_tensor(doubled, (2, 2), (2, 1), 0), True)
+        view = reinterpret_tensor(changed, (4,), (1,), 0)
+        target = empty_strided_cpu((4,), (1,), torch.float32)
+        cpp_fused_double(view, target, 4)
+        cpp_fused_double(target, view, 4)  # as inductor uses a buffer again
         return (target,)
 
 
 def test_a_result_stays_when_it_is_repeated():
     source, other = torch.arange(4.0), torch.arange(4.0) + 10
-    first, launches = record(Loops().call, [source], [source])
-    second = launches.repeat(other)
-    third = launches.repeat(source)
+    (first,), launches = record(Loops().call, [source], [source])
+    (second,) = launches.repeat(other)
+    (third,) = launches.repeat(source)
     assert torch.equal(second, 2 * other)
     assert torch.equal(first, 2 * source)
     assert torch.equal(third, 2 * source)
 
 
-@pytest.mark.parametrize("runner", [MoreThanLoops, PartOfAnInput, PartOfTheResult, NothingOfIt])
+@pytest.mark.parametrize("runner", [MoreThanLoops, PartOfAnInput, PartOfTheResult, NothingOfTheResult])
 def test_what_may_be_more_than_loops_over_whole_tensors_is_not_repeated(runner):
     source = torch.arange(4.0)
-    result, launches = record(runner().call, [source], [source])
+    (result,), launches = record(runner().call, [source], [source])
     assert launches is None
-    if runner is not NothingOfIt:
-        expected = runner().call([source])[0]
-        assert torch.equal(result, expected)
+    assert torch.equal(result, runner().call([source])[0])
+
+
+class Summand:
+    def __init__(self, value):
+        self.value = value
+
+
+def changed_by(summand, tensor, is_negative):
+    return -tensor - summand.value if is_negative else tensor
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_named_operations_are_called_again(modes):
+    operations = {"changed_by": changed_by}
+    inputs = Summand(1.0), torch.arange(4.0)
+    with torch.inference_mode(modes[0]):
+        (first,), launches = record(WithOperation().call, list(inputs), inputs, operations)
+    with torch.inference_mode(modes[1]):
+        (second,) = launches.repeat(Summand(5.0), torch.arange(4.0) + 10)
+    assert torch.equal(first, 2 * (-2 * torch.arange(4.0) - 1))
+    assert torch.equal(second, 2 * (-2 * (torch.arange(4.0) + 10) - 5))
+
+
+def test_operations_that_are_not_named_are_not_repeated():
+    with pytest.raises(AttributeError, match="changed_by"):
+        record(WithOperation().call, [Summand(1.0), torch.arange(4.0)], [])
+    assert record(AnotherOperation().call, [torch.arange(4.0)], [])[1] is None
+
+
+def test_what_was_given_is_not_held_after_a_release():
+    summand, operations = Summand(1.0), {"changed_by": changed_by}
+    (result,), launches = record(WithOperation().call, [summand, torch.arange(4.0)], [summand], operations)
+    ends = weakref.ref(summand), weakref.ref(result)
+    del summand, result
+    assert [end() for end in ends] == [None, None]
+    other = Summand(2.0)
+    (result,) = launches.repeat(other)
+    ends = weakref.ref(other), weakref.ref(result)
+    del other, result
+    assert ends[0]() is not None
+    launches.release()
+    assert [end() for end in ends] == [None, None]
 
 
 def test_a_function_that_is_no_method_is_only_called():
     source = torch.arange(4.0)
-    result, launches = record(lambda inputs: (inputs[0] + 1,), [source], [source])
+    (result,), launches = record(lambda inputs: (inputs[0] + 1,), [source], [source])
     assert torch.equal(result, source + 1)
     assert launches is None

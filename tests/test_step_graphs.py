@@ -51,9 +51,9 @@ def steps(way, monkeypatch):
         monkeypatch.setattr(recording, "send", send_and_remember)
         monkeypatch.setattr(attention, "avoids_tiles", lambda device: False)
         monkeypatch.setattr(kernel, "lists_full_pages", lambda device: False)
-        monkeypatch.setattr(linear, "compile_fx", lambda graph, inputs: graph)
+        monkeypatch.setattr(linear, "compile_fx", lambda graph, inputs, **options: graph)
         compile_graph = linear.backend
-        monkeypatch.setattr(linear, "backend", lambda *graph: cuda_graphs.StepGraphs(compile_graph(*graph)))
+        monkeypatch.setattr(linear, "backend", lambda *graph, **_: cuda_graphs.StepGraphs(compile_graph(*graph)))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(cuda_graphs, "_stream", lambda: 0)
 
