@@ -63,6 +63,7 @@ class PageGroup:
         self._first_pages = num_pages
         self._holders: WeakSet[PageHolder] = WeakSet()
         self._storages: dict[int, LayerStorage] = {}
+        self._prepared: dict[int, LayerStorage] = {}  # of layers before their first key, in case they are like others
         # The place of a page in its row. Rows that share a page have it at the same place, so one entry is enough.
         self._page_index = torch.from_numpy(np.zeros(max(1, num_pages), dtype=np.int32))
         self._page_index_on: dict[torch.device, Tensor] = {}
@@ -111,9 +112,21 @@ class PageGroup:
         with self._lock:
             storage = self._storages.get(layer)
             if storage is None:
-                storage = LayerStorage(keys, values, self.num_pages, self.page_size)
+                storage = self._prepared.pop(layer, None)
+                if storage is None or storage.num_pages != max(1, self.num_pages) or not storage.fits(keys, values):
+                    storage = LayerStorage(keys, values, self.num_pages, self.page_size)
+                    self._prepare_others(layer, keys, values)
                 self._storages = self._storages | {layer: storage}  # not in place: other threads may go through it
             return storage
+
+    def _prepare_others(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Make storage for all layers when the first one is opened, on a CPU, where it takes no memory yet.
+
+        Between two layers, whose weights push it out of the processor's caches, making it takes several times as long.
+        """
+        if not self._storages and keys.device.type == "cpu":
+            others = (other for other in self.layers if other != layer)
+            self._prepared = {other: LayerStorage(keys, values, self.num_pages, self.page_size) for other in others}
 
     def take(self, count: int, *, admit: bool = False) -> list[int]:
         """Take free pages, growing if there are too few and it is allowed.

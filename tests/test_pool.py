@@ -112,6 +112,25 @@ def test_a_layer_that_is_used_late_has_as_many_pages():
     pool.check_integrity()
 
 
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_layer_need_not_be_like_the_one_before(num_heads, grows):
+    pool = PagePool(tiny_config(), page_size=16)
+    group, like = pool.groups[0], torch.zeros(1, 1, 1, 2)
+    pages = group.take(1)
+    pool.open_storage(0, like, like)
+    assert pool.storage(1) is None
+    if grows:
+        pages += group.take(pool.num_pages)
+    keys, values = torch.zeros(1, num_heads, 1, 2), torch.zeros(1, num_heads, 1, 2)
+    storage = pool.open_storage(1, keys, values)
+    assert storage is pool.storage(1)
+    assert storage.fits(keys, values)
+    assert storage.num_pages == pool.num_pages
+    group.allocator.release(pages)
+    pool.check_integrity()
+
+
 def test_trimming_gives_back_the_memory_behind_the_last_held_page():
     pool = open_pool()
     table, other = numbered_table(pool, 20), numbered_table(pool, 16 * 60)
