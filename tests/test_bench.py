@@ -1,6 +1,7 @@
 """The bench gives the figures that it promises. No time is ever asserted."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import types
@@ -11,7 +12,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_paged import linear
-from hf_paged.bench import allocator, beam, compile, fork, latency, mixed, peers, plan, profile, report, worker
+from hf_paged.bench import allocator, beam, compile, fork, latency, mixed, peers, plan, profile, race, report, worker
 from hf_paged.bench.bandwidth import bandwidth_share, read_bandwidth
 from hf_paged.bench.contender import Contender
 from hf_paged.bench.contenders import CONTENDERS, Paged, line_up
@@ -320,19 +321,28 @@ class Scripted:
         return next(self.seconds)
 
 
-def test_contenders_take_turns_in_every_order():
+def test_contenders_take_turns_in_every_order(monkeypatch):
+    monkeypatch.setattr(race, "_races", itertools.count())
     turns = []
-    race = Race([Scripted(name, [1.0] * 9, turns) for name in "abc"], 9)
-    race.lap(random_ids(1, 4), 6)
+    Race([Scripted(name, [1.0] * 9, turns) for name in "abc"], 9).lap(random_ids(1, 4), 6)
     assert "".join(turns) == "acb" + "bac" + "bca" + "cab" + "cba" + "abc"
+
+
+@pytest.mark.parametrize("names", ["ab", "abc", "abcd", "abcde"])
+def test_everybody_is_the_first_with_a_prompt_now_and_then(names):
+    firsts = set()
+    for _ in range(24):
+        turns = []
+        Race([Scripted(name, [1.0] * 9, turns) for name in names], 9).lap(random_ids(1, 4), 2)
+        firsts.add(turns[0])
+    assert firsts == set(names)
 
 
 def test_medians_and_ratios_leave_the_first_two_steps_out():
     turns = []
-    race = Race(
+    laps = Race(
         [Scripted("dynamic", [5, 9, 9, 2, 4, 8], turns), Scripted("paged", [4, 1, 1, 1, 4, 6], turns)], max_length=9
-    )
-    laps = race.lap(random_ids(1, 4), 6)
+    ).lap(random_ids(1, 4), 6)
     reference, row = summarize([laps])
     assert (row["first_token_s"], row["ms_per_step"], reference["ms_per_step"]) == (4, 4000, 4000)
     assert (row["ratio"], row["paired_ratio"]) == (1.0, 0.75)

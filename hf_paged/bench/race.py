@@ -18,6 +18,8 @@ from hf_paged.prefill import usual_chunk
 logger = logging.getLogger(__name__)
 
 REFERENCE = Contender.name
+_STRIDE = 7  # orders from where one race begins to where the next one does: after that another contender is first
+_races = itertools.count()
 _WARM_UP_STEPS = 2  # of each lap, which are not counted: a graph may be compiled for its length
 
 
@@ -56,14 +58,16 @@ class Race:
     A contender that raises is out, and its error is kept; the others go on.
 
     Args:
-        contenders: in each turn in another order, so that nobody always comes after the same one.
+        contenders: in each turn in another order, so that nobody always comes after the same one; nor does anybody
+            always come first with a prompt, of a length that a library may not have seen yet, race after race.
         max_length: columns that will be used at most.
         mask: `(num_rows, num_columns)` of the prompts, 0 for padding; None without padding.
     """
 
     def __init__(self, contenders: Sequence[Contender], max_length: int, mask: Tensor | None = None) -> None:
         self._contenders = list(contenders)
-        self._orders = itertools.cycle(itertools.permutations(self._contenders))
+        orders = itertools.cycle(itertools.permutations(self._contenders))
+        self._orders = itertools.islice(orders, _STRIDE * next(_races), None)
         self._names = [contender.name for contender in contenders]
         self._errors: dict[str, str] = {}
         self._turn(lambda contender: contender.begin(max_length, mask))
