@@ -114,12 +114,10 @@ def _places(launches: list[Launch], values: list[Any], num_inputs: int) -> list[
     for _, arguments, _ in launches:
         for index, argument in enumerate(arguments):
             numbers = [number for number, value in enumerate(values) if value is argument]
-            if isinstance(argument, Tensor) and not numbers:
-                if argument.untyped_storage().data_ptr() not in addresses:
+            if not numbers:
+                if not isinstance(argument, Tensor) or argument.untyped_storage().data_ptr() not in addresses:
                     continue
                 numbers = [number for number, value in enumerate(values) if _is_same_memory(argument, value)]
-            if not isinstance(argument, Tensor) and not numbers:
-                continue
             if len(numbers) != 1:
                 return None
             found.append((arguments, index, numbers[0]))

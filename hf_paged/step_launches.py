@@ -1,9 +1,8 @@
 """Decoding steps of one row on a CPU, recorded once and repeated.
 
 In such a step everything is loops that inductor made, one call for each layer, and the attention of the layers. What
-inductor puts around them makes buffers and views by the hundred, which takes longer than the loops of a small layer do
-in the processor's caches; and torch's dispatcher is asked for each attention. Neither is needed for a step that is
-like the one before.
+inductor puts around them makes buffers and views by the hundred, and torch's dispatcher is asked for each attention.
+Neither is needed for a step that is like the one before.
 """
 
 import threading
