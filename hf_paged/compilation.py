@@ -13,6 +13,7 @@ from transformers import CompileConfig, PreTrainedModel
 from hf_paged import linear
 from hf_paged.cuda_graphs import StepGraphs
 from hf_paged.step_launches import compile_step
+from hf_paged.weights import gather_weights
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,11 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row and
     another one any other number of rows; neither depends on lengths, pages or caches. Compiling takes about half a
     minute for each on the first use on a machine, and some seconds in each process after that; a log message tells.
-    Weights are not copied: the linear layers are compiled to read them as they are. On a GPU each step is also
-    recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
+    The linear layers are compiled to read the weights as they are, without a second copy in another layout. On a CPU
+    the weights are moved once, together into memory with huge pages, where all of them are read faster: parameters
+    remain the same objects with the same values, and stay there after the context; but like `model.to`, the first
+    context must not begin while another thread runs the model. On a GPU each step is also recorded as a CUDA graph,
+    for a number of rows, and repeated until the pool grows.
 
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
@@ -40,6 +44,7 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     """
     if model.training:
         raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
+    gather_weights(model)
     decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     settings: Any = model.generation_config
     previous = settings.compile_config

@@ -1,7 +1,6 @@
 """Keys and values of one layer, for every page of the pool."""
 
 import math
-import mmap
 import threading
 from typing import Any
 
@@ -9,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from hf_paged.host_memory import untouched_memory
 
 Slots = npt.NDArray[np.int64]
 
@@ -165,7 +166,7 @@ class LayerStorage:
         # Not an inference tensor, so that caches filled under inference_mode go on working outside of it.
         with torch.inference_mode(False):
             if self.device.type == "cpu":
-                tensor = _untouched_memory(math.prod(shape) * self.dtype.itemsize).view(self.dtype).view(shape)
+                tensor = untouched_memory(math.prod(shape) * self.dtype.itemsize).view(self.dtype).view(shape)
             else:
                 tensor = torch.zeros(shape, dtype=self.dtype, device=self.device)
         tensor._hf_paged_storage = True  # type: ignore[attr-defined]
@@ -175,12 +176,3 @@ class LayerStorage:
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
     """The same memory for NumPy, which takes bfloat16 for integers, since it has no such type."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _untouched_memory(num_bytes: int) -> Tensor:
-    """Zeros, `(num_bytes,)` uint8, that take no memory before they are touched and give it back when they are gone.
-
-    Not from an allocator, which may keep what is freed, and zero by hand, and so touch, what it hands out again.
-    """
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))

@@ -14,9 +14,9 @@ from hf_paged import PagedCache, PagePool
 from hf_paged.evaluation.audit import MemoryAudit
 from hf_paged.evaluation.residence import _os_pages, _pieces, _runs
 from hf_paged.group import PageGroup
+from hf_paged.host_memory import untouched_memory
 from hf_paged.lab import resident
 from hf_paged.packaged import load_packaged_model, prompts
-from hf_paged.storage import _untouched_memory
 from tests.models import generate, left_padded, paged_cache, random_ids, run, tiny_gemma, tiny_llama
 
 WINDOW = 24
@@ -159,7 +159,7 @@ def test_a_system_that_does_not_tell_is_said_not_to(monkeypatch, llama, tmp_path
 @on_linux
 def test_system_pages_are_resident_once_they_are_written_and_not_when_read():
     size = resident.PAGE_BYTES
-    memory = _untouched_memory(8 * size + 1)
+    memory = untouched_memory(8 * size + 1)
     assert resident.num_os_pages(memory) == 9
     assert not resident.resident_pages(memory).any()
     assert memory[: 2 * size].sum() == 0
@@ -192,7 +192,7 @@ def test_huge_pages_count_where_they_come_unasked(monkeypatch, tmp_path, enabled
 
 def test_pieces_are_rounded_outwards_in_each_head():
     size = resident.PAGE_BYTES
-    memory = _untouched_memory(8 * size)
+    memory = untouched_memory(8 * size)
     tensor = memory.view(1, 2, 4 * size, 1)
     first, second = ([head * 4 * size + size + 5, head * 4 * size + 2 * size + 1] for head in (0, 1))
     pieces = _pieces(tensor, np.array([[size + 5, 2 * size + 1]])) - tensor.data_ptr()

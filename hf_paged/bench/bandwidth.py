@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_paged.host_memory import untouched_memory
+
 _BYTES = 2**30
 _ROUNDS = 5
 
@@ -19,10 +21,14 @@ def read_bandwidth(device: torch.device, num_bytes: int = _BYTES) -> float:
     """Measure bytes per second that torch's threads read from memory: the best of several runs and two ways.
 
     Args:
-        device: whose memory.
+        device: whose memory; of a CPU's, it is read in huge pages, as fast as it can be.
         num_bytes: read in each run, in two halves; far more than the processor's caches hold.
     """
-    first, second = torch.ones((2, num_bytes // 8), device=device)
+    if device.type == "cpu":
+        memory = untouched_memory(num_bytes, huge_pages=True).view(torch.float32)
+    else:
+        memory = torch.empty(num_bytes // 4, device=device)
+    first, second = memory.fill_(1).view(2, -1)
     return max(_rate(lambda: first.sum() + second.sum(), first), _rate(lambda: first.dot(second), first))
 
 

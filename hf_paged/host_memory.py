@@ -1,0 +1,25 @@
+"""Memory of the host, from the operating system itself."""
+
+import contextlib
+import mmap
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def untouched_memory(num_bytes: int, huge_pages: bool = False) -> Tensor:
+    """Zeros, `(num_bytes,)` uint8, that take no memory before they are touched and give it back when they are gone.
+
+    Not from an allocator, which may keep what is freed, and zero by hand, and so touch, what it hands out again.
+
+    Args:
+        num_bytes: at least 1.
+        huge_pages: let the system take memory 2 MiB at a time, where it can, in place of 4 KiB: the processor then
+            looks up fewer addresses. For what is going to be touched as a whole.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))
