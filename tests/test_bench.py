@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_paged import linear
 from hf_paged.bench import allocator, beam, compile, fork, latency, mixed, peers, plan, profile, race, report, worker
-from hf_paged.bench.bandwidth import bandwidth_share, read_bandwidth
+from hf_paged.bench.bandwidth import Bandwidth, bandwidth_share
 from hf_paged.bench.contender import Contender
 from hf_paged.bench.contenders import CONTENDERS, Paged, line_up
 from hf_paged.bench.fit import fit_line
@@ -61,7 +61,7 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("scenario", "changes", "keys"),
     [
-        ("latency", {"contexts": (20, 40)}, LAP | {"context", "bandwidth_share"}),
+        ("latency", {"contexts": (20, 40)}, LAP | {"context", "bandwidth_gb_s", "bandwidth_share"}),
         ("single", {"contexts": (20, 40), "chunk_size": 8}, LAP | {"model", "context", "resident_bytes"}),
         ("chat", {"contexts": (20, 40)}, LAP | {"model", "context", "resident_bytes"}),
         (
@@ -364,7 +364,26 @@ def test_a_line_through_points_has_the_worked_numbers():
 
 def test_the_share_of_the_bandwidth_has_the_worked_numbers():
     assert bandwidth_share(561_000_000, 0.030, 28.8e9) == pytest.approx(0.649, abs=1e-3)
-    assert read_bandwidth(torch.device("cpu"), 2**20) > 0
+
+
+def test_the_bandwidth_is_the_median_of_the_reads_since_the_last_one(monkeypatch):
+    bandwidth = Bandwidth(torch.device("cpu"))
+    bandwidth.measure()
+    assert bandwidth.take_median() > 0
+    rates = iter([3.0, 1.0, 2.0, 7.0])
+    monkeypatch.setattr(bandwidth, "_rate", lambda read: next(rates))
+    for _ in range(3):
+        bandwidth.measure()
+    assert bandwidth.take_median() == 2
+    bandwidth.measure()
+    assert bandwidth.take_median() == 7
+
+
+def test_something_else_takes_its_turn_after_each_step_of_all(subject):
+    calls = []
+    with line_up(subject.model, ("dynamic", "paged"), 16) as contenders:
+        race_once(contenders, subject.prompt(8), None, 4, lambda: calls.append([len(c.tokens) for c in contenders]))
+    assert calls == [[2, 2], [3, 3], [4, 4]]
 
 
 def test_a_step_reads_every_weight_once():

@@ -5,6 +5,7 @@ it. A step of 30 ms that must read 538 MB of weights and 23 MB of keys and value
 reads 28.8 GB/s its share is 65 %.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -13,23 +14,40 @@ from torch import Tensor
 
 from hf_paged.host_memory import untouched_memory
 
-_BYTES = 2**30
+_BYTES_ON_CPU, _BYTES = 2**28, 2**30  # far more than the processor's caches hold
 _ROUNDS = 5
 
 
-def read_bandwidth(device: torch.device, num_bytes: int = _BYTES) -> float:
-    """Measure bytes per second that torch's threads read from memory: the best of several runs and two ways.
+class Bandwidth:
+    """Bytes per second that torch's threads read from memory, measured in turns with something else.
 
     Args:
         device: whose memory; of a CPU's, it is read in huge pages, as fast as it can be.
-        num_bytes: read in each run, in two halves; far more than the processor's caches hold.
     """
-    if device.type == "cpu":
-        memory = untouched_memory(num_bytes, huge_pages=True).view(torch.float32)
-    else:
-        memory = torch.empty(num_bytes // 4, device=device)
-    first, second = memory.fill_(1).view(2, -1)
-    return max(_rate(lambda: first.sum() + second.sum(), first), _rate(lambda: first.dot(second), first))
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cpu":
+            memory = untouched_memory(_BYTES_ON_CPU, huge_pages=True).view(torch.float32)
+        else:
+            memory = torch.empty(_BYTES // 4, device=device)
+        self._halves = memory.fill_(1).view(2, -1)
+        self._rates: list[float] = []
+        best = {read: max(self._rate(read) for _ in range(_ROUNDS)) for read in (_sum, _dot)}
+        self._read = max(best, key=lambda read: best[read])
+
+    def measure(self) -> None:
+        """Read the memory once, in the faster of two ways."""
+        self._rates.append(self._rate(self._read))
+
+    def take_median(self) -> float:
+        """Return the median since the last time, bytes per second."""
+        rates, self._rates = self._rates, []
+        return statistics.median(rates)
+
+    def _rate(self, read: Callable[[Tensor, Tensor], Tensor]) -> float:
+        start = time.perf_counter()
+        read(*self._halves).item()
+        return self._halves.nbytes / (time.perf_counter() - start)
 
 
 def bandwidth_share(num_bytes: int, seconds: float, bandwidth: float) -> float:
@@ -37,10 +55,9 @@ def bandwidth_share(num_bytes: int, seconds: float, bandwidth: float) -> float:
     return num_bytes / seconds / bandwidth
 
 
-def _rate(read: Callable[[], Tensor], half: Tensor) -> float:
-    seconds = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        read().item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * half.nbytes / min(seconds)
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    return first.sum() + second.sum()
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    return first.dot(second)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_paged.bench.bandwidth import bandwidth_share, read_bandwidth
+from hf_paged.bench.bandwidth import Bandwidth, bandwidth_share
 from hf_paged.bench.contenders import line_up
 from hf_paged.bench.fit import fit_line
 from hf_paged.bench.race import race_once, summarize, warm_up
@@ -20,27 +20,32 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Measure one row at each context.
 
     Returns:
-        `bandwidth_gb_s`; `weight_bytes`, which a step reads; `rows` for each context and contender, with
-        `bandwidth_share`: the bytes that a step must read (weights, and the keys and values of the context) per
-        second, as a part of the bandwidth; `fits` for each contender, a line through the times of a step with
+        `weight_bytes`, which a step reads; `rows` for each context and contender, with `bandwidth_gb_s`, measured in
+        turns with the steps, and `bandwidth_share`: the bytes that a step must read (weights, and the keys and values
+        of the context) per second, as a part of it; `fits` for each contender, a line through the times of a step with
         `slope_us` per token of context, and the `growth` of the time from the first context to 2048, or to the last
         where that was not measured.
     """
     contexts = subject.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
-    bandwidth = read_bandwidth(subject.device)
+    bandwidth = Bandwidth(subject.device)
     weights, token_bytes = weight_bytes(subject.model), subject.token_bytes()
     rows = []
     with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as contenders:
         warm_up(contenders, subject)
         for context in progress(contexts, "latency"):
             ids = subject.prompt(context)
-            laps = [race_once(contenders, ids, None, settings.max_new_tokens) for _ in range(settings.rounds)]
+            laps = [
+                race_once(contenders, ids, None, settings.max_new_tokens, bandwidth.measure)
+                for _ in range(settings.rounds)
+            ]
+            bytes_per_s = bandwidth.take_median()
             for row in summarize(laps):
                 if "error" not in row:
                     num_bytes = weights + context * token_bytes
-                    row["bandwidth_share"] = bandwidth_share(num_bytes, row["ms_per_step"] / 1e3, bandwidth)
+                    row["bandwidth_gb_s"] = bytes_per_s / 1e9
+                    row["bandwidth_share"] = bandwidth_share(num_bytes, row["ms_per_step"] / 1e3, bytes_per_s)
                 rows.append({"context": context} | row)
-    return {"bandwidth_gb_s": bandwidth / 1e9, "weight_bytes": weights, "rows": rows, "fits": fits(rows)}
+    return {"weight_bytes": weights, "rows": rows, "fits": fits(rows)}
 
 
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

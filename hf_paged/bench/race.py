@@ -62,10 +62,18 @@ class Race:
             always come first with a prompt, of a length that a library may not have seen yet, race after race.
         max_length: columns that will be used at most.
         mask: `(num_rows, num_columns)` of the prompts, 0 for padding; None without padding.
+        after_steps: called whenever all have made a step.
     """
 
-    def __init__(self, contenders: Sequence[Contender], max_length: int, mask: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        max_length: int,
+        mask: Tensor | None = None,
+        after_steps: Callable[[], None] | None = None,
+    ) -> None:
         self._contenders = list(contenders)
+        self._after_steps = after_steps
         orders = itertools.cycle(itertools.permutations(self._contenders))
         self._orders = itertools.islice(orders, _STRIDE * next(_races), None)
         self._names = [contender.name for contender in contenders]
@@ -95,6 +103,8 @@ class Race:
         self._turn(feed)
         for _ in range(num_new_tokens - 1):
             self._turn(step)
+            if self._after_steps is not None:
+                self._after_steps()
         self._turn(finish)
         return {name: Lap(error=self._errors[name]) if name in self._errors else lap for name, lap in laps.items()}
 
@@ -116,10 +126,14 @@ class Race:
 
 
 def race_once(
-    contenders: Sequence[Contender], ids: Tensor, mask: Tensor | None, num_new_tokens: int
+    contenders: Sequence[Contender],
+    ids: Tensor,
+    mask: Tensor | None,
+    num_new_tokens: int,
+    after_steps: Callable[[], None] | None = None,
 ) -> dict[str, Lap]:
     """One lap from nothing, as `Race.lap`."""
-    race = Race(contenders, ids.shape[1] + num_new_tokens, mask)
+    race = Race(contenders, ids.shape[1] + num_new_tokens, mask, after_steps)
     laps = race.lap(ids, num_new_tokens)
     race.end()
     return laps
