@@ -47,9 +47,9 @@ def gather_weights(model: torch.nn.Module) -> None:
 
     A model that was loaded reads its weights from a file that is mapped into memory, in pages of 4 KiB, or from
     wherever an allocator put them. To read all weights for each token is then bounded by looking up addresses rather
-    than by the memory. The tensors remain the same objects with the same values, shapes and strides, those that share
-    memory go on sharing it, and the memory where they were is let go one by one. What is there already stays, and so
-    does what other processes may see or torch does not lay out by strides.
+    than by the memory. The tensors remain the same objects with the same values, shapes and strides. Those that share
+    memory go on sharing it, but not with what is no part of the model. Where they were is let go one by one. What was
+    moved before stays, and so does what other processes may see or torch does not lay out by strides.
 
     Args:
         model: that no other thread is running meanwhile.
