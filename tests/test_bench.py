@@ -7,6 +7,7 @@ import sys
 import types
 from xml.etree import ElementTree
 
+import gguf
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -27,6 +28,7 @@ from hf_paged.lab.chart import apart
 from hf_paged.lab.memory import PeakMemory, kv_bytes, weight_bytes
 from hf_paged.lab.subject import Subject, random_llama
 from hf_paged.lab.table import table
+from hf_paged.packaged import load_packaged_model
 from tests.models import random_ids, tiny_llama
 
 TINY = Settings(random_llama=True, page_size=16, rounds=2, max_new_tokens=4)
@@ -495,17 +497,31 @@ def test_peers_that_are_missing_are_named(monkeypatch):
         peers,
         "PEERS",
         {
-            "missing": peers.Peer("no_such_module", "pip install it", fast),
-            "unnamed": peers.Peer("json", "", fast),
-            "short": peers.Peer("json", "", lambda *_: lambda rows, num_new: [[7] for _ in rows]),
-            "there": peers.Peer("json", "", fast),
+            "missing": peers.Peer("no_such_module", "it", fast),
+            "unnamed": peers.Peer("pytest", "pytest", fast),
+            "short": peers.Peer("pytest", "pytest", lambda *_: lambda rows, num_new: [[7] for _ in rows]),
+            "there": peers.Peer("pytest", "pytest", fast),
         },
     )
     missing, unnamed, short, there = peers.measure({"short": "x", "there": "x"}, [[1, 2], [3]], 4, 1, 1)
     assert missing["error"] == "no_such_module is not installed. Run: pip install it"
     assert unnamed["error"] == "No model was given. Add --model-path unnamed=PATH"
     assert "4 new tokens were asked for" in short["error"]
-    assert set(there) == {"contender", "total_s", "tokens_per_s"}
+    assert set(there) == {"contender", "version", "total_s", "tokens_per_s"}
+
+
+def test_peers_are_given_the_packaged_model_in_float16(tmp_path):
+    peers.main(["--write-gguf", str(tmp_path / "model.gguf")])
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    packed = {tensor.name: tensor for tensor in reader.tensors}
+    assert {str(tensor.data.dtype) for tensor in packed.values()} == {"float16", "float32"}
+    model, tokenizer = load_packaged_model()
+    embedding = torch.tensor(packed["token_embd.weight"].data)
+    assert torch.equal(embedding, model.get_input_embeddings().weight.half())
+    gate = torch.tensor(packed["blk.3.ffn_gate.weight"].data)
+    assert torch.equal(gate, model.model.layers[3].mlp.gate_proj.weight.half())
+    assert len(packed) == len(list(model.parameters()))
+    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == len(tokenizer)
 
 
 # Tables for docs

@@ -74,7 +74,7 @@ def test_a_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
         fake_conversion(gguf_path, folder)
         raise OSError("disk full")
 
-    monkeypatch.setattr(packaged, "_find_gguf", lambda: tmp_path / "weights.gguf")
+    monkeypatch.setattr(packaged, "find_gguf", lambda: tmp_path / "weights.gguf")
     monkeypatch.setattr(packaged, "_convert", fail_halfway)
     with pytest.raises(OSError, match="disk full"):
         packaged._create_checkpoint(tmp_path / "model")
@@ -82,7 +82,7 @@ def test_a_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
 
 
 def test_racing_conversions_leave_one_complete_checkpoint(monkeypatch, tmp_path):
-    monkeypatch.setattr(packaged, "_find_gguf", lambda: tmp_path / "weights.gguf")
+    monkeypatch.setattr(packaged, "find_gguf", lambda: tmp_path / "weights.gguf")
     monkeypatch.setattr(packaged, "_convert", fake_conversion)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(packaged._create_checkpoint, [tmp_path / "model"] * 4))

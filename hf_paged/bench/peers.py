@@ -3,13 +3,14 @@
 Why: whether a paged cache under Transformers is fast shows beside programs that were written for nothing but speed.
 
 How: `python -m hf_paged.bench.peers --model-path NAME=PATH ... [--json FILE]`, where NAME is `openvino`, `llama.cpp`
-or `onnxruntime` and PATH the model as that program wants it: a folder of OpenVINO or ONNX files, a GGUF file. Take
-the same model for all, with weights of the same precision. None of these packages was at hand when this was written:
-it has not been run.
+or `onnxruntime` and PATH the model as that program wants it: a GGUF file, a folder of OpenVINO or ONNX files. Take
+the same model for all, with weights of the same precision. `--write-gguf FILE` writes the packaged model, in float16,
+for OpenVINO and llama.cpp. Run with OpenVINO GenAI 2026.4; the other two have not been run.
 """
 
 import argparse
 import importlib
+import importlib.metadata
 import importlib.util
 import statistics
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from hf_paged.bench.mixed import prompt_lengths
+from hf_paged.bench.peer_model import write_gguf
 from hf_paged.bench.settings import Settings
 from hf_paged.lab.provenance import provenance, write_results
 from hf_paged.lab.table import table
@@ -36,13 +38,13 @@ class Peer:
 
     Attributes:
         module: that must be there to import.
-        install: what to run where it isn't.
+        package: that has it.
         load: from a path and a number of threads, makes a function that generates greedily: prompts and the number
             of new tokens to the new tokens of each.
     """
 
     module: str
-    install: str
+    package: str
     load: Callable[[str, int], Generate]
 
 
@@ -103,9 +105,9 @@ def load_onnxruntime(path: str, num_threads: int) -> Generate:
 
 
 PEERS = {
-    "openvino": Peer("openvino_genai", "pip install openvino-genai", load_openvino),
-    "llama.cpp": Peer("llama_cpp", "pip install llama-cpp-python", load_llama_cpp),
-    "onnxruntime": Peer("onnxruntime_genai", "pip install onnxruntime-genai", load_onnxruntime),
+    "openvino": Peer("openvino_genai", "openvino-genai", load_openvino),
+    "llama.cpp": Peer("llama_cpp", "llama-cpp-python", load_llama_cpp),
+    "onnxruntime": Peer("onnxruntime_genai", "onnxruntime-genai", load_onnxruntime),
 }
 """By name."""
 
@@ -121,17 +123,18 @@ def measure(paths: dict[str, str], rows: Prompts, num_new: int, rounds: int, num
         num_threads: CPU threads.
 
     Returns:
-        For each peer a row like those of `mixed`, with `total_s` and `tokens_per_s`, or `error`.
+        For each peer a row like those of `mixed`, with `version`, `total_s` and `tokens_per_s`, or `error`.
     """
     figures = []
     for name, peer in PEERS.items():
         row: dict[str, Any] = {"contender": name}
         if importlib.util.find_spec(peer.module) is None:
-            row["error"] = f"{peer.module} is not installed. Run: {peer.install}"
+            row["error"] = f"{peer.module} is not installed. Run: pip install {peer.package}"
         elif name not in paths:
             row["error"] = f"No model was given. Add --model-path {name}=PATH"
         else:
             try:
+                row["version"] = importlib.metadata.version(peer.package)
                 generate = peer.load(paths[name], num_threads)
                 seconds = [_timed(generate, rows, num_new) for _ in range(rounds + 1)][1:]
                 row["total_s"] = statistics.median(seconds)
@@ -151,7 +154,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="per prompt (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE, and where they come from")
+    parser.add_argument("--write-gguf", metavar="FILE", help="write the packaged model to FILE, and do nothing else")
     given = parser.parse_args(arguments)
+    if given.write_gguf:
+        write_gguf(given.write_gguf)
+        return
     paths = dict(entry.split("=", 1) for entry in given.model_path)
     rows = prompts(load_packaged_model()[1], prompt_lengths(Settings()))
     figures = measure(paths, rows, given.max_new_tokens, given.rounds, given.num_threads)

@@ -85,6 +85,13 @@ _COLUMNS: dict[str, Sequence[Column]] = {
         _SAME,
         _ERROR,
     ),
+    "peers": (
+        ("contender", "", str),
+        ("version", "version", str),
+        ("total_s", "all, s", digits(1)),
+        ("tokens_per_s", "tokens/s", digits(0)),
+        _ERROR,
+    ),
     "beam": (
         *_LAP,
         ("peak_kv_bytes", "KV cache at most, MiB", mib),
