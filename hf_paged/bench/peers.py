@@ -53,7 +53,9 @@ def load_openvino(path: str, num_threads: int) -> Generate:
     genai: Any = importlib.import_module("openvino_genai")
     openvino: Any = importlib.import_module("openvino")
     scheduler = genai.SchedulerConfig()
-    pipeline = genai.LLMPipeline(path, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=num_threads)
+    # Left to itself it computes in bfloat16, where the processor can, and keeps keys and values in 8 bits.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": num_threads}
+    pipeline = genai.LLMPipeline(path, "CPU", scheduler_config=scheduler, **settings)
 
     def generate(rows: Prompts, num_new: int) -> list[list[int]]:
         width = max(map(len, rows))
