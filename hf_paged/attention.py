@@ -90,10 +90,10 @@ def paged_flex_attention(
     if torch.compiler.is_compiling():
         output: Tensor = torch.ops.hf_paged.write_and_attend(*arguments, *options)
         return output, None
-    return _attend(*arguments, *options), None
+    return attend(*arguments, *options), None
 
 
-def _attend(
+def attend(
     plan: Plan,
     query: Tensor,
     key: Tensor,
@@ -104,6 +104,7 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
+    """A layer's attention; arguments and result are those of `paged_flex_attention`, with the plan of the mask."""
     step = plan.step
     num_rows, _, num_queries, _ = plan.shape
     if (query.shape[0], query.shape[2]) != (num_rows, num_queries) or query.shape[1] % key.shape[1]:
@@ -141,11 +142,11 @@ def _attend(
             has_sinks = sink_page is not None
             attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
         plan.attentions[table, table.version, *shapes] = attend
-    with _profiled("paged_attention"):
+    with profiled("paged_attention"):
         return attend(query, key, value, sinks)
 
 
-def _profiled(name: str) -> AbstractContextManager[object]:
+def profiled(name: str) -> AbstractContextManager[object]:
     """Have what happens within shown by torch's profiler as `hf_paged::{name}`."""
     if torch.autograd.profiler._is_profiler_enabled:
         return torch.autograd.profiler.record_function(f"hf_paged::{name}")
@@ -172,7 +173,7 @@ def _without_tiles(
 ) -> Attention | None:
     segments = plan.segments(table)
     if segments is not None:
-        return segmented_attention(segments, query.shape[2], scale, softcap)
+        return segmented_attention(query, value, segments, scale, softcap, sinks is not None)
     units = plan.units(table)
     if units is not None:
         return flash_decoding(query, key, value, units, scale, softcap, sinks is not None)
@@ -196,47 +197,6 @@ def _attend_to_columns(
     heads: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
     output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, scaling=scale, is_causal=is_causal)[0]
     return output
-
-
-def write_and_attend(
-    plan: Plan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layer: int,
-    is_causal: bool,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """A layer's attention in a compiled graph, and its update if that left it to this: not to be looked into.
-
-    Arguments and result are those of `paged_flex_attention`, with the plan of the mask and the index of the layer. It
-    writes to what is no input of the graph. That each layer's queries come from the layer before keeps the layers
-    in order; nothing else needs an order.
-    """
-    with _profiled("write_and_attend"):
-        if plan.batch.is_written_by_attention:
-            key, value = plan.batch.write(layer, key, value)
-        return _attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
-
-
-def _like_output(plan: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    num_rows, num_heads, num_queries, _ = query.shape
-    return query.new_empty(num_rows, num_queries, num_heads, value.shape[3])
-
-
-_library = torch.library.Library("hf_paged", "DEF")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "write_and_attend" + torch.library.infer_schema(write_and_attend, mutates_args=()),
-    # CUDA graphs would repeat the kernels of one pass and leave out the planning of the next.
-    tags=(torch.Tag.cudagraph_unsafe, torch.Tag.pt2_compliant_tag),
-)
-# Not torch.library.custom_op, which puts more Python into each call.
-_library.impl("write_and_attend", write_and_attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("hf_paged::write_and_attend", _like_output, lib=_library)
-# Written even where nobody wants the output. Not by an effect token: a node with one hides the tags of its operation.
-torch.fx.node.has_side_effect(torch.ops.hf_paged.write_and_attend.default)
 
 
 def register() -> None:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,14 +13,17 @@ from transformers import CompileConfig, PreTrainedModel
 
 from hf_paged import linear
 from hf_paged.cuda_graphs import StepGraphs
+from hf_paged.graphs import with_own_code
+from hf_paged.operation import WithoutUnusedAttention
 from hf_paged.step_launches import compile_step
 from hf_paged.weights import gather_weights
 
 logger = logging.getLogger(__name__)
 
-Decoder = Callable[..., Any]
+Filling = Callable[..., None]
 
-_active: WeakKeyDictionary[torch.nn.Module, Decoder] = WeakKeyDictionary()
+_active: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
+_fillings: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -50,7 +54,8 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     previous = settings.compile_config
     outer = _active.get(decoder)
     # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
-    _active[decoder] = torch.compile(decoder.forward, backend=_backend, fullgraph=True, dynamic=False)
+    fill = _fillings.setdefault(decoder, with_own_code(_fill))
+    _active[decoder] = partial(torch.compile(fill, backend=_backend, fullgraph=True, dynamic=False), decoder)
     settings.compile_config = _config()
     try:
         yield
@@ -62,9 +67,16 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
             _active[decoder] = outer
 
 
-def compiled_decoder(decoder: torch.nn.Module) -> Decoder | None:
-    """The compiled forward pass of a model without its head; None outside of `compiled`."""
+def compiled_filling(decoder: torch.nn.Module) -> Filling | None:
+    """A compiled forward pass of a model without its head that fills the cache, no more; None outside of `compiled`.
+
+    Nothing is computed for the output alone: of the last layer, that is all but keys and values.
+    """
     return _active.get(decoder)
+
+
+def _fill(decoder: torch.nn.Module, **inputs: Any) -> None:
+    decoder(**inputs)
 
 
 def _config() -> CompileConfig:
@@ -77,7 +89,8 @@ def _config() -> CompileConfig:
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     logger.warning("Compiling a model for hf_paged: about half a minute the first time, some seconds later on.")
     begin = time.perf_counter()
-    result = linear.backend(graph, inputs, for_one_row=compile_step)
+    with torch._inductor.config.patch(post_grad_custom_post_pass=WithoutUnusedAttention()):
+        result = linear.backend(graph, inputs, for_one_row=compile_step)
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
     return StepGraphs(result) if len(devices) == 1 and devices.pop().type == "cuda" else result

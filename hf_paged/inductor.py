@@ -1,9 +1,9 @@
 """Attention functions compiled by inductor, once for each kind of arguments, and called without dynamo."""
 
+import inspect
 import logging
 import re
 import threading
-import types
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch._dynamo
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+from hf_paged.graphs import with_own_code
 from hf_paged.launches import Launches, record
 
 logger = logging.getLogger(__name__)
@@ -114,10 +115,8 @@ def _compile(
         compiled.append(compile_fx_inner(graph, inputs, **options))
         return compiled[-1]
 
-    # Dynamo counts recompilations by code object and gives up at a limit: each kernel gets one of its own.
-    code = attend.__code__.replace(co_name=f"{attend.__name__}_{len(_kernels)}")
-    own = types.FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
-    names = code.co_varnames[: code.co_argcount]
+    own = with_own_code(attend)
+    names = list(inspect.signature(attend).parameters)
     device = next(tensor.device for tensor in arguments if tensor is not None)
     for name, tensor in zip(names, arguments, strict=True):
         for size in dynamic_sizes(name):

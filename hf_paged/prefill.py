@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged.batch import Batch
-from hf_paged.compilation import Decoder, compiled_decoder
+from hf_paged.compilation import Filling, compiled_filling
 from hf_paged.config import layer_specs
 from hf_paged.layer import layers_over
 from hf_paged.mask import NAME
@@ -64,11 +64,11 @@ def prefill(
             num_queries = min(max_tokens, packed.num_tokens - first)
             # A compiled model takes chunks of one size. To fill up one that is nearly empty would cost more than it
             # brings.
-            run = compiled_decoder(decoder) if 2 * num_queries > max_tokens else None
-            if run is not None:
+            fill = compiled_filling(decoder) if 2 * num_queries > max_tokens else None
+            if fill is not None:
                 num_queries = max_tokens
             chunk = packed.begin(first, num_queries)
-            _run(model, run, cache, chunk, num_queries, input_ids.device)
+            _run(model, fill, cache, chunk, num_queries, input_ids.device)
             packed.end()
         packed.unpack()
         batch.exchange(packed)
@@ -79,7 +79,7 @@ def prefill(
 @torch.no_grad()
 def _run(
     model: PreTrainedModel,
-    compiled: Decoder | None,
+    fill: Filling | None,
     cache: Cache,
     chunk: Chunk,
     num_queries: int,
@@ -90,7 +90,7 @@ def _run(
     ids[0, : len(chunk.ids)] = torch.from_numpy(chunk.ids)
     positions[0, : len(chunk.ids)] = torch.from_numpy(chunk.places)
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
-    if compiled is not None:
+    if fill is not None:
         # Outside of the graph, as generate() does.
         make_mask = getattr(model, "create_masks_for_generate", create_masks_for_generate)
         inputs["attention_mask"] = make_mask(
@@ -100,8 +100,8 @@ def _run(
             past_key_values=cache,
             position_ids=inputs["position_ids"],
         )
-    decoder: Decoder = model.get_decoder()  # type: ignore[no-untyped-call]
-    (compiled or decoder)(**inputs, past_key_values=cache, use_cache=True)
+    run = fill or model.get_decoder()  # type: ignore[no-untyped-call]
+    run(**inputs, past_key_values=cache, use_cache=True)
 
 
 def _decoder(model: PreTrainedModel, batch: Batch) -> torch.nn.Module:

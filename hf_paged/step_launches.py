@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_inner
 
-from hf_paged.attention import write_and_attend
 from hf_paged.launches import Launches, Run, record
+from hf_paged.operation import write_and_attend
 from hf_paged.plan import Plan
 
 

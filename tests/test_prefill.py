@@ -362,7 +362,7 @@ def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_colum
 @pytest.fixture
 def one_shape(monkeypatch):
     """Let prefill take models as they are for compiled ones, which want one shape."""
-    monkeypatch.setattr("hf_paged.prefill.compiled_decoder", lambda decoder: decoder)
+    monkeypatch.setattr("hf_paged.prefill.compiled_filling", lambda decoder: decoder)
     return monkeypatch
 
 

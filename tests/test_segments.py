@@ -54,23 +54,30 @@ def slots_of(table: PageTable, row: int) -> list[int]:
 
 
 def test_the_example_of_the_docstring():
-    table = table_of([3, 7])
-    fresh, continued = segments_of(table, *packed(table, [3, 2]))
-    assert (fresh.queries, continued.queries) == (slice(0, 3), slice(3, 5))
+    table = table_of([3, 105])
+    fresh, continued = segments_of(table, *packed(table, [3, 100]))
     assert fresh.slots.tolist() == slots_of(table, 0)
     assert continued.slots.tolist() == slots_of(table, 1)
-    assert fresh.mask is None
-    assert continued.mask.tolist() == [[[[True] * 6 + [False], [True] * 7]]]
+    (block,) = fresh.blocks
+    assert (block.queries, block.tokens) == (slice(0, 3), slice(0, 3))
+    assert [(block.queries, block.tokens) for block in continued.blocks] == [
+        (slice(3, 67), slice(0, 69)),
+        (slice(67, 103), slice(0, 105)),
+    ]
+    assert all(block.is_causal for block in (block, *continued.blocks))
 
 
 def test_a_segment_reads_nothing_that_has_left_the_window():
     table = table_of([100], window=10)
     (segment,) = segments_of(table, *packed(table, [5], 10))
     assert segment.slots.tolist() == slots_of(table, 0)[86:]
-    assert segment.mask.sum(-1).tolist() == [[[10] * 5]]
+    (block,) = segment.blocks
+    assert (block.limits - block.firsts).tolist() == [10] * 5
+    assert not block.is_causal
     (single,) = segments_of(table, *packed(table, [1], 10))
     assert single.slots.tolist() == slots_of(table, 0)[90:]
-    assert single.mask is None
+    (segment,) = segments_of(table, *packed(table, [80], 10))
+    assert [block.tokens for block in segment.blocks] == [slice(0, 73), slice(64, 89)]
 
 
 def test_a_token_that_was_dropped_can_t_be_seen():
@@ -94,7 +101,7 @@ def test_each_row_is_attended_to_as_if_it_were_alone(dtype, window, heads, softc
     num_queries = len(rows) + 9
     query = torch.randn(1, num_heads, num_queries, head_dim).to(dtype)
     sinks = torch.randn(num_heads).to(dtype) if has_sinks else None
-    attend = segmented_attention(segments_of(table, rows, limits, firsts), num_queries, 0.3, softcap)
+    attend = segmented_attention(query, values, segments_of(table, rows, limits, firsts), 0.3, softcap, has_sinks)
     output = attend(query, keys, values, sinks)
     assert output.shape == (1, num_queries, num_heads, value_dim)
     assert output.dtype == dtype
@@ -118,6 +125,20 @@ def test_each_row_is_attended_to_as_if_it_were_alone(dtype, window, heads, softc
         torch.testing.assert_close(output[:, mine].float(), expected, **CLOSE[dtype])
 
 
+def test_queries_that_leave_some_out_see_what_they_see_among_all():
+    torch.manual_seed(0)
+    table = table_of([held + new for held, new in zip(HELD, NEW, strict=True)])
+    rows, limits, _ = packed(table, NEW)
+    keys, values = (storage(table, 2, 16, torch.float32) for _ in range(2))
+    query = torch.randn(1, 6, len(rows), 16)
+    segments = segments_of(table, rows, limits, None)
+    expected = segmented_attention(query, values, segments, 0.3)(query, keys, values, None)
+    for step in (2, 3, 100):
+        some = query[:, :, ::step]
+        attend = segmented_attention(some, values, segments_of(table, rows[::step], limits[::step], None), 0.3)
+        torch.testing.assert_close(attend(some, keys, values, None), expected[:, ::step], **CLOSE[torch.float32])
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_tiles_of_the_same_queries_give_the_same(window):
     torch.manual_seed(0)
@@ -125,7 +146,7 @@ def test_tiles_of_the_same_queries_give_the_same(window):
     rows, limits, firsts = packed(table, NEW, window)
     keys, values = (storage(table, 2, 16, torch.float32).nan_to_num() for _ in range(2))
     query = torch.randn(1, 6, len(rows) + 9, 16)
-    attend = segmented_attention(segments_of(table, rows, limits, firsts), query.shape[2], 0.3, None)
+    attend = segmented_attention(query, values, segments_of(table, rows, limits, firsts), 0.3)
     layout = Layout(group=3, max_tile_rows=kernel.max_tile_rows(query.dtype, CPU), device=CPU, lists_full=True)
     tiles = Tiling(table).packed(rows, limits, firsts, query.shape[2], layout)
     in_tiles = kernel.paged_attention(query, keys, values, tiles, 16, 0.3)(query, keys, values, None)
@@ -136,6 +157,6 @@ def test_tiles_of_the_same_queries_give_the_same(window):
 def test_queries_of_no_row_alone_give_zeros():
     table = table_of([3])
     rows = np.zeros(0, dtype=np.int64)
-    attend = segmented_attention(segments_of(table, rows, rows, None), 4, 1.0, None)
-    keys = storage(table, 2, 16, torch.float32)
-    assert torch.equal(attend(torch.randn(1, 6, 4, 16), keys, keys, None), torch.zeros(1, 4, 6, 16))
+    query, keys = torch.randn(1, 6, 4, 16), storage(table, 2, 16, torch.float32)
+    attend = segmented_attention(query, keys, segments_of(table, rows, rows, None), 1.0)
+    assert torch.equal(attend(query, keys, keys, None), torch.zeros(1, 4, 6, 16))

@@ -90,7 +90,7 @@ def by_kind(events: Sequence[tuple[str, float]], profiled_ms: float) -> dict[str
     spent: dict[str, float] = defaultdict(float)
     for name, milliseconds in events:
         # What runs Python shows up as an operation.
-        if name.startswith(("hf_paged::write_and_attend", "Torch-Compiled Region", "Pregraph")):
+        if name.startswith(("hf_paged::write", "Torch-Compiled Region", "Pregraph")):
             continue
         kinds = (kind for kind, prefixes in _KINDS.items() if name.startswith(prefixes))
         spent[next(kinds, _OTHER)] += milliseconds
