@@ -146,8 +146,8 @@ class PagedCache(Cache):
             model: a decoder, set to `"paged_flex"`.
             input_ids: `(num_rows, num_columns)`, those that are cached included.
             attention_mask: like `input_ids`, 0 for padding; None without padding.
-            max_tokens: tokens that are computed at once; bounds the memory of the activations. None: 512 on a CPU,
-                4096 elsewhere.
+            max_tokens: tokens that are computed at once; bounds the memory of the activations. None: 1536 on a CPU,
+                4096 elsewhere. Below 128 no chunk is compiled.
 
         Raises:
             OutOfPagesError: if the prompt does not fit into the pool.

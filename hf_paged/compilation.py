@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 Filling = Callable[..., None]
 
+MIN_TOKENS = linear.MANY_ROWS  # of what `compiled_filling` returns
+
 _active: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
 _fillings: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
 
@@ -55,7 +57,7 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     outer = _active.get(decoder)
     # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
     fill = _fillings.setdefault(decoder, with_own_code(_fill))
-    _active[decoder] = partial(torch.compile(fill, backend=_backend, fullgraph=True, dynamic=False), decoder)
+    _active[decoder] = partial(torch.compile(fill, backend=_prompt_backend, fullgraph=True, dynamic=False), decoder)
     settings.compile_config = _config()
     try:
         yield
@@ -70,7 +72,8 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
 def compiled_filling(decoder: torch.nn.Module) -> Filling | None:
     """A compiled forward pass of a model without its head that fills the cache, no more; None outside of `compiled`.
 
-    Nothing is computed for the output alone: of the last layer, that is all but keys and values.
+    It takes `MIN_TOKENS` or more. Where dynamo is told that their number varies, one graph serves all numbers. Nothing
+    is computed for the output alone: of the last layer, that is all but keys and values.
     """
     return _active.get(decoder)
 
@@ -86,11 +89,15 @@ def _config() -> CompileConfig:
     return config  # type: ignore[no-any-return]
 
 
-def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = False) -> Any:
     logger.warning("Compiling a model for hf_paged: about half a minute the first time, some seconds later on.")
     begin = time.perf_counter()
     with torch._inductor.config.patch(post_grad_custom_post_pass=WithoutUnusedAttention()):
-        result = linear.backend(graph, inputs, for_one_row=compile_step)
+        result = linear.backend(graph, inputs, for_one_row=compile_step, has_many_rows=is_prompt)
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
     return StepGraphs(result) if len(devices) == 1 and devices.pop().type == "cuda" else result
+
+
+def _prompt_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    return _backend(graph, inputs, is_prompt=True)

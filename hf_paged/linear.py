@@ -20,7 +20,7 @@ from torch._inductor import lowering
 from torch._inductor.compile_fx import compile_fx
 
 _MKL_ROWS = 4  # up to which MKL is ahead
-_MANY = 128  # rows from which on it does not matter which matrix is brought into another layout
+MANY_ROWS = 128  # from which on it does not matter which matrix is brought into another layout
 
 # Some builds of torch are without it.
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -81,7 +81,12 @@ def _as_sum(x: Any, weight: Any, bias: Any) -> Any:
     return output if bias is None else lowering.add(output, bias)
 
 
-def backend(graph: torch.fx.GraphModule, inputs: list[Any], for_one_row: Callable[..., Any] | None = None) -> Any:
+def backend(
+    graph: torch.fx.GraphModule,
+    inputs: list[Any],
+    for_one_row: Callable[..., Any] | None = None,
+    has_many_rows: bool = False,
+) -> Any:
     """Compile with inductor, float32 linear layers on a CPU as above; a backend of `torch.compile`.
 
     Args:
@@ -89,6 +94,7 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any], for_one_row: Callabl
         inputs: examples of its inputs.
         for_one_row: to be called in place of inductor's `compile_fx_inner` for a graph whose linear layers are all of
             one token in float32 on a CPU.
+        has_many_rows: whether there are `MANY_ROWS` or more where the graph leaves open how many.
     """
     kinds = set()
     for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
@@ -96,7 +102,7 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any], for_one_row: Callabl
         if x.device.type != "cpu" or x.dtype != torch.float32:
             kinds.add("torch's")
             continue
-        kind = _kind(math.prod(x.shape[:-1]))
+        kind = _kind(math.prod(x.shape[:-1]), has_many_rows)
         kinds.add(kind)
         node.target = getattr(torch.ops.hf_paged, f"linear_of_{kind}").default
         node.args = (*node.args, *(node.kwargs.get(key) for key in ("input", "weight", "bias")[len(node.args) :]))
@@ -111,7 +117,7 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any], for_one_row: Callabl
             return compile_fx(graph, inputs, inner_compile=for_one_row)
 
 
-def _kind(num_rows: int | torch.SymInt) -> str:
+def _kind(num_rows: int | torch.SymInt, has_many_rows: bool) -> str:
     if not isinstance(num_rows, int):
-        return "few_rows"  # of a batch that decodes
-    return "one_row" if num_rows == 1 else "many_rows" if num_rows >= _MANY else "few_rows"
+        return "many_rows" if has_many_rows else "few_rows"
+    return "one_row" if num_rows == 1 else "many_rows" if num_rows >= MANY_ROWS else "few_rows"

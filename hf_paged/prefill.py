@@ -9,13 +9,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged.batch import Batch
-from hf_paged.compilation import Filling, compiled_filling
+from hf_paged.compilation import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.config import layer_specs
 from hf_paged.layer import layers_over
 from hf_paged.mask import NAME
 from hf_paged.packed import Chunk, PackedBatch
 
-_CHUNK_ON_CPU, _CHUNK = 512, 4096  # tokens at a time; a GPU takes as long for a few hundred
+_CHUNK_ON_CPU, _CHUNK = 1536, 4096  # tokens at a time; a GPU takes as long for a few hundred
 
 
 def usual_chunk(device: torch.device) -> int:
@@ -37,8 +37,7 @@ def prefill(
         batch: the rows of a cache.
         input_ids: `(num_rows, num_columns)`, those that are cached included.
         attention_mask: like `input_ids`, 0 for padding; None without padding.
-        max_tokens: tokens of a chunk; None for as many as keep the device busy. Where the model is compiled, a last
-            chunk of more than half of it is filled up.
+        max_tokens: tokens of a chunk; None for as many as keep the device busy.
 
     Raises:
         OutOfPagesError: if the pool has too few pages.
@@ -62,11 +61,9 @@ def prefill(
         cache = Cache(layers=layers_over(packed))
         for first in range(0, packed.num_tokens, max_tokens):
             num_queries = min(max_tokens, packed.num_tokens - first)
-            # A compiled model takes chunks of one size. To fill up one that is nearly empty would cost more than it
-            # brings.
-            fill = compiled_filling(decoder) if 2 * num_queries > max_tokens else None
+            fill = compiled_filling(decoder) if _is_compiled(num_queries, max_tokens) else None
             if fill is not None:
-                num_queries = max_tokens
+                num_queries = max(num_queries, MIN_TOKENS)
             chunk = packed.begin(first, num_queries)
             _run(model, fill, cache, chunk, num_queries, input_ids.device)
             packed.end()
@@ -74,6 +71,11 @@ def prefill(
         batch.exchange(packed)
     finally:
         packed.clear()
+
+
+def _is_compiled(num_tokens: int, max_tokens: int) -> bool:
+    """Whether a chunk is for a compiled model, filled up if a few tokens are missing. Many would cost too much."""
+    return max_tokens >= MIN_TOKENS and 4 * num_tokens >= 3 * MIN_TOKENS
 
 
 @torch.no_grad()
@@ -91,6 +93,8 @@ def _run(
     positions[0, : len(chunk.ids)] = torch.from_numpy(chunk.places)
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
     if fill is not None:
+        for tensor in (inputs["input_ids"], inputs["position_ids"]):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
         # Outside of the graph, as generate() does.
         make_mask = getattr(model, "create_masks_for_generate", create_masks_for_generate)
         inputs["attention_mask"] = make_mask(

@@ -93,11 +93,11 @@ def _segment(table: PageTable, row: int, begin: int, limits: Counts, firsts: Cou
     slots = table.block_table[row, tokens // page_size].astype(np.int64) * page_size + tokens % page_size
     blocks = []
     for offset in range(0, len(limits), _BLOCK):
-        own = slice(offset, offset + _BLOCK)
-        first, limit = int(firsts[own][0]), int(limits[own][-1])
-        queries = slice(begin + offset, begin + min(offset + _BLOCK, len(limits)))
-        tokens = slice(first - int(firsts[0]), limit - int(firsts[0]))
-        blocks.append(Block(queries, tokens, firsts[own] - first, limits[own] - first))
+        own_firsts, own_limits = firsts[offset : offset + _BLOCK], limits[offset : offset + _BLOCK]
+        first, limit = int(own_firsts[0]), int(own_limits[-1])
+        queries = slice(begin + offset, begin + offset + len(own_limits))
+        seen = slice(first - int(firsts[0]), limit - int(firsts[0]))
+        blocks.append(Block(queries, seen, own_firsts - first, own_limits - first))
     return Segment(torch.from_numpy(slots), blocks)
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from hf_paged import PagedCache, linear
@@ -49,25 +51,59 @@ def test_one_graph_serves_one_row_and_one_more_any_other_batch(graphs):
         assert len(graphs) == num_graphs
 
 
-@pytest.mark.parametrize("max_tokens", [16, 64])
-def test_all_chunks_of_a_prefill_are_one_graph(graphs, max_tokens):
+@pytest.fixture
+def sixteen(monkeypatch):
+    """Let 16 tokens be enough for a compiled prompt."""
+    monkeypatch.setattr("hf_paged.prefill.MIN_TOKENS", 16)
+
+
+@pytest.mark.parametrize("max_tokens", [16, 64, 70, 1000])
+def test_all_chunks_of_a_prefill_are_one_graph(graphs, sixteen, max_tokens):
     model, reference = tiny_llama(), tiny_llama()
-    for lengths in ([50, 3, 20, 41], [17, 50]):
+    for lengths in ([50, 3, 20, 41], [17, 50], [50, 50, 49]):
         ids, mask = random_ids(len(lengths), 50), left_padded(50, lengths)
         tokens = compiled_tokens(model, ids, mask, max_tokens)
         assert torch.equal(tokens, plain_tokens(reference, ids, attention_mask=mask))
     values = [[node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")] for graph in graphs]
-    chunks = [inputs for inputs in values if any(getattr(value, "shape", ()) == (1, max_tokens) for value in inputs)]
-    assert len(chunks) == 1
+    prompts = [inputs for inputs in values if any(isinstance(value, torch.SymInt) for value in inputs)]
+    assert len([inputs for inputs in prompts if any(getattr(value, "shape", ())[:1] == (1,) for value in inputs)]) == 1
     assert len(graphs) <= 3, "beside it one for 4 rows, and one for any number"
 
 
 @pytest.mark.parametrize("family", [(MistralForCausalLM, MistralConfig), (GPT2LMHeadModel, GPT2Config)])
-def test_other_families_compile_too(family):
+def test_other_families_compile_too(graphs, sixteen, family):
     changes = {"sliding_window": 20} if family[1] is MistralConfig else {"n_head": 6, "n_embd": 48, "n_layer": 2}
     model, reference = tiny_model(*family, **changes), tiny_model(*family, **changes)
-    ids = random_ids(2, 30)
-    assert torch.equal(compiled_tokens(model, ids, max_tokens=16), plain_tokens(reference, ids))
+    for max_tokens in (16, 40):
+        ids = random_ids(2, 30)
+        assert torch.equal(compiled_tokens(model, ids, max_tokens=max_tokens), plain_tokens(reference, ids))
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_compiled_prompt_leaves_out_what_only_the_output_needs(monkeypatch, sixteen, is_watched):
+    monkeypatch.setattr(linear, "compile_fx", compile_fx)
+    model, ids = tiny_llama(), random_ids(2, 150)
+    model.set_attn_implementation("paged_flex")
+    expected, cache = (PagedCache.from_model(model, page_size=16) for _ in range(2))
+    outputs = []
+    if is_watched:
+        model.model.layers[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    expected.prefill(model, ids)
+    seen = outputs.copy()
+    with compiled(model):
+        outputs.clear()  # else it would be longer the second time, and dynamo would compile again
+        PagedCache.from_model(model, page_size=16).prefill(model, ids)
+        outputs.clear()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            cache.prefill(model, ids)
+    for layer in range(model.config.num_hidden_layers):
+        for actual, plain in zip(cache.gather(layer), expected.gather(layer), strict=True):
+            torch.testing.assert_close(actual, plain, atol=1e-5, rtol=1e-5)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["hf_paged::linear_of_many_rows"] == 7 * model.config.num_hidden_layers - (0 if is_watched else 5)
+    assert counts.get("hf_paged::write_only", 0) == (0 if is_watched else 1)
+    torch.testing.assert_close(outputs, seen, atol=1e-5, rtol=1e-5)
 
 
 def test_outside_of_the_context_nothing_is_compiled(graphs):

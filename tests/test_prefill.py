@@ -360,29 +360,43 @@ def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_colum
 
 
 @pytest.fixture
-def one_shape(monkeypatch):
-    """Let prefill take models as they are for compiled ones, which want one shape."""
-    monkeypatch.setattr("hf_paged.prefill.compiled_filling", lambda decoder: decoder)
-    return monkeypatch
+def wants(monkeypatch):
+    """Let prefill take models as they are for compiled ones, which want some tokens at least."""
+
+    def set_to(min_tokens):
+        monkeypatch.setattr("hf_paged.prefill.compiled_filling", lambda decoder: decoder)
+        monkeypatch.setattr("hf_paged.prefill.MIN_TOKENS", min_tokens)
+
+    return set_to
 
 
 @MODELS
-def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, one_shape, way):
+def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, wants, way):
     model, ids, mask = load(), random_ids(4, NUM_COLUMNS), padding("left")
     expected, _ = padded_prefill(load, "left", 16)
     ids = random_ids(len(mask), NUM_COLUMNS + 3)[:, :NUM_COLUMNS]
     cache = paged(model)
     shapes, hook = tokens_of_passes(model)
+    wants(36)
     cache.prefill(model, ids, mask, max_tokens=40)
     hook.remove()
-    assert shapes == [(1, 40)] * 3
+    assert shapes == [(1, 40), (1, 40), (1, 36)]
     assert_same_content(cache, expected)
     cache.pool.check_integrity()
     cache = paged(model)
     shapes, hook = tokens_of_passes(model)
+    wants(32)
     cache.prefill(model, ids, mask, max_tokens=32)
     hook.remove()
     assert shapes == [(1, 32)] * 3 + [(1, 14)], "a chunk that is nearly empty is not worth filling up"
+    assert_same_content(cache, expected)
+    cache.pool.check_integrity()
+    cache = paged(model)
+    shapes, hook = tokens_of_passes(model)
+    wants(33)
+    cache.prefill(model, ids, mask, max_tokens=32)
+    hook.remove()
+    assert shapes == [(1, 32)] * 3 + [(1, 14)], "no chunk is larger than was asked for"
     assert_same_content(cache, expected)
 
 
@@ -396,7 +410,7 @@ def test_chunks_hold_max_tokens_whatever_the_padding():
 
 
 @MODELS
-def test_some_of_the_packed_queries_may_be_asked_alone(load, one_shape, way):
+def test_some_of_the_packed_queries_may_be_asked_alone(load, wants, way):
     model, ids = load(), random_ids(2, 21)
     cache, compared = paged(model), []
 
@@ -411,6 +425,7 @@ def test_some_of_the_packed_queries_may_be_asked_alone(load, one_shape, way):
             compared.append((some, whole[:, queries]))
 
     hook = model.model.layers[1].self_attn.register_forward_hook(ask_again, with_kwargs=True)
+    wants(45)
     cache.prefill(model, ids, max_tokens=45)
     hook.remove()
     (some, whole), (tail, whole_tail), _ = compared
