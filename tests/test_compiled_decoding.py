@@ -103,7 +103,7 @@ def test_a_compiled_prompt_leaves_out_what_only_the_output_needs(monkeypatch, si
     counts = {event.key: event.count for event in profiler.key_averages()}
     assert counts["hf_paged::linear_of_many_rows"] == 7 * model.config.num_hidden_layers - (0 if is_watched else 5)
     assert counts.get("hf_paged::write_only", 0) == (0 if is_watched else 1)
-    torch.testing.assert_close(outputs, seen, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs, seen, atol=1e-3, rtol=1e-3)  # values of up to 55
 
 
 def test_outside_of_the_context_nothing_is_compiled(graphs):
