@@ -33,14 +33,14 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     """Let `generate()` decode in compiled graphs within this context, and `PagedCache.prefill` compute in them.
 
     It sets the model's `generation_config.compile_config`, which Transformers looks at, and nothing else: a
-    `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row and
-    another one any other number of rows; neither depends on lengths, pages or caches. Compiling takes about half a
-    minute for each on the first use on a machine, and some seconds in each process after that; a log message tells.
-    The linear layers are compiled to read the weights as they are, without a second copy in another layout. On a CPU
-    the weights are moved once, together into memory with huge pages, where all of them are read faster: parameters
-    remain the same objects with the same values, and stay there after the context; but like `model.to`, the first
-    context must not begin while another thread runs the model. On a GPU each step is also recorded as a CUDA graph,
-    for a number of rows, and repeated until the pool grows.
+    `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row,
+    another one any other number of rows, and a third one prompts; none depends on lengths, pages or caches. Compiling
+    takes about half a minute for each on the first use on a machine, and some seconds in each process after that; a
+    log message tells. The linear layers are compiled to read the weights as they are, without a second copy in another
+    layout. On a CPU the weights are moved once, together into memory with huge pages, where all of them are read
+    faster: parameters remain the same objects with the same values, and stay there after the context; but like
+    `model.to`, the first context must not begin while another thread runs the model. On a GPU each step is also
+    recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
 
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
