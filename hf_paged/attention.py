@@ -122,11 +122,11 @@ def attend(
     table, storage = step.source_of(key, plan.batch.pool.group_of_layer.get(layer))
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
-    attend = plan.attentions.get((table, table.version, *shapes))
-    if attend is None:
+    attention = plan.attentions.get((table, table.version, *shapes))
+    if attention is None:
         if avoids_tiles(query.device):
-            attend = _without_tiles(plan, table, query, key, value, scale, softcap, sinks)
-        if attend is None:
+            attention = _without_tiles(plan, table, query, key, value, scale, softcap, sinks)
+        if attention is None:
             sink_page = None if sinks is None else table.group.sink_page()
             if sink_page is not None and storage is not None:
                 key, value = storage.tensors  # taking the page may have let the storage grow
@@ -140,10 +140,12 @@ def attend(
             )
             tiles = plan.tiles(table, layout, key.shape[2])
             has_sinks = sink_page is not None
-            attend = kernel.paged_attention(query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks)
-        plan.attentions[table, table.version, *shapes] = attend
+            attention = kernel.paged_attention(
+                query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks
+            )
+        plan.attentions[table, table.version, *shapes] = attention
     with profiled("paged_attention"):
-        return attend(query, key, value, sinks)
+        return attention(query, key, value, sinks)
 
 
 def profiled(name: str) -> AbstractContextManager[object]:
