@@ -112,12 +112,21 @@ class PageGroup:
         with self._lock:
             storage = self._storages.get(layer)
             if storage is None:
+                self._make_room(keys.device)
                 storage = self._prepared.pop(layer, None)
                 if storage is None or storage.num_pages != max(1, self.num_pages) or not storage.fits(keys, values):
                     storage = LayerStorage(keys, values, self.num_pages, self.page_size)
                     self._prepare_others(layer, keys, values)
                 self._storages = self._storages | {layer: storage}  # not in place: other threads may go through it
             return storage
+
+    def _make_room(self, device: torch.device) -> None:
+        """Let the pages grow while there is nothing to be copied, on a CPU, where it costs nothing.
+
+        The pages of a first prompt are just as many as it needs, and the token after it would move all of them.
+        """
+        if not self._storages and device.type == "cpu" and self.num_pages != self.max_pages:
+            self._grow(max(self.num_pages, self._bounded(math.ceil(_GROWTH_ON_CPU * self.allocator.num_active))))
 
     def _prepare_others(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Make storage for all layers when the first one is opened, on a CPU, where it takes no memory yet.
@@ -146,7 +155,7 @@ class PageGroup:
             except OutOfPagesError:
                 missing = count + self.allocator.watermark - self.allocator.num_free
                 wanted = max(math.ceil(self._growth * self.num_pages), self.num_pages + missing, _FIRST_PAGES)
-                self._grow(wanted if self.max_pages is None else min(wanted, self.max_pages))
+                self._grow(self._bounded(wanted))
                 return self.allocator.allocate(count, admit=admit)
 
     def place(self, pages: Sequence[int], indices: Sequence[int]) -> None:
@@ -217,6 +226,9 @@ class PageGroup:
     def _growth(self) -> float:
         on_cpu = all(storage.device.type == "cpu" for storage in self._storages.values())
         return _GROWTH_ON_CPU if on_cpu else _GROWTH
+
+    def _bounded(self, num_pages: int) -> int:
+        return num_pages if self.max_pages is None else min(num_pages, self.max_pages)
 
     def _grow(self, num_pages: int) -> None:
         # The allocator comes last: pages are handed out only when every layer has them.

@@ -9,6 +9,7 @@ import torch
 from transformers import MambaConfig
 
 from hf_paged import OutOfPagesError, PagePool
+from hf_paged.group import PageGroup
 from hf_paged.page_table import PageTable
 from hf_paged.storage import LayerStorage
 from tests.reference import (
@@ -93,6 +94,28 @@ def test_growth_makes_room_for_a_long_prompt_at_once():
     table = numbered_table(pool, 16 * 1000, 5)
     assert 1001 <= pool.num_pages <= 2002
     assert read_ids(table) == rows_of(16 * 1000, 5)
+
+
+@pytest.mark.parametrize(("max_pages", "expected"), [(None, 80), (60, 60), (40, 40)])
+def test_a_prompt_on_a_cpu_leaves_room_for_what_follows_before_anything_must_be_copied(max_pages, expected):
+    group = PageGroup((0, 1), None, 0, max_pages, 16, 0)
+    pages = group.take(40)
+    assert group.num_pages == 40
+    like = torch.zeros(1, 1, 1, 2)
+    storages = [group.open_storage(layer, like, like) for layer in (0, 1)]
+    assert [storage.num_pages for storage in storages] == [group.num_pages] * 2 == [expected] * 2
+    assert len(group.page_index(torch.device("cpu"))) == expected
+    tensors = [storage.keys for storage in storages]
+    pages += group.take(expected - 40)
+    assert all(storage.keys is held for storage, held in zip(storages, tensors, strict=True))
+    group.allocator.release(pages)
+    group.check_integrity()
+
+
+def test_few_pages_of_a_growing_pool_are_room_enough():
+    group = PageGroup((0,), None, 0, None, 16, 0)
+    group.take(3)
+    assert group.open_storage(0, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)).num_pages == 16
 
 
 def test_growth_leaves_the_watermark_free():
