@@ -14,6 +14,7 @@ from transformers import CompileConfig, PreTrainedModel
 from hf_paged import linear
 from hf_paged.cuda_graphs import StepGraphs
 from hf_paged.graphs import with_own_code
+from hf_paged.host_memory import give_back_freed
 from hf_paged.operation import WithoutUnusedAttention
 from hf_paged.step_launches import compile_step
 from hf_paged.weights import gather_weights
@@ -94,6 +95,7 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = F
     begin = time.perf_counter()
     with torch._inductor.config.patch(post_grad_custom_post_pass=WithoutUnusedAttention()):
         result = linear.backend(graph, inputs, for_one_row=compile_step, has_many_rows=is_prompt)
+    give_back_freed()
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
     return StepGraphs(result) if len(devices) == 1 and devices.pop().type == "cuda" else result

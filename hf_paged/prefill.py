@@ -11,6 +11,7 @@ from transformers.masking_utils import create_masks_for_generate
 from hf_paged.batch import Batch
 from hf_paged.compilation import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.config import layer_specs
+from hf_paged.host_memory import give_back_freed
 from hf_paged.layer import layers_over
 from hf_paged.mask import NAME
 from hf_paged.packed import Chunk, PackedBatch
@@ -59,8 +60,9 @@ def prefill(
         packed.pack(ids, None if attention_mask is None else attention_mask[:, :-1], max_tokens)
         _check_rotary(decoder, packed.longest)
         cache = Cache(layers=layers_over(packed))
-        for first in range(0, packed.num_tokens, max_tokens):
-            num_queries = min(max_tokens, packed.num_tokens - first)
+        num_tokens = packed.num_tokens
+        for first in range(0, num_tokens, max_tokens):
+            num_queries = min(max_tokens, num_tokens - first)
             fill = compiled_filling(decoder) if _is_compiled(num_queries, max_tokens) else None
             if fill is not None:
                 num_queries = max(num_queries, MIN_TOKENS)
@@ -69,6 +71,8 @@ def prefill(
             packed.end()
         packed.unpack()
         batch.exchange(packed)
+        if input_ids.device.type == "cpu" and num_tokens >= _CHUNK_ON_CPU:
+            give_back_freed()
     finally:
         packed.clear()
 

@@ -319,7 +319,7 @@ class Scripted:
 
     def step(self):
         self.turns.append(self.name)
-        self.tokens.append(torch.tensor([len(self.tokens)]))
+        self.tokens.append([len(self.tokens)])
         return next(self.seconds)
 
 

@@ -1,5 +1,6 @@
 """Memory that is resident lies between what the accounting says must and may be; what doesn't is reported."""
 
+import ctypes
 import dataclasses
 import re
 import subprocess
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_paged import PagedCache, PagePool
+from hf_paged import PagedCache, PagePool, prefill
 from hf_paged.evaluation.audit import MemoryAudit
 from hf_paged.evaluation.residence import _os_pages, _pieces, _runs
 from hf_paged.group import PageGroup
-from hf_paged.host_memory import untouched_memory
+from hf_paged.host_memory import give_back_freed, untouched_memory
 from hf_paged.lab import resident
+from hf_paged.lab.memory import PeakMemory
 from hf_paged.packaged import load_packaged_model, prompts
 from tests.models import generate, left_padded, paged_cache, random_ids, run, tiny_gemma, tiny_llama
 
@@ -167,6 +169,25 @@ def test_system_pages_are_resident_once_they_are_written_and_not_when_read():
     memory[size - 1 : size + 1] = 1
     memory[8 * size] = 1
     assert np.flatnonzero(resident.resident_pages(memory)).tolist() == [0, 1, 8]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc can be told to give back")
+def test_what_c_keeps_of_freed_tensors_is_given_back():
+    before = PeakMemory(torch.device("cpu"))
+    tensors = [torch.ones(4096) for _ in range(4096)]  # 64 MiB, too small to be the system's own
+    del tensors[::2]
+    kept = before.held_bytes
+    give_back_freed()
+    assert before.held_bytes < kept - 8 * 2**20, "a system page at the end of each piece holds its neighbour, too"
+    assert all(tensor.eq(1).all() for tensor in tensors)
+
+
+@pytest.mark.parametrize(("num_tokens", "times"), [(1600, 1), (100, 0)])
+def test_activations_of_long_prompts_are_given_back(llama, monkeypatch, num_tokens, times):
+    calls = []
+    monkeypatch.setattr(prefill, "give_back_freed", lambda: calls.append(None))
+    paged_cache(llama).prefill(llama, random_ids(1, num_tokens))
+    assert len(calls) == times
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,10 @@ class Contender:
         self.model = sharing_weights(model)
         self.page_size = page_size
         self.cache: Cache | None = None
-        self.tokens: list[Tensor] = []
-        """Greedy tokens since `begin`, `(num_rows,)` each."""
+        # Not tensors: C's allocator would put each behind the logits that it was chosen from, and when those are gone,
+        # the hole before it would be too small for the next ones, so that every step would take new memory.
+        self.tokens: list[list[int]] = []
+        """Greedy tokens since `begin`, one for each row."""
         self._opened = ExitStack()
         self._is_prepared = False
         self._mask: Tensor | None = None  # of all columns that will be
@@ -84,18 +86,18 @@ class Contender:
             Seconds.
         """
         if self.tokens:
-            ids = torch.cat([self.tokens[-1][:, None], ids], dim=1)
+            ids = torch.cat([self._last_column(), ids], dim=1)
         seconds = 0.0
         for chunk in torch.split(ids, chunk_size or ids.shape[1], dim=1):
-            token, elapsed = self._forward(chunk)
+            tokens, elapsed = self._forward(chunk)
             seconds += elapsed
-        self.tokens.append(token)
+        self.tokens.append(tokens)
         return seconds
 
     def step(self) -> float:
         """Decode one token of each row; return the seconds it took."""
-        token, seconds = self._forward(self.tokens[-1][:, None])
-        self.tokens.append(token)
+        tokens, seconds = self._forward(self._last_column())
+        self.tokens.append(tokens)
         return seconds
 
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
@@ -118,16 +120,20 @@ class Contender:
         mask = self._mask[:, : self._num_columns]
         return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, first:]}
 
-    def _forward(self, ids: Tensor) -> tuple[Tensor, float]:
+    def _last_column(self) -> Tensor:
+        return torch.tensor(self.tokens[-1], device=self.model.device)[:, None]
+
+    def _forward(self, ids: Tensor) -> tuple[list[int], float]:
         past = self._num_columns
         self._num_columns += ids.shape[1]
         arguments = self.padding(past)
         with torch.no_grad(), self.flags():
             _synchronize(ids.device)
             start = time.perf_counter()
-            token = self.compute(ids, past, **arguments)[:, -1].argmax(-1)
+            tokens = self.compute(ids, past, **arguments)[:, -1].argmax(-1)
             _synchronize(ids.device)
-            return token, time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            return tokens.tolist(), seconds
 
 
 def _synchronize(device: torch.device) -> None:

@@ -198,7 +198,7 @@ class GenerateBatch(Contender):
     @override
     def begin(self, max_length: int, mask: Tensor | None = None) -> None:
         super().begin(max_length, mask)
-        self._steps: list[tuple[Tensor, float]] = []
+        self._steps: list[tuple[list[int], float]] = []
 
     @override
     def feed(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> float:
@@ -224,15 +224,15 @@ class GenerateBatch(Contender):
         if len(outputs) != len(rows) or any(output.error is not None for output in outputs.values()):
             raise RuntimeError(f"generate_batch failed: {[output.error for output in outputs.values()]}")
         times = [max(moments) for moments in zip(*(output.timestamps for output in outputs.values()), strict=True)]
-        tokens = torch.tensor([output.generated_tokens for output in outputs.values()], device=ids.device)
+        tokens = [list(step) for step in zip(*(output.generated_tokens for output in outputs.values()), strict=True)]
         seconds = [after - before for before, after in zip([start, *times], times, strict=False)]
-        self._steps = list(zip(tokens.unbind(1), seconds, strict=True))
+        self._steps = list(zip(tokens, seconds, strict=True))
         return self.step()
 
     @override
     def step(self) -> float:
-        token, seconds = self._steps.pop(0)
-        self.tokens.append(token)
+        tokens, seconds = self._steps.pop(0)
+        self.tokens.append(tokens)
         return seconds
 
 

@@ -97,7 +97,7 @@ class Race:
             laps[contender.name].step_s.append(contender.step())
 
         def finish(contender: Contender) -> None:
-            laps[contender.name].tokens = torch.stack(contender.tokens[-num_new_tokens:], dim=1)
+            laps[contender.name].tokens = torch.tensor(contender.tokens[-num_new_tokens:]).T
             laps[contender.name].kv_bytes = kv_bytes(contender.cache)
 
         self._turn(feed)
