@@ -118,7 +118,9 @@ def test_mixed_accounts_for_padding_speed_and_memory(subject, in_this_process):
     assert list(by_name) == list(asked.baselines)
     for row in results["rows"]:
         assert {"total_s", "tokens_per_s", "last_tokens_per_s", "first_token_s", "peak_bytes"} <= set(row)
+        assert row["least_peak_bytes"] <= row["peak_bytes"] <= row["most_peak_bytes"]
         assert row["same_tokens"]
+    assert "most_peak_MiB" in table(results["rows"])
     assert by_name["dynamic"]["overhead"] == pytest.approx(3 * 43 / 72 - 1)
     assert by_name["paged"]["overhead"] == pytest.approx((1 + 2 + 3) * 16 / 72 - 1)
     assert by_name["paged-ragged"]["kv_bytes"] == by_name["paged"]["kv_bytes"]

@@ -35,7 +35,7 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
         `prompt_lengths`; `minimum_bytes`, the keys and values of the real tokens; `rows` for each contender, with
         `total_s`; `tokens_per_s`, prompt tokens and new ones over the total; `last_tokens_per_s`, over the last 256
         new tokens or all of them; `overhead` of the cache over the minimum; `peak_bytes`, what a process held beyond
-        the loaded model, at most, in the median of `peaks_bytes`, or `peak_error`.
+        the loaded model, at most, in the median of several, `least_peak_bytes` and `most_peak_bytes`, or `peak_error`.
     """
     lengths = prompt_lengths(settings)
     names = settings.baselines or BASELINES
@@ -66,7 +66,11 @@ def _peaks(settings: Settings, name: str, num_processes: int) -> dict[str, Any]:
     if errors:
         return {"peak_error": errors[0]}
     peaks = [run["peak_bytes"] for run in runs]
-    return {"peak_bytes": statistics.median(peaks), "peaks_bytes": peaks}
+    return {
+        "peak_bytes": statistics.median(peaks),
+        "least_peak_bytes": min(peaks),
+        "most_peak_bytes": max(peaks),
+    }
 
 
 def last_tokens_per_s(lap: Lap, num_rows: int) -> float:
