@@ -370,34 +370,24 @@ def wants(monkeypatch):
     return set_to
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "max_tokens", "expected_sizes"),
+    [(36, 40, [40, 40, 36]), (32, 32, [32, 32, 32, 14]), (33, 32, [32, 32, 32, 14])],
+    ids=["filled-up", "nearly-empty-is-not-worth-it", "none-larger-than-asked-for"],
+)
 @MODELS
-def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, wants, way):
-    model, ids, mask = load(), random_ids(4, NUM_COLUMNS), padding("left")
+def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, wants, way, min_tokens, max_tokens, expected_sizes):
+    model, mask = load(), padding("left")
     expected, _ = padded_prefill(load, "left", 16)
     ids = random_ids(len(mask), NUM_COLUMNS + 3)[:, :NUM_COLUMNS]
     cache = paged(model)
     shapes, hook = tokens_of_passes(model)
-    wants(36)
-    cache.prefill(model, ids, mask, max_tokens=40)
+    wants(min_tokens)
+    cache.prefill(model, ids, mask, max_tokens=max_tokens)
     hook.remove()
-    assert shapes == [(1, 40), (1, 40), (1, 36)]
+    assert shapes == [(1, size) for size in expected_sizes]
     assert_same_content(cache, expected)
     cache.pool.check_integrity()
-    cache = paged(model)
-    shapes, hook = tokens_of_passes(model)
-    wants(32)
-    cache.prefill(model, ids, mask, max_tokens=32)
-    hook.remove()
-    assert shapes == [(1, 32)] * 3 + [(1, 14)], "a chunk that is nearly empty is not worth filling up"
-    assert_same_content(cache, expected)
-    cache.pool.check_integrity()
-    cache = paged(model)
-    shapes, hook = tokens_of_passes(model)
-    wants(33)
-    cache.prefill(model, ids, mask, max_tokens=32)
-    hook.remove()
-    assert shapes == [(1, 32)] * 3 + [(1, 14)], "no chunk is larger than was asked for"
-    assert_same_content(cache, expected)
 
 
 def test_chunks_hold_max_tokens_whatever_the_padding():
