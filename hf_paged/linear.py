@@ -19,6 +19,8 @@ from torch import Tensor
 from torch._inductor import lowering
 from torch._inductor.compile_fx import compile_fx
 
+from hf_paged.graphs import without_graph
+
 _MKL_ROWS = 4  # up to which MKL is ahead
 MANY_ROWS = 128  # from which on it does not matter which matrix is brought into another layout
 
@@ -111,10 +113,10 @@ def backend(
     # Dynamo's guards have looked at every weight; the graph need not do so again on each call.
     with torch._inductor.config.patch(size_asserts=False):
         if for_one_row is None or kinds != {"one_row"}:
-            return compile_fx(graph, inputs)
+            return without_graph(compile_fx(graph, inputs))
         # AOTAutograd's cache would find the graph without asking for what is inside.
         with torch._functorch.config.patch(enable_autograd_cache=False):
-            return compile_fx(graph, inputs, inner_compile=for_one_row)
+            return without_graph(compile_fx(graph, inputs, inner_compile=for_one_row))
 
 
 def _kind(num_rows: int | torch.SymInt, has_many_rows: bool) -> str:

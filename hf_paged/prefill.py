@@ -69,10 +69,11 @@ def prefill(
             chunk = packed.begin(first, num_queries)
             _run(model, fill, cache, chunk, num_queries, input_ids.device)
             packed.end()
+            num_freed = num_queries if first + max_tokens < num_tokens else num_tokens
+            if input_ids.device.type == "cpu" and num_freed >= _CHUNK_ON_CPU:
+                give_back_freed()  # what activations leave in C's heap while the pages fill up
         packed.unpack()
         batch.exchange(packed)
-        if input_ids.device.type == "cpu" and num_tokens >= _CHUNK_ON_CPU:
-            give_back_freed()
     finally:
         packed.clear()
 

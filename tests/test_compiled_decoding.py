@@ -1,5 +1,8 @@
 """`compiled(model)`: the same tokens, few graphs, nothing left behind."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -78,6 +81,21 @@ def test_other_families_compile_too(graphs, sixteen, family):
         ids = random_ids(2, 30)
         assert torch.equal(compiled_tokens(model, ids, max_tokens=max_tokens), plain_tokens(reference, ids))
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_what_was_compiled_keeps_no_graph(monkeypatch, num_rows):
+    kept = []
+
+    def compile_graph(graph, inputs, **options):
+        kept.append(weakref.ref(graph))
+        return compile_fx(graph, inputs, **options)
+
+    monkeypatch.setattr(linear, "compile_fx", compile_graph)
+    model, ids = tiny_llama(), random_ids(num_rows, 9)
+    assert torch.equal(compiled_tokens(model, ids), plain_tokens(tiny_llama(), ids))
+    gc.collect()
+    assert [graph() for graph in kept] == [None]
 
 
 @pytest.mark.parametrize("is_watched", [False, True])

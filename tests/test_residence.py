@@ -182,11 +182,15 @@ def test_what_c_keeps_of_freed_tensors_is_given_back():
     assert all(tensor.eq(1).all() for tensor in tensors)
 
 
-@pytest.mark.parametrize(("num_tokens", "times"), [(1600, 1), (100, 0)])
-def test_activations_of_long_prompts_are_given_back(llama, monkeypatch, num_tokens, times):
+@pytest.mark.parametrize(
+    ("num_tokens", "max_tokens", "times"),
+    [(1600, None, 2), (3200, 1600, 2), (1600, 400, 1), (1600, 1601, 1), (100, None, 0)],
+)
+def test_activations_of_long_prompts_are_given_back(llama, monkeypatch, num_tokens, max_tokens, times):
+    """After each long chunk, and after all of many short ones."""
     calls = []
     monkeypatch.setattr(prefill, "give_back_freed", lambda: calls.append(None))
-    paged_cache(llama).prefill(llama, random_ids(1, num_tokens))
+    paged_cache(llama).prefill(llama, random_ids(1, num_tokens), max_tokens=max_tokens)
     assert len(calls) == times
 
 
