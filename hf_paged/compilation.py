@@ -13,7 +13,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from hf_paged import linear
 from hf_paged.cuda_graphs import StepGraphs
-from hf_paged.graphs import with_own_code
+from hf_paged.graphs import guards_with_hooks, with_own_code
 from hf_paged.host_memory import give_back_freed
 from hf_paged.operation import WithoutUnusedAttention
 from hf_paged.step_launches import compile_step
@@ -37,9 +37,10 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row,
     another one any other number of rows, and a third one prompts; none depends on lengths, pages or caches. Compiling
     takes about half a minute for each on the first use on a machine, and some seconds in each process after that; a
-    log message tells. The linear layers are compiled to read the weights as they are, without a second copy in another
-    layout. On a CPU the weights are moved once, together into memory with huge pages, where all of them are read
-    faster: parameters remain the same objects with the same values, and stay there after the context; but like
+    log message tells. The linear layers are compiled to read the weights as they are, without a second copy in
+    another layout. What changes about the model meanwhile, such as a hook, an adapter or a weight, counts from the
+    next step on. On a CPU the weights are moved once, together into memory with huge pages, where all of them are
+    read faster: parameters remain the same objects with the same values, and stay there after the context; but like
     `model.to`, the first context must not begin while another thread runs the model. On a GPU each step is also
     recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
 
@@ -58,7 +59,8 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     outer = _active.get(decoder)
     # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
     fill = _fillings.setdefault(decoder, with_own_code(_fill))
-    _active[decoder] = partial(torch.compile(fill, backend=_prompt_backend, fullgraph=True, dynamic=False), decoder)
+    compiled_fill = torch.compile(fill, backend=_prompt_backend, fullgraph=True, dynamic=False, options=_options())
+    _active[decoder] = partial(compiled_fill, decoder)
     settings.compile_config = _config()
     try:
         yield
@@ -84,10 +86,14 @@ def _fill(decoder: torch.nn.Module, **inputs: Any) -> None:
 
 
 def _config() -> CompileConfig:
-    config: Any = CompileConfig(fullgraph=True, backend=_backend)
+    config: Any = CompileConfig(fullgraph=True, backend=_backend, options=_options())
     config.mode = None  # inductor's, whose CUDA graphs know nothing of pages
     config._compile_all_devices = True
     return config  # type: ignore[no-any-return]
+
+
+def _options() -> dict[str, Any]:
+    return {"guard_filter_fn": guards_with_hooks}
 
 
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = False) -> Any:

@@ -199,3 +199,104 @@ def test_a_real_model_says_the_same_when_it_is_compiled(monkeypatch):
     expected = plain_tokens(model, inputs["input_ids"], attention_mask=inputs["attention_mask"])
     tokens = compiled_tokens(model, inputs["input_ids"], inputs["attention_mask"], 128)
     assert torch.equal(tokens, expected)
+
+
+def hook_of_a_module(model):
+    return model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: -output)
+
+
+def hook_before_a_module(model):
+    return model.model.layers[1].mlp.register_forward_pre_hook(lambda module, inputs: (-inputs[0],))
+
+
+def hook_of_all_modules(model):
+    def double(module, inputs, output):
+        return 2 * output if module is model.model.layers[0].mlp else None
+
+    return torch.nn.modules.module.register_module_forward_hook(double)
+
+
+def hook_before_all_modules(model):
+    def double(module, inputs):
+        return (2 * inputs[0],) if module is model.model.layers[0].mlp else None
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(double)
+
+
+def other_forward(model):
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda hidden_states: -forward(hidden_states)
+
+
+def other_weight(model):
+    linear_layer = model.model.layers[1].mlp.down_proj
+    linear_layer.weight = torch.nn.Parameter(-linear_layer.weight)
+
+
+def other_data(model):
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data = -weight.t().contiguous().t()
+
+
+def other_scaling(model):
+    model.model.layers[0].self_attn.scaling = 2.0
+
+
+def fewer_layers(model):
+    model.config.num_hidden_layers = 1
+
+
+CHANGES = [
+    hook_of_a_module,
+    hook_before_a_module,
+    hook_of_all_modules,
+    hook_before_all_modules,
+    other_forward,
+    other_weight,
+    other_data,
+    other_scaling,
+    fewer_layers,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changes_about_a_model_changes_what_is_compiled(sixteen, change):
+    model, ids = tiny_llama(), random_ids(2, 40)
+    before = plain_tokens(model, ids)
+    assert torch.equal(compiled_tokens(model, ids, max_tokens=32), before)
+    model.set_attn_implementation("paged_flex")
+    with compiled(model):
+        handle = change(model)
+        try:
+            during = compiled_tokens(model, ids, max_tokens=32)
+            expected = plain_tokens(model, ids)
+        finally:
+            if handle is not None:
+                handle.remove()
+    assert not torch.equal(expected, before)
+    assert torch.equal(during, expected)
+    if handle is not None:
+        assert torch.equal(compiled_tokens(model, ids, max_tokens=32), before)
+
+
+def test_a_hook_stops_a_step_from_being_repeated(monkeypatch):
+    monkeypatch.setattr(linear, "compile_fx", compile_fx)
+    model, ids = tiny_llama(), random_ids(1, 20)
+    before = plain_tokens(model, ids)
+    assert torch.equal(compiled_tokens(model, ids), before)
+    handle = hook_of_a_module(model)
+    expected = plain_tokens(model, ids)
+    assert torch.equal(compiled_tokens(model, ids), expected)
+    assert not torch.equal(expected, before)
+    handle.remove()
+    assert torch.equal(compiled_tokens(model, ids), before)
+
+
+def test_hooks_of_the_backward_pass_are_not_asked_for(graphs):
+    model, ids = tiny_llama(), random_ids(1, 20)
+    expected = compiled_tokens(model, ids)
+    handle = model.model.layers[0].register_full_backward_hook(lambda module, grad_inputs, grad_outputs: None)
+    assert torch.equal(compiled_tokens(model, ids), expected)
+    assert len(graphs) == 1
+    handle.remove()
