@@ -13,7 +13,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from hf_paged import linear
 from hf_paged.cuda_graphs import StepGraphs
-from hf_paged.graphs import guards_with_hooks, with_own_code
+from hf_paged.graphs import guard_hooks, with_own_code
 from hf_paged.host_memory import give_back_freed
 from hf_paged.operation import WithoutUnusedAttention
 from hf_paged.step_launches import compile_step
@@ -59,8 +59,7 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     outer = _active.get(decoder)
     # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
     fill = _fillings.setdefault(decoder, with_own_code(_fill))
-    compiled_fill = torch.compile(fill, backend=_prompt_backend, fullgraph=True, dynamic=False, options=_options())
-    _active[decoder] = partial(compiled_fill, decoder)
+    _active[decoder] = partial(torch.compile(fill, backend=_prompt_backend, fullgraph=True, dynamic=False), decoder)
     settings.compile_config = _config()
     try:
         yield
@@ -86,19 +85,16 @@ def _fill(decoder: torch.nn.Module, **inputs: Any) -> None:
 
 
 def _config() -> CompileConfig:
-    config: Any = CompileConfig(fullgraph=True, backend=_backend, options=_options())
+    config: Any = CompileConfig(fullgraph=True, backend=_backend)
     config.mode = None  # inductor's, whose CUDA graphs know nothing of pages
     config._compile_all_devices = True
     return config  # type: ignore[no-any-return]
 
 
-def _options() -> dict[str, Any]:
-    return {"guard_filter_fn": guards_with_hooks}
-
-
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = False) -> Any:
     logger.warning("Compiling a model for hf_paged: about half a minute the first time, some seconds later on.")
     begin = time.perf_counter()
+    guard_hooks()
     with torch._inductor.config.patch(post_grad_custom_post_pass=WithoutUnusedAttention()):
         result = linear.backend(graph, inputs, for_one_row=compile_step, has_many_rows=is_prompt)
     give_back_freed()

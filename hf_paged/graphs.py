@@ -2,17 +2,23 @@
 
 import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.types import GuardFilterEntry
+from torch._guards import TracingContext
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _numbers = itertools.count()
+
+# Dictionaries of which dynamo doesn't guard how long they are, by what it does instead.
+_HOOKS = {
+    "EMPTY_NN_MODULE_HOOKS_DICT": ("._forward_hooks", "._forward_pre_hooks"),
+    "TYPE_MATCH": ("._global_forward_hooks", "._global_forward_pre_hooks"),
+}
 
 
 def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
@@ -29,17 +35,15 @@ def with_own_code(function: Callable[P, R]) -> Callable[P, R]:
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
-def guards_with_hooks(entries: Sequence[GuardFilterEntry]) -> list[bool]:
-    """Let a graph be compiled anew when there is a hook more or less; a `guard_filter_fn` of `torch.compile`.
+def guard_hooks() -> None:
+    """While a backend of dynamo runs, let its graph be compiled anew when there is a hook more or less.
 
     Dynamo takes it for granted that a module without hooks stays without, and would leave out a hook that comes later.
     What hooks of the backward pass are asked for there is no gradient.
     """
-    for entry in entries:
-        is_for_hooks = entry.name.endswith(("_forward_hooks", "_forward_pre_hooks")) and isinstance(entry.value, dict)
-        if is_for_hooks and entry.guard_type in ("EMPTY_NN_MODULE_HOOKS_DICT", "TYPE_MATCH"):
-            entry.orig_guard.create_fn = GuardBuilder.SEQUENCE_LENGTH
-    return [True] * len(entries)
+    for guard in TracingContext.get().guards_context.dynamo_guards:
+        if guard.name.endswith(_HOOKS.get(guard.create_fn_name(), ())):
+            guard.create_fn = GuardBuilder.SEQUENCE_LENGTH
 
 
 def without_graph(run: Any) -> Any:
