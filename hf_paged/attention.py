@@ -87,7 +87,7 @@ def paged_flex_attention(
         query = query.to(key.dtype)
     arguments = (attention_mask.plan, query, key, value, getattr(module, "layer_idx", -1))
     options = (is_causal, scale, softcap, s_aux)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         output: Tensor = torch.ops.hf_paged.write_and_attend(*arguments, *options)
         return output, None
     return attend(*arguments, *options), None

@@ -96,7 +96,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             dtype = autocast_dtype(key_states)
             if dtype is not None:
                 key_states, value_states = key_states.to(dtype), value_states.to(dtype)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             return self._batch.write(self.index, key_states, value_states)
         if self._batch.is_written_by_attention:
             return key_states, value_states
@@ -104,7 +104,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that the next `query_length` queries see together, and the first of them."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._mask_sizes_between_graphs(query_length)
         self._batch.begin_pass(self.index)
         first = self._batch.first_column(self.index)
@@ -118,7 +118,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_seq_length(self) -> int:
         """Columns before the forward pass under way, padding included."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._batch.columns.count
         self._batch.settle()
         return PastLength(self._batch.columns.count)
