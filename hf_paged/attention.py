@@ -104,7 +104,28 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """A layer's attention; arguments and result are those of `paged_flex_attention`, with the plan of the mask."""
+    """A layer's attention; arguments and result are those of `paged_flex_attention`, with the plan of the mask.
+
+    If it fails, so does the pass, of which nothing is left.
+    """
+    try:
+        return _attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks)
+    except BaseException:
+        plan.batch.roll_back(plan.step)
+        raise
+
+
+def _attend(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     step = plan.step
     num_rows, _, num_queries, _ = plan.shape
     if (query.shape[0], query.shape[2]) != (num_rows, num_queries) or query.shape[1] % key.shape[1]:

@@ -7,8 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from hf_paged.columns import BoolMatrix, Columns, Counts
+from hf_paged.errors import UnclearPassError
 from hf_paged.gather import gather_columns
-from hf_paged.kernel import repacks_storage
+from hf_paged.kernel import repacks_storage, takes
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.routine import Routine
@@ -20,26 +21,34 @@ from hf_paged.tiling import Tiling
 class Batch:
     """Rows, their padded view, and the step under way.
 
-    A step is planned before the first layer and becomes part of the rows when the last layer was written. A pass that
-    fails before that leaves no trace: the next one starts from what there was.
+    A step is planned before the first layer and becomes part of the rows when the last layer was written. Layers that
+    the model passes over, as it has been cut or changed, hold nothing. A pass that stops before the last layer has
+    failed, or belongs to a model without the layers behind: nothing here can tell, so the next pass is refused until
+    `roll_back` says that it failed. What fails in here is rolled back at once.
 
     Args:
         pool: where the pages are.
+
+    Attributes:
+        num_layers: layers that the model has, which may be fewer than the pool's.
     """
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
+        self.num_layers = len(pool.layers)
         self.tables = [PageTable(group) for group in pool.groups]
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = Columns()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
-        self._all_layers_store = len(self._layers) == pool.config.num_hidden_layers
+        self._all_layers_store = len(self._layers) == len(pool.layers)
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._is_fanned_out = False  # whether the pass under way made several rows of one
         self._is_rehearsing = False  # whether the pass under way is only recorded
         self._records_past = False
+        self._absent: frozenset[int] = frozenset()  # layers that hold none of the tokens
         self._missing: set[int] = set()  # layers that the step under way has not written yet
+        self._last_written = self._last_awaited = -1  # the last layer that it has written, and will have at its end
         self._routines: dict[int, Routine] = {}  # how to write the others of a group, once one is written
 
     @property
@@ -72,27 +81,33 @@ class Batch:
 
     # One forward pass
 
-    def plan(self, num_rows: int, num_new: int, attention_mask: Tensor | None) -> Step:
+    def plan(self, num_rows: int, num_new: int, attention_mask: Tensor | None, num_layers: int | None = None) -> Step:
         """Plan a forward pass: check it, reserve its pages, and say which slots its tokens go to.
 
         Args:
             num_rows: rows of the batch. One row that is cached makes as many rows of itself.
             num_new: new columns.
             attention_mask: `(num_rows, num_columns)`, 0 for padding; None without padding.
+            num_layers: layers that the model has by its configuration; None if that is not known.
 
         Raises:
             OutOfPagesError: if the pool has too few pages; nothing has changed. Where rows may turn out to be equal,
                 it is raised by the first layer instead, before anything is written.
-            ValueError: if rows or mask don't fit what is cached; nothing has changed.
+            ValueError: if rows, mask or layers don't fit what is cached; nothing has changed.
         """
         self.settle()
         self._check_rows(num_rows, num_new)
+        if num_layers is not None and num_layers > len(self.pool.layers):
+            raise ValueError(
+                f"A model of {num_layers} layers was given a PagedCache that was made for a model of "
+                f"{len(self.pool.layers)} layers. Make a PagedCache for this model."
+            )
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
         new, past_is_visible = self._columns_for(num_rows).split(mask, num_rows, num_new)
         self._is_planned = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
-        return self._begin(num_rows, num_new, new, past_is_visible, reads_pages=self._reads_pages(num_new))
+        return self._begin(num_rows, num_new, new, past_is_visible, self._reads_pages(num_new), num_layers)
 
     def step_for(self, layer: int, keys: Tensor, values: Tensor) -> Step:
         """Return the step that new keys of a layer belong to, planning one if no mask function did.
@@ -104,19 +119,23 @@ class Batch:
         """
         self.settle()
         num_rows, _, num_new, _ = keys.shape
+        if self.step is not None and self._last_written == self._last_awaited:
+            self._end_pass()
         step = self.step
-        if step is None or len(self._missing) == len(self._layers):
+        if layer in self._absent:
+            self._begin_to_hold(layer)
+        if step is None or self._last_written < 0:
             is_ours = step is not None and self._is_planned and (num_rows, num_new) == (step.num_rows, step.num_new)
             if step is None or not is_ours:
                 # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
                 self._check_rows(num_rows, num_new)
                 new = self._columns_for(num_rows).without_released(None, num_rows, num_new)
-                step = self._begin(num_rows, num_new, new, True, reads_pages=False)
+                step = self._begin(num_rows, num_new, new, True, False, None)
         elif layer not in self._missing:
             missing = sorted(self._missing)
-            raise ValueError(
+            raise UnclearPassError(
                 f"Layer {layer} was updated twice in one forward pass, but layers {missing} not yet. Update every "
-                "layer once per pass; after a pass that failed, call cache.crop(0) first."
+                "layer once per pass; after a pass that failed, call cache.roll_back() first."
             )
         elif (num_rows, num_new) != (step.num_rows, step.num_new):
             raise ValueError(
@@ -130,6 +149,7 @@ class Batch:
         """Note that the step went through a layer."""
         if not self._is_rehearsing:
             self._missing.discard(layer)
+            self._last_written = max(layer, self._last_written)
             self.settle()
 
     def note_all_written(self) -> None:
@@ -149,7 +169,7 @@ class Batch:
     @property
     def is_untouched(self) -> bool:
         """Whether a pass is planned whose layers are all going to be written by `write`, and none was yet."""
-        return self.is_written_by_attention and len(self._missing) == len(self._layers)
+        return self.is_written_by_attention and self._last_written < 0
 
     @property
     def is_written_by_attention(self) -> bool:
@@ -171,15 +191,21 @@ class Batch:
         group = self.pool.group_of_layer[layer]
         routine = self._routines.get(group)
         result = None
-        if routine is not None and layer in self._missing:
-            result = routine.write(layer, keys, values)
-        if result is None:
-            storage = self.pool.open_storage(layer, keys, values)
-            step = self.step_for(layer, keys, values)
-            step.write(group, storage, keys, values)
-            result = step.read(group, storage, keys, values)
-            if group not in self._routines and Routine.begins(step, group, storage):
-                self._routines[group] = Routine(step, group, self._alike(group, keys, values), keys, values)
+        try:
+            if routine is not None and layer in self._missing:
+                result = routine.write(layer, keys, values)
+            if result is None:
+                storage = self.pool.open_storage(layer, keys, values)
+                step = self.step_for(layer, keys, values)
+                step.write(group, storage, keys, values)
+                result = step.read(group, storage, keys, values)
+                if group not in self._routines and Routine.begins(step, group, storage):
+                    self._routines[group] = Routine(step, group, self._alike(group, keys, values), keys, values)
+        except UnclearPassError:
+            raise
+        except BaseException:
+            self.roll_back()
+            raise
         self.note_written(layer)
         return result
 
@@ -190,22 +216,91 @@ class Batch:
         return {layer: storage for layer, storage in storages.items() if storage.fits(keys, values)}
 
     def begin_pass(self, layer: int) -> None:
-        """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer."""
+        """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer.
+
+        Raises:
+            ValueError: if it can't be told whether the pass before has failed; nothing has changed.
+        """
         self.settle()
         self._is_planned = False
-        if self.step is not None and layer not in self._missing:
-            self._abandon()  # the pass that wrote this layer did not get to its end
+        if self.step is not None and layer <= self._last_written:
+            self._end_pass()
 
     def settle(self) -> None:
-        """Make a step that went through all layers part of the rows."""
+        """Make a step that went through all layers part of the rows.
+
+        In the first pass the last layer says that the layers that were not written are passed over.
+        """
         step = self.step
-        if step is not None and not self._missing:
+        if step is None:
+            return
+        if self._missing and self._last_written == self._last_awaited and self._is_empty:
+            self._absent = self._absent.union(self._missing)
+            self._missing.clear()
+        if not self._missing:
             self._routines.clear()
             for table in self.tables:
                 table.commit(step.counts)
             self.columns = step.next_columns
             self.step = None
             self._is_fanned_out = False
+
+    def roll_back(self, step: Step | None = None) -> None:
+        """Forget a pass that did not go through all layers.
+
+        Args:
+            step: do so only if it is this one.
+        """
+        self.settle()
+        if step is None or step is self.step:
+            self._abandon()
+
+    def take_back(self, num_new: int) -> None:
+        """Forget a pass over `num_new` columns that goes on behind the last layer."""
+        if self.step is not None:
+            self.roll_back()
+        elif self.columns.count == num_new:
+            self.clear()
+        else:
+            self.truncate(self.columns.count - num_new)
+
+    def _end_pass(self) -> None:
+        """Forget the pass under way if it wrote nothing, since another one begins.
+
+        Raises:
+            UnclearPassError: if it wrote something: whether it has failed can't be told; nothing has changed.
+        """
+        self.settle()
+        if self.step is None or self._last_written < 0:
+            self._abandon()
+        elif self._last_written < self._last_awaited:
+            raise UnclearPassError(
+                f"The forward pass before went through layer {self._last_written} and no further, but this cache was "
+                f"made for a model with {len(self.pool.layers)} layers. If that pass failed, call cache.roll_back() "
+                "to forget it. If the model ends there, make its cache by PagedCache.from_model(model) after its "
+                "layers are cut off."
+            )
+        else:
+            raise UnclearPassError(
+                f"The forward pass before left out layers {sorted(self._missing)}, which hold the tokens before it. "
+                "Call cache.roll_back() to forget that pass; when the layers of a model are changed, use a new "
+                "PagedCache, or reset() this one."
+            )
+
+    @property
+    def _is_empty(self) -> bool:
+        return self.columns.count == 0 and not self.tables[0].lengths.any()
+
+    def _begin_to_hold(self, layer: int) -> None:
+        """Let a layer be one that holds tokens, if there are none yet."""
+        if not self._is_empty:
+            raise ValueError(
+                f"Layer {layer} was given new tokens, but it holds none of those that are cached: the passes before "
+                "left it out. When the layers of a model are changed, use a new PagedCache, or reset() this one."
+            )
+        self._absent -= {layer}
+        if self.step is not None:
+            self._missing.add(layer)
 
     def tidy(self) -> None:
         """Settle, and release what has left a window, unless it is recorded or a pass is under way."""
@@ -240,15 +335,23 @@ class Batch:
         return self.columns.selected([0] * num_rows)
 
     def _reads_pages(self, num_new: int) -> bool:
-        """Whether FlexAttention reads the pages in place; else SDPA is handed a copy, layer by layer."""
-        storage = self.pool.storage(self._layers[0])
+        """Whether a kernel reads the pages in place; else SDPA is handed a copy, layer by layer."""
+        storage = next(filter(None, map(self.pool.storage, self._layers)), None)
+        if storage is None:
+            return True
         # Where tiles must be small, many queries are SDPA's.
-        return num_new == 1 or storage is None or not repacks_storage(storage.dtype, storage.device)
+        return takes(storage.dtype) and (num_new == 1 or not repacks_storage(storage.dtype, storage.device))
 
     def _begin(
-        self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, reads_pages: bool
+        self,
+        num_rows: int,
+        num_new: int,
+        new: BoolMatrix | None,
+        past_is_visible: bool,
+        reads_pages: bool,
+        num_layers: int | None,
     ) -> Step:
-        self._abandon()
+        self._end_pass()
         self.tidy()
         if self.columns.count == 0:
             for table in self.tables:
@@ -263,13 +366,23 @@ class Batch:
         except Exception:
             self._undo()
             raise
-        self._missing.update(self._layers)
+        self._await_layers(num_layers)
         return self.step
+
+    def _await_layers(self, num_layers: int | None) -> None:
+        """Begin to note which layers are written, of a model that has so many; None: as many as ever."""
+        if self._is_empty:
+            first_absent = min(num_layers or self.num_layers, self.num_layers)
+            self._absent = frozenset(layer for layer in self._layers if layer >= first_absent)
+        self._missing = set(self._layers) - self._absent
+        self._last_awaited = max(self._missing, default=-1)
+        self._last_written = -1
 
     def _abandon(self) -> None:
         if self.step is not None:
             self.step.is_cancelled = True
             self.step = None
+            self._missing.clear()
             self._routines.clear()
             self._undo()
 
@@ -285,14 +398,17 @@ class Batch:
     # Between forward passes
 
     def rest(self) -> None:
-        """Come to a state between two forward passes."""
-        self.settle()
-        self._abandon()
+        """Come to a state between two forward passes.
+
+        Raises:
+            UnclearPassError: if it can't be told whether the last one has failed; nothing has changed.
+        """
+        self._end_pass()
         self.tidy()
 
     def clear(self) -> None:
         """Release all pages and have no rows."""
-        self.rest()
+        self.roll_back()
         for table in self.tables:
             table.clear()
         self.columns = Columns()
@@ -352,12 +468,14 @@ class Batch:
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = other.columns
         self._records_past = other._records_past
+        self.num_layers, self._absent = other.num_layers, other._absent
 
     def exchange(self, other: "Batch") -> None:
         """Hold what `other` holds, and let it hold what this does."""
         self.tables, other.tables = other.tables, self.tables
         self.tilings, other.tilings = other.tilings, self.tilings
         self.columns, other.columns = other.columns, self.columns
+        self._absent, other._absent = other._absent, self._absent
 
     def gather(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy a layer into the padded layout; `(None, None)` when empty.
@@ -368,7 +486,7 @@ class Batch:
         """
         self.settle()
         storage = self.pool.storage(layer)
-        if storage is None or self.columns.count == 0:
+        if storage is None or self.columns.count == 0 or layer in self._absent:
             return None, None
         table = self.tables[self.pool.group_of_layer[layer]]
         keys, values = gather_columns(storage, table, self.columns, self.first_column(layer))

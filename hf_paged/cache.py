@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged.batch import Batch
+from hf_paged.config import num_attention_layers
 from hf_paged.layer import PagedLayer, layers_over
 from hf_paged.mask import NAME
 from hf_paged.memory_map import draw
@@ -81,7 +82,9 @@ class PagedCache(Cache):
                 "instead of through Transformers' attention interface. Load it with "
                 'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
             )
-        return cls(config, num_pages, page_size)
+        cache = cls(config, num_pages, page_size)
+        cache._batch.num_layers = num_attention_layers(model, len(cache.layers))
+        return cache
 
     def __repr__(self) -> str:
         lengths = ", ".join(map(str, self.lengths))
@@ -155,6 +158,43 @@ class PagedCache(Cache):
         """
         prefill(model, self._batch, input_ids, attention_mask, max_tokens)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new tokens of a layer; called by its attention.
+
+        Args:
+            key_states: `(num_rows, num_kv_heads, num_new, head_dim)`, rotary embedding applied.
+            value_states: like `key_states`.
+            layer_idx: index of the layer.
+            *args: ignored.
+            **kwargs: ignored.
+
+        Returns:
+            Keys and values for the attention function.
+
+        Raises:
+            OutOfPagesError: if the tokens don't fit into the pool; nothing has changed.
+            ValueError: if they don't fit what is cached; nothing has changed.
+        """
+        if layer_idx >= len(self.layers):
+            self._batch.take_back(key_states.shape[2])
+            raise ValueError(
+                f"Layer {layer_idx} was given to a PagedCache that was made for a model of {len(self.layers)} layers. "
+                "Make a PagedCache for this model."
+            )
+        layer: Any = self.layers[layer_idx]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def roll_back(self) -> None:
+        """Forget a forward pass that failed in mid-way; the cache is as it was before.
+
+        A pass that hf-paged itself refuses is forgotten at once. Where anything else fails (a layer, a hook, memory,
+        an interrupt), nothing tells the cache so, and the next pass is refused until this is called.
+        """
+        self._batch.roll_back()
+
     def reset(self) -> None:
         """Release all pages; the cache is as new."""
         self._batch.clear()
@@ -163,7 +203,7 @@ class PagedCache(Cache):
         """Remove the last columns.
 
         Args:
-            tokens_to_remove: 0 or negative, minus the number of columns. 0 forgets a forward pass that failed.
+            tokens_to_remove: 0 or negative, minus the number of columns.
 
         Raises:
             ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which

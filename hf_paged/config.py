@@ -1,7 +1,9 @@
 """What the cache needs to know of a model's configuration."""
 
+import copy
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -36,7 +38,7 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
     Raises:
         ValueError: if a layer keeps a state that is not keys and values per token.
     """
-    kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    kinds, arguments = get_layer_types_and_kwargs(_of_decoder(config))
     for index, kind in enumerate(kinds):
         if kind not in _STORING and kind != "dummy":
             raise ValueError(
@@ -57,3 +59,30 @@ def check_page_size(page_size: int) -> int:
             f"choose one of {', '.join(map(str, PAGE_SIZES))}."
         )
     return page_size
+
+
+def num_decoder_layers(config: PreTrainedConfig) -> int | None:
+    """Layers of the decoder whose mask is made with this configuration; None where it counts those of an encoder."""
+    return None if config.is_encoder_decoder or _counts_encoder(config) else int(config.num_hidden_layers)
+
+
+def _of_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The decoder's part; also of a decoder that is used by itself and whose family has an encoder, as BART."""
+    config = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder or not _counts_encoder(config):
+        return config
+    config = copy.copy(config)
+    config.is_encoder_decoder = True
+    return config.get_text_config(decoder=True)
+
+
+def _counts_encoder(config: PreTrainedConfig) -> bool:
+    return "encoder" in config.attribute_map.get("num_hidden_layers", "")
+
+
+def num_attention_layers(model: torch.nn.Module, num_layers: int) -> int:
+    """Layers that a decoder has, of the `num_layers` that its configuration counts: those behind may be cut off."""
+    get_decoder = getattr(model, "get_decoder", None)
+    modules = (model if get_decoder is None else get_decoder()).modules()
+    indices = [index for module in modules if isinstance(index := getattr(module, "layer_idx", None), int)]
+    return min(num_layers, max(indices) + 1) if indices else num_layers

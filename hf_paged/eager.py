@@ -52,7 +52,8 @@ def blockwise_attention(
         if sinks is not None:
             sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(num_rows, -1, stop - start, 1)
             scores = torch.cat([scores, sink], dim=-1)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., :num_columns]
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=exact).to(query.dtype)[..., :num_columns]
         by_group = weights.view(num_rows, num_kv_heads, -1, stop - start, num_columns)
         blocks.append((by_group @ values[:, :, None]).flatten(1, 2))
     return torch.cat(blocks, dim=2).transpose(1, 2)

@@ -6,3 +6,10 @@ class OutOfPagesError(RuntimeError):
 
     Raised before anything is written: the cache holds what it held and goes on working once pages are free.
     """
+
+
+class UnclearPassError(ValueError):
+    """A forward pass stopped before the last layer, and nothing says whether it failed or the model ends there.
+
+    Nothing has changed. `PagedCache.roll_back()` forgets the pass.
+    """

@@ -55,6 +55,11 @@ class Variant:
     num_tiles: int | None
 
 
+def takes(dtype: torch.dtype) -> bool:
+    """Whether FlexAttention computes in this dtype: in float64 it does not, and flash decoding would in float32."""
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 def repacks_storage(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether tiles of 64 rows or more would let the kernel repack the whole storage of a layer, used or not."""
     return device.type == "cpu" and dtype.itemsize == 2
@@ -125,9 +130,17 @@ def paged_attention(
         softcap: bound of the scores; None without.
         has_sinks: whether there are attention sinks. The sink page of `tiles` is their token.
 
+    Raises:
+        ValueError: for a dtype that FlexAttention does not take.
+
     Source:
         FlexAttention: Dong et al., 2024. Paged through its block mask: Joshi et al., 2025.
     """
+    if not takes(query.dtype):
+        raise ValueError(
+            f"Packed queries in {query.dtype} were given on {query.device.type}, where FlexAttention is to compute "
+            "them, but it takes float32, bfloat16 and float16. Let generate() compute the prompt by itself."
+        )
     seats = tiles.seats
     if seats is not None:
         query = seats.spread(query)

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
+from hf_paged.config import num_decoder_layers
 from hf_paged.graphs import outside_of_graphs
 from hf_paged.lengths import PlannedLength
 from hf_paged.plan import Plan
@@ -130,7 +131,7 @@ def paged_flex_mask(
     if not isinstance(kv_length, PlannedLength):
         return dense()
     batch = kv_length.batch
-    step = batch.plan(batch_size, q_length, attention_mask)
+    step = batch.plan(batch_size, q_length, attention_mask, None if config is None else num_decoder_layers(config))
     if step.view is not View.PAGES:
         # Contiguous keys and values, those that are new if they are all there is: SDPA reads them faster.
         return PagedMask(Plan(batch, step, by_column=dense()))

@@ -237,7 +237,7 @@ class PackedBatch(Batch):
             table.drop(self._packing.starts(table.group.window, first))
             table.reserve(step.counts)
         self.step = step
-        self._missing.update(self._layers)
+        self._await_layers(None)
         return chunk
 
     def end(self) -> None:
@@ -260,7 +260,7 @@ class PackedBatch(Batch):
         self.columns = self._next_columns
         self.tidy()
 
-    def plan(self, num_rows: int, num_new: int, attention_mask: Tensor | None) -> Step:
+    def plan(self, num_rows: int, num_new: int, attention_mask: Tensor | None, num_layers: int | None = None) -> Step:
         """Return the pass that has begun.
 
         Raises:
@@ -275,7 +275,13 @@ class PackedBatch(Batch):
         return step
 
     def _begin(
-        self, num_rows: int, num_new: int, new: BoolMatrix | None, past_is_visible: bool, reads_pages: bool
+        self,
+        num_rows: int,
+        num_new: int,
+        new: BoolMatrix | None,
+        past_is_visible: bool,
+        reads_pages: bool,
+        num_layers: int | None,
     ) -> Step:
         raise self._own_way(num_rows, num_new)
 

@@ -242,7 +242,9 @@ class PaddedStep(Step):
             self.limits: Counts = starts + np.arange(1, num_new + 1)
         else:
             self.counts = new.sum(axis=1, dtype=np.int64)
-            self.limits = np.where(new, starts + new.cumsum(axis=1), 0)
+            # Padding sees what is before it, as with Transformers' own caches: at the end of a row generate() goes on
+            # from what it gives.
+            self.limits = starts + new.cumsum(axis=1)
         self.placements = [Placement(table, None if keeps_all else self._unread(table)) for table in tables]
         self.leaders: Leaders | None = None
         self._possible_twins = possible_twins(tables, num_new, new)
@@ -292,16 +294,25 @@ class PaddedStep(Step):
 
     def tiles(self, tiling: Tiling, window: int | None, queries: slice, layout: Layout) -> Tiles:
         """See `Step`."""
-        firsts = None if window is None else self.firsts(window)[:, queries]
-        return tiling.causal(self.limits[:, queries], firsts, window, layout)
+        return tiling.causal(*self._seen(window, queries), window, layout)
 
     def units(self, tiling: Tiling, window: int | None, queries: slice) -> Units | None:
         """See `Step`."""
-        limits = self.limits[:, queries]
+        limits, firsts = self._seen(window, queries)
         if limits.shape[1] > 1:
             return None
-        firsts = None if window is None else self.firsts(window)[:, queries][:, 0]
-        return tiling.units(limits[:, 0], firsts, window)
+        return tiling.units(limits[:, 0], None if firsts is None else firsts[:, 0], window)
+
+    def _seen(self, window: int | None, queries: slice) -> tuple[Counts, Counts | None]:
+        """`(num_rows, num_queries)` tokens of its row up to which each query sees, and from which, None for the first.
+
+        Padding may stand so far behind the tokens of its row that it sees none of them through a window.
+        """
+        limits = self.limits[:, queries]
+        if window is None:
+            return limits, None
+        firsts = self.firsts(window)[:, queries]
+        return np.where(firsts < limits, limits, 0), firsts
 
     def firsts(self, window: int) -> Counts:
         """`(num_rows, num_new)` tokens of its row that each query no longer sees through a window."""

@@ -13,6 +13,8 @@ from hf_paged.host_memory import untouched_memory
 
 Slots = npt.NDArray[np.int64]
 
+_DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
 
 def disagreement(keys: Tensor, values: Tensor) -> str | None:
     """Say in words why keys and values can't belong to the same tokens; None if they can."""
@@ -20,6 +22,8 @@ def disagreement(keys: Tensor, values: Tensor) -> str | None:
         return f"values of shape {tuple(values.shape)} for keys of shape {tuple(keys.shape)}"
     if (keys.dtype, keys.device) != (values.dtype, values.device):
         return f"values in {values.dtype} on {values.device}, but keys in {keys.dtype} on {keys.device}"
+    if keys.dtype not in _DTYPES:
+        return f"keys and values in {keys.dtype}, but pages hold float16, bfloat16, float32 or float64"
     return None
 
 

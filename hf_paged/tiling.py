@@ -32,7 +32,7 @@ class Tiling:
         """Tiles for queries that see the tokens of their row from `firsts` up to, not including, `limits`.
 
         Args:
-            limits: `(num_rows, num_queries)`; 0 for padding, whose output is of no interest.
+            limits: `(num_rows, num_queries)`; 0 for queries that see nothing.
             firsts: like `limits`; None: from the beginning.
             window: tokens that a query sees at most; None where `firsts` is.
             layout: how to stack them.
@@ -92,7 +92,7 @@ class Tiling:
     def _between(self, first: Counts, last: Counts, rows: Counts, layout: Layout) -> Tiles:
         """Tiles of the rows `rows`, `(num_tiles,)`, whose queries `(num_tiles, tile_length)` see what is between."""
         page_size = self._table.group.page_size
-        is_query = last > 0  # padding does not make pages partial
+        is_query = last > 0  # those that see nothing make no page partial
         limit = last.max(axis=1)
         begin = np.where(is_query, first, limit[:, None]).min(axis=1) // page_size
         end = -(-limit // page_size)

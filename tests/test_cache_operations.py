@@ -6,6 +6,7 @@ import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged.errors import UnclearPassError
 from tests.reference import (
     EDGES,
     HEAD_DIM,
@@ -253,7 +254,7 @@ def test_updating_a_layer_twice_in_one_pass_is_refused():
     cache.update(*layers[0], 0)
     with pytest.raises(ValueError, match=r"Layer 0 was updated twice .* pass, but layers \[1, 2\] not yet"):
         cache.update(*layers[0], 0)
-    cache.crop(0)
+    cache.roll_back()
     assert_same(cache, reference)
     extend(cache, reference, 3, generator)
     assert_same(cache, reference)
@@ -302,7 +303,7 @@ def test_a_pass_that_fails_loses_nothing_and_keeps_no_page(num_written, num_fail
     for layer in range(num_written):
         cache.update(*failed[layer], layer)
     assert_same(cache, reference)
-    cache.crop(0)
+    cache.roll_back()
     assert cache.pool.groups[0].allocator.num_active == num_active
     assert_same(cache, reference)
     layers = random_layers(2, 3, generator, 3)
@@ -314,7 +315,7 @@ def test_a_pass_that_fails_loses_nothing_and_keeps_no_page(num_written, num_fail
 
 @pytest.mark.parametrize("num_written", [0, 1, 2], ids=lambda count: f"{count} layers")
 @pytest.mark.parametrize("num_next", [3, 1], ids=["same length", "other length"])
-def test_the_pass_after_one_that_failed_needs_no_preparation(num_written, num_next):
+def test_the_pass_after_one_that_stopped_is_refused_until_it_is_rolled_back(num_written, num_next):
     cache = PagedCache(tiny_config(num_hidden_layers=3), page_size=16)
     generator = torch.Generator().manual_seed(0)
     reference = filled(cache, generator, 2, 15)
@@ -322,6 +323,12 @@ def test_the_pass_after_one_that_failed_needs_no_preparation(num_written, num_ne
     plan(cache, 2, 3, None)
     for layer in range(num_written):
         cache.update(*failed[layer], layer)
+    if num_written:
+        for _ in range(2):
+            with pytest.raises(UnclearPassError, match=rf"through layer {num_written - 1} and .*cache.roll_back\(\)"):
+                plan(cache, 2, num_next, None)
+        assert_same(cache, reference)
+        cache.roll_back()
     extend(cache, reference, num_next, generator)
     assert_same(cache, reference)
     cache.pool.check_integrity()
@@ -344,6 +351,7 @@ def test_a_model_whose_pass_failed_goes_on_from_where_it_was(num_failed):
         with pytest.raises(RuntimeError, match="out of memory"):
             model(input_ids[:, 17 : 17 + num_failed], past_key_values=cache)
         hook.remove()
+        cache.roll_back()
         logits = model(input_ids[:, 17:], past_key_values=cache).logits
     torch.testing.assert_close(logits, expected)
 
@@ -382,6 +390,9 @@ def test_an_operation_after_a_failed_pass_does_not_see_its_tokens(generator, ope
         filled(cache, generator.manual_seed(0), 2, 15)
         if has_failed:
             cache.update(*random_layers(2, 17, generator)[0], 0)
+            with pytest.raises(UnclearPassError, match=r"If that pass failed, call cache.roll_back\(\)"):
+                operation(cache)
+            cache.roll_back()
         returned = operation(cache)
         result = cache if returned is None else returned
         results.append([result.gather(layer) for layer in range(NUM_LAYERS)])
@@ -391,11 +402,7 @@ def test_an_operation_after_a_failed_pass_does_not_see_its_tokens(generator, ope
     assert num_pages[0] == num_pages[1]
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [lambda cache: cache.crop(0), lambda cache: cache.batch_repeat_interleave(2), PagedCache.fork, PagedCache.reset],
-    ids=["crop", "repeat", "fork", "reset"],
-)
+@pytest.mark.parametrize("operation", [PagedCache.roll_back, PagedCache.reset], ids=["roll back", "reset"])
 def test_a_first_pass_that_failed_leaves_an_empty_cache(cache, generator, operation):
     cache.update(*random_layers(2, 17, generator)[0], 0)
     operation(cache)

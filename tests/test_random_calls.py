@@ -120,6 +120,7 @@ class CacheMachine(RuleBasedStateMachine):
         with contextlib.suppress(OutOfPagesError):
             kv_length.batch.plan(num_rows, num_new, None if mask is None else torch.tensor(mask))
             cache.update(rubbish, rubbish, 0)
+        cache.roll_back()
 
     @rule(which=st.integers(0, 3), data=st.data())
     def release(self, which, data):
