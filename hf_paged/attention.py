@@ -61,26 +61,31 @@ def paged_flex_attention(
         ValueError: for what the kernel can't do.
     """
     if dropout > 0:
-        raise ValueError(
-            f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before generating."
+        raise _refused(
+            attention_mask,
+            f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before "
+            "generating.",
         )
     if kwargs.get("output_attentions"):
-        raise ValueError(
+        raise _refused(
+            attention_mask,
             f"output_attentions=True was asked for, but {NAME!r} never has the attention weights at hand. Load the "
-            'model with attn_implementation="eager"; PagedCache works with it.'
+            'model with attn_implementation="eager"; PagedCache works with it.',
         )
     if position_bias is not None:
-        raise ValueError(
+        raise _refused(
+            attention_mask,
             f"{NAME!r} can't compute attention with a position_bias. Load the model with "
-            'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
+            'attn_implementation="eager" or "sdpa"; PagedCache works with both.',
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
     if not isinstance(attention_mask, PagedMask):
         if holds_pages(key):
-            raise ValueError(
+            raise _refused(
+                attention_mask,
                 "Keys in pages were given to the attention function with a mask that the model made itself. Load the "
-                'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.'
+                'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.',
             )
         return _attend_to_columns(query, key, value, attention_mask, is_causal, scale, softcap, s_aux), None
     if query.dtype is not key.dtype and autocast_dtype(query) is not None:
@@ -91,6 +96,13 @@ def paged_flex_attention(
         output: Tensor = torch.ops.hf_paged.write_and_attend(*arguments, *options)
         return output, None
     return attend(*arguments, *options), None
+
+
+def _refused(mask: Tensor | PagedMask | None, message: str) -> ValueError:
+    """Give up the pass of a mask; an error that says why."""
+    if isinstance(mask, PagedMask):
+        mask.plan.batch.roll_back(mask.plan.step)
+    return ValueError(message)
 
 
 def attend(

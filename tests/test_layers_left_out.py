@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    WhisperConfig,
+    WhisperForCausalLM,
+)
 
-from hf_paged import PagedCache, PagePool
+from hf_paged import OutOfPagesError, PagedCache, PagePool
 from hf_paged.errors import UnclearPassError
 from tests.models import generate, left_padded, random_ids, run, tiny_gemma, tiny_llama, tiny_model
 
@@ -108,7 +115,7 @@ def test_a_cache_made_for_a_deeper_model_is_right_or_refuses(attention):
         assert torch.equal(generate(small, attention, cache, ids, max_new_tokens=10), expected)
         return
     for _ in range(2):
-        with pytest.raises(UnclearPassError, match="through layer 1 and no further, .* a model with 3 layers"):
+        with pytest.raises(UnclearPassError, match=r"through layer 1 and no further, .* a model with 3 layers"):
             generate(small, attention, cache, ids, max_new_tokens=10)
     cache.roll_back()
     assert cache.get_seq_length() == 0
@@ -130,8 +137,6 @@ def test_a_cache_made_for_a_shallower_model_is_refused_and_holds_nothing(attenti
 
 
 def test_an_encoder_with_another_number_of_layers_is_not_counted():
-    from transformers import BartConfig, BartForCausalLM, WhisperConfig, WhisperForCausalLM
-
     sizes = {"vocab_size": 200, "d_model": 48, "decoder_layers": 3, "decoder_attention_heads": 3, "init_std": 0.3}
     sizes |= {"decoder_ffn_dim": 64, "encoder_ffn_dim": 64, "encoder_attention_heads": 3, "pad_token_id": 0}
     sizes |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -222,8 +227,6 @@ def test_a_pass_that_ran_out_of_pages_needs_no_roll_back():
     cache, other = PagedCache(pool=pool), PagedCache(pool=pool)
     ids = random_ids(2, 40)
     run(model, other, ids[:1, :20], [20])
-    from hf_paged import OutOfPagesError
-
     with pytest.raises(OutOfPagesError):  # which rows of equal length say in the first layer
         run(model, cache, ids, [40])
     other.reset()

@@ -31,7 +31,7 @@ def prefilled(num_rows, dtype=torch.float32, num_layers=4):
     return cache
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_every_layer_holds_what_it_was_given(num_rows, dtype):
     cache = prefilled(num_rows, dtype)
@@ -59,7 +59,7 @@ def test_every_layer_holds_what_it_was_given(num_rows, dtype):
         (lambda keys: keys.expand(-1, -1, 2, -1), "Layer 2 was given values of shape"),
     ],
 )
-def test_a_layer_that_does_not_fit_raises_and_leaves_the_step_to_be_repeated(changed, message):
+def test_a_layer_that_does_not_fit_raises_and_the_step_is_rolled_back(changed, message):
     cache = prefilled(3)
     begin_step(cache, 3)
     for layer in range(2):
@@ -69,7 +69,9 @@ def test_a_layer_that_does_not_fit_raises_and_leaves_the_step_to_be_repeated(cha
     with pytest.raises(ValueError, match=message):
         cache.update(changed(keys), values, 2)
     assert all(torch.equal(*pair) for pair in zip(cache.pool.storage(2).tensors, before, strict=True))
-    for layer in (2, 3):
+    assert cache.lengths == [20, 20, 20]
+    begin_step(cache, 3)
+    for layer in range(4):
         cache.update(*states(3, seed=layer), layer)
     assert cache.lengths == [21, 21, 21]
     assert torch.equal(cache.layers[2].keys[:, :, -1:], keys)

@@ -112,13 +112,14 @@ def test_a_pass_that_fails_after_its_last_layer_is_taken_back_by_crop(model):
     torch.testing.assert_close(actual, plain(model, ids, [15, 3, 6])[:, 15:], **FP32)
 
 
-def test_a_failed_step_needs_no_cleaning_up(model):
+def test_a_failed_step_is_rolled_back_and_done_again(model):
     cache, ids = PagedCache.from_model(model, page_size=16), random_ids(1, 24)
     run(model, cache, ids[:, :10], [10])
     hook = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("injected")))
     with pytest.raises(RuntimeError, match="injected"):
         run(model, cache, ids[:, 10:11], [1])
     hook.remove()
+    cache.roll_back()
     actual = run(model, cache, ids[:, 10:], [1, 13])
     torch.testing.assert_close(actual, plain(model, ids, [10, 1, 13])[:, 10:], **FP32)
 
