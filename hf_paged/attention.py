@@ -79,7 +79,9 @@ def paged_flex_attention(
             'attn_implementation="eager" or "sdpa"; PagedCache works with both.',
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    is_causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
+    # What the mask function was asked for counts, not what the layer says of itself.
+    is_masked = isinstance(attention_mask, PagedMask)
+    is_causal = is_masked or bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
     if not isinstance(attention_mask, PagedMask):
         if holds_pages(key):
             raise _refused(

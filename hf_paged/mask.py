@@ -134,7 +134,7 @@ def paged_flex_mask(
     step = batch.plan(batch_size, q_length, attention_mask, None if config is None else num_decoder_layers(config))
     if step.view is not View.PAGES:
         # Contiguous keys and values, those that are new if they are all there is: SDPA reads them faster.
-        return PagedMask(Plan(batch, step, by_column=dense()))
+        return PagedMask(Plan(batch, step, by_column=dense(allow_is_bidirectional_skip=False)))
     if step.past_is_visible:
         if mask_function is causal_mask_function:
             return PagedMask(Plan(batch, step))

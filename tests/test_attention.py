@@ -5,6 +5,8 @@ import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    BigBirdPegasusConfig,
+    BigBirdPegasusForCausalLM,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -277,3 +279,17 @@ def test_a_cache_filled_in_inference_mode_works_outside_of_it():
     second = run(model, cache, ids[:, 30:], [1, 1, 8])
     expected = plain(model, ids, [30, 1, 1, 8])
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, **FP32)
+
+
+@pytest.mark.parametrize("lengths", [[20], [20, 9]], ids=str)
+def test_a_causal_mask_counts_where_the_layers_say_that_they_are_not_causal(lengths):
+    sizes = {"vocab_size": 200, "d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 3, "init_std": 0.3}
+    sizes |= {"decoder_ffn_dim": 64, "max_position_embeddings": 64, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = BigBirdPegasusForCausalLM(BigBirdPegasusConfig(**sizes)).eval()
+    assert not model.model.decoder.layers[0].self_attn.is_causal
+    ids, mask = random_ids(len(lengths), 20), left_padded(20, lengths)
+    settings = {"attention_mask": mask, "max_new_tokens": 10}
+    expected = generate(model, "eager", DynamicCache(config=model.config), ids, **settings)  # it has no sdpa
+    cache = PagedCache.from_model(model, page_size=16)
+    assert torch.equal(generate(model, "paged_flex", cache, ids, **settings), expected)
