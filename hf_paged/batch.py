@@ -4,9 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hf_paged.columns import BoolMatrix, Columns, Counts
+from hf_paged.edits import Edits
 from hf_paged.gather import gather_columns
 from hf_paged.kernel import repacks_storage
 from hf_paged.page_table import PageTable
@@ -32,6 +35,7 @@ class Batch:
         self.tables = [PageTable(group) for group in pool.groups]
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = Columns()
+        self.edits = Edits()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
         self._all_layers_store = len(self._layers) == pool.config.num_hidden_layers
@@ -50,7 +54,7 @@ class Batch:
     @property
     def lengths(self) -> Counts:
         """`(num_rows,)` tokens of each row, padding excluded, without those of a pass under way."""
-        self.settle()
+        self.absorb()
         return self.tables[0].lengths[: self._num_settled]
 
     @property
@@ -85,7 +89,7 @@ class Batch:
                 it is raised by the first layer instead, before anything is written.
             ValueError: if rows or mask don't fit what is cached; nothing has changed.
         """
-        self.settle()
+        self.absorb()
         self._check_rows(num_rows, num_new)
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
         new, past_is_visible = self._columns_for(num_rows).split(mask, num_rows, num_new)
@@ -102,7 +106,7 @@ class Batch:
             keys: `(num_rows, num_kv_heads, num_new, head_dim)`.
             values: like `keys`.
         """
-        self.settle()
+        self.absorb()
         num_rows, _, num_new, _ = keys.shape
         step = self.step
         if step is None or len(self._missing) == len(self._layers):
@@ -168,6 +172,8 @@ class Batch:
             OutOfPagesError: if the tokens don't fit; nothing is written.
             ValueError: if shapes, dtype or device don't fit; nothing is written.
         """
+        if self.edits.copies and self.step is not None:
+            self.edits.check_untouched(layer)
         group = self.pool.group_of_layer[layer]
         routine = self._routines.get(group)
         result = None
@@ -191,7 +197,7 @@ class Batch:
 
     def begin_pass(self, layer: int) -> None:
         """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer."""
-        self.settle()
+        self.absorb()
         self._is_planned = False
         if self.step is not None and layer not in self._missing:
             self._abandon()  # the pass that wrote this layer did not get to its end
@@ -207,9 +213,15 @@ class Batch:
             self.step = None
             self._is_fanned_out = False
 
-    def tidy(self) -> None:
-        """Settle, and release what has left a window, unless it is recorded or a pass is under way."""
+    def absorb(self) -> None:
+        """Settle, and let the pages hold what was done to copies of them, unless a pass is under way."""
         self.settle()
+        if self.edits.copies and self.step is None:
+            self.edits.absorb(self)
+
+    def tidy(self) -> None:
+        """Absorb, and release what has left a window, unless it is recorded or a pass is under way."""
+        self.absorb()
         if self.step is None and not self._records_past:
             self._drop_past()
 
@@ -292,6 +304,7 @@ class Batch:
 
     def clear(self) -> None:
         """Release all pages and have no rows."""
+        self.edits.copies.clear()
         self.rest()
         for table in self.tables:
             table.clear()
@@ -317,7 +330,9 @@ class Batch:
                 )
         for table in self.tables:
             table.truncate(kept)
-        self.columns = self.columns.truncated(count)
+        columns = self.columns.truncated(count)
+        self.edits.copies = self.edits.truncated(self, columns)
+        self.columns = columns
         self._drop_past()
 
     def select(self, indices: Sequence[int]) -> None:
@@ -344,6 +359,38 @@ class Batch:
             table.release(rows)
         self.columns = self.columns.without(rows, self.num_rows)
 
+    def replace(self, states: dict[int, tuple[Tensor, Tensor]], num_rows: int, count: int) -> None:
+        """Hold other keys and values; rows that were released stay so.
+
+        Args:
+            states: for each layer keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, the last
+                columns of `count` or all of them.
+            num_rows: rows from now on.
+            count: columns from now on, all of them tokens.
+
+        Raises:
+            OutOfPagesError: if they don't fit into the pool beside what is held; nothing has changed.
+            ValueError: if rows were released and their number changes; nothing has changed.
+        """
+        released = self.columns.released
+        if released is not None and len(released) != num_rows:
+            raise ValueError(
+                f"Keys and values of {num_rows} rows were assigned to a cache of {len(released)} rows, some of them "
+                "released. Choose rows by batch_select_indices() first."
+            )
+        mask = None if released is None else torch.from_numpy(~released)[:, None].expand(-1, count)
+        other = Batch(self.pool)
+        try:
+            other.plan(num_rows, count, mask)
+            for layer, pair in states.items():
+                keys, values = (pad(tensor, (0, 0, count - tensor.shape[2], 0)) for tensor in pair)
+                other.write(layer, keys, values)
+            self.exchange(other)
+        finally:
+            other.clear()
+        if released is not None:
+            self.columns = self.columns.without(np.flatnonzero(released).tolist(), num_rows)
+
     def become_fork_of(self, other: "Batch") -> None:
         """Hold what `other` holds, sharing its pages."""
         other.rest()
@@ -365,14 +412,28 @@ class Batch:
         Returns:
             Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
             with a window begin at the first column that the next query sees.
+
+        Raises:
+            ValueError: if keys or values of another shape were assigned to some layers and not to all.
         """
-        self.settle()
+        self.absorb()
+        return self.copied(layer)
+
+    def copied(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """As `gather`, without what was done to earlier copies."""
         storage = self.pool.storage(layer)
         if storage is None or self.columns.count == 0:
             return None, None
         table = self.tables[self.pool.group_of_layer[layer]]
         keys, values = gather_columns(storage, table, self.columns, self.first_column(layer))
         return keys[: self._num_settled], values[: self._num_settled]
+
+    def count(self, layer: int) -> int:
+        """Columns before the forward pass under way; of a layer alone, where not all have been assigned yet."""
+        self.settle()
+        if not self.edits.copies or self.step is not None:
+            return self.columns.count
+        return self.edits.count(self, layer)
 
     def first_column(self, layer: int) -> int:
         """The first column that the next query of a layer sees."""

@@ -54,14 +54,41 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._batch.pool.storage(self.index) is not None
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        """A padded copy of the keys, `(num_rows, num_kv_heads, num_columns, head_dim)`; None when empty."""
-        return self._batch.gather(self.index)[0]
+    def keys(self) -> Tensor | None:
+        """The keys, `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding; None when empty.
+
+        A padded copy, of the columns that the next query sees. What is changed in it, or in a view of it, goes into
+        the pages before the next forward pass, `crop`, `reorder_cache`, `fork` or the like; pages that other caches or
+        rows hold too are copied first. After that it is out of date, and its changes mean nothing, as with
+        DynamicCache. Until then it is the same tensor at each reading and takes memory; `PagedCache.gather` returns
+        copies that are kept by nobody. A change is noticed by torch's version of the tensor: what goes around it
+        (`tensor.data`, `tensor.numpy()`) is not noticed, nor a change of an inference tensor that was assigned. Say it
+        by `PagedCache.set`, or by assigning the tensor.
+
+        Another tensor may be assigned. One with other rows or columns takes effect once keys and values of all layers
+        have these, and all of its columns are tokens then; the attention mask of the next pass says which of them
+        count.
+
+        Raises:
+            ValueError: for a tensor that can't be keys of this layer, or within a forward pass; nothing has changed.
+                By the next use of the cache, if some layers were given other rows or columns than the others.
+            OutOfPagesError: by the next use of the cache, if there are too few pages for what was changed. It is
+                kept, and tried again at the use after that.
+        """
+        return self._batch.edits.read(self._batch, self.index)[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._batch.edits.assign(self._batch, self.index, 0, keys)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        """A padded copy of the values, like `keys`."""
-        return self._batch.gather(self.index)[1]
+    def values(self) -> Tensor | None:
+        """The values, like `keys`."""
+        return self._batch.edits.read(self._batch, self.index)[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._batch.edits.assign(self._batch, self.index, 1, values)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the storage for keys and values like these, `(batch, num_kv_heads, any, head_dim)`."""
@@ -120,8 +147,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Columns before the forward pass under way, padding included."""
         if torch.compiler.is_dynamo_compiling():
             return self._batch.columns.count
-        self._batch.settle()
-        return PastLength(self._batch.columns.count)
+        return PastLength(self._batch.count(self.index))
 
     def get_max_length(self) -> int:
         """Tokens that fit into the pool; -1 without a bound."""
