@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from hf_paged.kernel import repacks_storage
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.routine import Routine
+from hf_paged.shared import SharedStates
 from hf_paged.step import PaddedStep, Step
 from hf_paged.storage import LayerStorage
 from hf_paged.tiling import Tiling
@@ -36,6 +38,7 @@ class Batch:
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = Columns()
         self.edits = Edits()
+        self._shared: WeakSet[SharedStates] = WeakSet()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
         self._all_layers_store = len(self._layers) == pool.config.num_hidden_layers
@@ -189,6 +192,22 @@ class Batch:
         self.note_written(layer)
         return result
 
+    def share(self, step: Step, layer: int, pages: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what stands for the pages of a layer that was written in `step`, and for a copy where need be."""
+        group = self.pool.group_of_layer[layer]
+        storage = self.pool.storage(layer)
+        if storage is None or not isinstance(step, PaddedStep):
+            return pages
+        states = SharedStates(step, step.placements[group].table, storage, pages)
+        self._shared.add(states)
+        return states.tensors()
+
+    def _copy_shared(self) -> None:
+        """Copy what is still shared of the last pass, as pages are about to change."""
+        for states in list(self._shared):
+            states.part()
+        self._shared.clear()
+
     def _alike(self, group: int, keys: Tensor, values: Tensor) -> dict[int, LayerStorage]:
         """Storages of a group's layers that are still to be written, where keys and values like these fit in."""
         layers = self._missing.intersection(self.pool.groups[group].layers)
@@ -210,6 +229,7 @@ class Batch:
             for table in self.tables:
                 table.commit(step.counts)
             self.columns = step.next_columns
+            self.edits.copies.clear()  # they are out of date
             self.step = None
             self._is_fanned_out = False
 
@@ -217,12 +237,15 @@ class Batch:
         """Settle, and let the pages hold what was done to copies of them, unless a pass is under way."""
         self.settle()
         if self.edits.copies and self.step is None:
+            self._copy_shared()
             self.edits.absorb(self)
 
     def tidy(self) -> None:
         """Absorb, and release what has left a window, unless it is recorded or a pass is under way."""
         self.absorb()
         if self.step is None and not self._records_past:
+            if self._shared:
+                self._copy_shared()
             self._drop_past()
 
     def _drop_past(self) -> None:
@@ -279,6 +302,8 @@ class Batch:
         return self.step
 
     def _abandon(self) -> None:
+        if self._shared:
+            self._copy_shared()
         if self.step is not None:
             self.step.is_cancelled = True
             self.step = None

@@ -101,6 +101,7 @@ class Edits:
             raise ValueError(
                 f"Layer {layer} was given values of shape {tuple(values.shape)} for keys of shape {tuple(keys.shape)}."
             )
+        self._drop_old(batch)
         num_rows, count = self._shape(batch)
         if (num_rows, count) == _held_shape(batch) and keys.shape[::2] == (num_rows, _width(batch, layer, count)):
             batch.absorb()
@@ -121,6 +122,7 @@ class Edits:
 
     def count(self, batch: Batch, layer: int) -> int:
         """Columns of a layer, between two forward passes; of it alone, where not all have been assigned yet."""
+        self._drop_old(batch)
         num_rows, count = self._shape(batch)
         if not self._misfits(batch, num_rows, count):
             return count
@@ -138,7 +140,7 @@ class Edits:
                 columns; nothing has changed.
             ValueError: if some layers have other columns now, and not all; nothing has changed.
         """
-        self.copies = {layer: copy for layer, copy in self.copies.items() if copy.columns is batch.columns}
+        self._drop_old(batch)
         changed = {layer: copy for layer, copy in self.copies.items() if copy.is_changed}
         if not changed:
             return
@@ -174,6 +176,9 @@ class Edits:
                 keys, values = _pair(copy)
                 kept[layer] = Copy(columns, keys[:, :, :width], values[:, :, :width])
         return kept
+
+    def _drop_old(self, batch: Batch) -> None:
+        self.copies = {layer: copy for layer, copy in self.copies.items() if copy.columns is batch.columns}
 
     def _copy(self, batch: Batch, layer: int) -> Copy:
         batch.settle()
@@ -347,14 +352,12 @@ def _check(storage: LayerStorage | None, layer: int, which: int, tensor: Tensor 
     if storage is None:
         return
     shape = storage.value_shape if which else storage.key_shape
-    found, held = (
-        (tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device),
-        (*shape, storage.dtype, storage.device),
-    )
-    if found != held:
+    num_heads, head_dim = tensor.shape[1], tensor.shape[3]
+    if ((num_heads, head_dim), tensor.dtype, tensor.device) != (shape, storage.dtype, storage.device):
         raise ValueError(
-            f"Layer {layer} was given {name} of {found[0]} heads of {found[1]} in {found[2]} on {found[3]}, but this "
-            f"cache holds {held[0]} heads of {held[1]} in {held[2]} on {held[3]}. Convert them first."
+            f"Layer {layer} was given {name} of {num_heads} heads of {head_dim} in {tensor.dtype} on {tensor.device}, "
+            f"but this cache holds {shape[0]} heads of {shape[1]} in {storage.dtype} on {storage.device}. Convert "
+            "them first."
         )
 
 

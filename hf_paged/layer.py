@@ -12,12 +12,15 @@ from hf_paged.dtypes import autocast_dtype
 from hf_paged.graphs import outside_of_graphs
 from hf_paged.lengths import PastLength, PlannedLength
 from hf_paged.mask import NAME
+from hf_paged.storage import holds_pages
 
 
 def layers_over(batch: Batch) -> list[Any]:
     """Make the layers of a cache, one for each layer of the model, over these rows."""
+    # Layers that store nothing may read what others were handed.
+    kind = PagedLayer if all(spec.stores for spec in batch.pool.layers) else SharedLayer
     return [
-        PagedLayer(batch, index, spec) if spec.stores else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
+        kind(batch, index, spec) if spec.stores else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
         for index, spec in enumerate(batch.pool.layers)
     ]
 
@@ -175,6 +178,18 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             f"{method}() was called on layer {self.index} alone, but the layers of a PagedCache share their pages. "
             "Call it on the cache, if it has it."
         )
+
+
+class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """A layer of a model that may hand on what `update` returned to other layers, and to its caller."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens into their slots; as `PagedLayer.update`, but pages are for attention only."""
+        step = self._batch.step
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling() or step is None or not holds_pages(keys):
+            return keys, values
+        return self._batch.share(step, self.index, (keys, values))
 
 
 _write = outside_of_graphs(Batch.write)
