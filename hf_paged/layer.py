@@ -17,11 +17,15 @@ from hf_paged.storage import holds_pages
 
 def layers_over(batch: Batch) -> list[Any]:
     """Make the layers of a cache, one for each layer of the model, over these rows."""
-    # Layers that store nothing may read what others were handed.
-    kind = PagedLayer if all(spec.stores for spec in batch.pool.layers) else SharedLayer
+    config, specs = batch.pool.config, batch.pool.layers
+    # Layers that store nothing read what others were handed; a newer configuration says which.
+    modes = getattr(config, "kv_sharing_modes", None) or ["store"] * len(specs)
+    is_shared = [mode == "store" and not all(spec.stores for spec in specs) for mode in modes]
     return [
-        kind(batch, index, spec) if spec.stores else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
-        for index, spec in enumerate(batch.pool.layers)
+        (SharedLayer if shared else PagedLayer)(batch, index, spec)
+        if spec.stores
+        else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
+        for index, (spec, shared) in enumerate(zip(specs, is_shared, strict=True))
     ]
 
 
