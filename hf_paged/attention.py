@@ -18,6 +18,7 @@ from hf_paged.mask import NAME, PagedMask, paged_flex_mask
 from hf_paged.page_table import PageTable
 from hf_paged.plan import Plan
 from hf_paged.segments import segmented_attention
+from hf_paged.shared import SharedTensor
 from hf_paged.step import View
 from hf_paged.storage import holds_pages
 from hf_paged.tiles import Layout
@@ -60,6 +61,9 @@ def paged_flex_attention(
     Raises:
         ValueError: for what the kernel can't do.
     """
+    if type(key) is SharedTensor and type(value) is SharedTensor:
+        step = attention_mask.plan.step if isinstance(attention_mask, PagedMask) else None
+        key, value = key.states.for_attention(step)
     if dropout > 0:
         raise _refused(
             attention_mask,

@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hf_paged.columns import BoolMatrix, Columns, Counts
+from hf_paged.edits import Edits
 from hf_paged.errors import UnclearPassError
 from hf_paged.gather import gather_columns
 from hf_paged.kernel import repacks_storage, takes
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.routine import Routine
+from hf_paged.shared import SharedStates
 from hf_paged.step import PaddedStep, Step
 from hf_paged.storage import LayerStorage
 from hf_paged.tiling import Tiling
@@ -39,6 +44,8 @@ class Batch:
         self.tables = [PageTable(group) for group in pool.groups]
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = Columns()
+        self.edits = Edits()
+        self._shared: WeakSet[SharedStates] = WeakSet()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
         self._all_layers_store = len(self._layers) == len(pool.layers)
@@ -59,7 +66,7 @@ class Batch:
     @property
     def lengths(self) -> Counts:
         """`(num_rows,)` tokens of each row, padding excluded, without those of a pass under way."""
-        self.settle()
+        self.absorb()
         return self.tables[0].lengths[: self._num_settled]
 
     @property
@@ -68,6 +75,11 @@ class Batch:
         if self.columns.count == 0:
             return 0
         return 1 if self._is_fanned_out else self.num_rows
+
+    @property
+    def holding_layers(self) -> list[int]:
+        """The layers that hold the tokens."""
+        return [layer for layer in self._layers if layer not in self._absent]
 
     @property
     def records_past(self) -> bool:
@@ -95,7 +107,7 @@ class Batch:
                 it is raised by the first layer instead, before anything is written.
             ValueError: if rows, mask or layers don't fit what is cached; nothing has changed.
         """
-        self.settle()
+        self.absorb()
         self._check_rows(num_rows, num_new)
         if num_layers is not None and num_layers > len(self.pool.layers):
             raise ValueError(
@@ -117,7 +129,7 @@ class Batch:
             keys: `(num_rows, num_kv_heads, num_new, head_dim)`.
             values: like `keys`.
         """
-        self.settle()
+        self.absorb()
         num_rows, _, num_new, _ = keys.shape
         if self.step is not None and self._last_written == self._last_awaited:
             self._end_pass()
@@ -188,6 +200,8 @@ class Batch:
             OutOfPagesError: if the tokens don't fit; nothing is written.
             ValueError: if shapes, dtype or device don't fit; nothing is written.
         """
+        if self.edits.copies and self.step is not None:
+            self.edits.check_untouched(layer)
         group = self.pool.group_of_layer[layer]
         routine = self._routines.get(group)
         result = None
@@ -209,6 +223,22 @@ class Batch:
         self.note_written(layer)
         return result
 
+    def share(self, step: Step, layer: int, pages: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what stands for the pages of a layer that was written in `step`, and for a copy where need be."""
+        group = self.pool.group_of_layer[layer]
+        storage = self.pool.storage(layer)
+        if storage is None or not isinstance(step, PaddedStep):
+            return pages
+        states = SharedStates(step, step.placements[group].table, storage, pages)
+        self._shared.add(states)
+        return states.tensors()
+
+    def _copy_shared(self) -> None:
+        """Copy what is still shared of the last pass, as pages are about to change."""
+        for states in list(self._shared):
+            states.part()
+        self._shared.clear()
+
     def _alike(self, group: int, keys: Tensor, values: Tensor) -> dict[int, LayerStorage]:
         """Storages of a group's layers that are still to be written, where keys and values like these fit in."""
         layers = self._missing.intersection(self.pool.groups[group].layers)
@@ -221,7 +251,7 @@ class Batch:
         Raises:
             ValueError: if it can't be told whether the pass before has failed; nothing has changed.
         """
-        self.settle()
+        self.absorb()
         self._is_planned = False
         if self.step is not None and layer <= self._last_written:
             self._end_pass()
@@ -242,6 +272,7 @@ class Batch:
             for table in self.tables:
                 table.commit(step.counts)
             self.columns = step.next_columns
+            self.edits.copies.clear()  # they are out of date
             self.step = None
             self._is_fanned_out = False
 
@@ -302,10 +333,19 @@ class Batch:
         if self.step is not None:
             self._missing.add(layer)
 
-    def tidy(self) -> None:
-        """Settle, and release what has left a window, unless it is recorded or a pass is under way."""
+    def absorb(self) -> None:
+        """Settle, and let the pages hold what was done to copies of them, unless a pass is under way."""
         self.settle()
+        if self.edits.copies and self.step is None:
+            self._copy_shared()
+            self.edits.absorb(self)
+
+    def tidy(self) -> None:
+        """Absorb, and release what has left a window, unless it is recorded or a pass is under way."""
+        self.absorb()
         if self.step is None and not self._records_past:
+            if self._shared:
+                self._copy_shared()
             self._drop_past()
 
     def _drop_past(self) -> None:
@@ -379,6 +419,8 @@ class Batch:
         self._last_written = -1
 
     def _abandon(self) -> None:
+        if self._shared:
+            self._copy_shared()
         if self.step is not None:
             self.step.is_cancelled = True
             self.step = None
@@ -408,7 +450,9 @@ class Batch:
 
     def clear(self) -> None:
         """Release all pages and have no rows."""
+        self.edits.copies.clear()
         self.roll_back()
+        self._absent = frozenset()
         for table in self.tables:
             table.clear()
         self.columns = Columns()
@@ -433,7 +477,9 @@ class Batch:
                 )
         for table in self.tables:
             table.truncate(kept)
-        self.columns = self.columns.truncated(count)
+        columns = self.columns.truncated(count)
+        self.edits.copies = self.edits.truncated(self, columns)
+        self.columns = columns
         self._drop_past()
 
     def select(self, indices: Sequence[int]) -> None:
@@ -460,6 +506,39 @@ class Batch:
             table.release(rows)
         self.columns = self.columns.without(rows, self.num_rows)
 
+    def replace(self, states: dict[int, tuple[Tensor, Tensor]], num_rows: int, count: int) -> None:
+        """Hold other keys and values; rows that were released stay so.
+
+        Args:
+            states: for each layer keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, the last
+                columns of `count` or all of them.
+            num_rows: rows from now on.
+            count: columns from now on, all of them tokens.
+
+        Raises:
+            OutOfPagesError: if they don't fit into the pool beside what is held; nothing has changed.
+            ValueError: if rows were released and their number changes; nothing has changed.
+        """
+        released = self.columns.released
+        if released is not None and len(released) != num_rows:
+            raise ValueError(
+                f"Keys and values of {num_rows} rows were assigned to a cache of {len(released)} rows, some of them "
+                "released. Choose rows by batch_select_indices() first."
+            )
+        mask = None if released is None else torch.from_numpy(~released)[:, None].expand(-1, count)
+        other = Batch(self.pool)
+        other.num_layers = max(states) + 1
+        try:
+            other.plan(num_rows, count, mask)
+            for layer, pair in states.items():
+                keys, values = (pad(tensor, (0, 0, count - tensor.shape[2], 0)) for tensor in pair)
+                other.write(layer, keys, values)
+            self.exchange(other)
+        finally:
+            other.clear()
+        if released is not None:
+            self.columns = self.columns.without(np.flatnonzero(released).tolist(), num_rows)
+
     def become_fork_of(self, other: "Batch") -> None:
         """Hold what `other` holds, sharing its pages."""
         other.rest()
@@ -483,14 +562,28 @@ class Batch:
         Returns:
             Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
             with a window begin at the first column that the next query sees.
+
+        Raises:
+            ValueError: if keys or values of another shape were assigned to some layers and not to all.
         """
-        self.settle()
+        self.absorb()
+        return self.copied(layer)
+
+    def copied(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """As `gather`, without what was done to earlier copies."""
         storage = self.pool.storage(layer)
         if storage is None or self.columns.count == 0 or layer in self._absent:
             return None, None
         table = self.tables[self.pool.group_of_layer[layer]]
         keys, values = gather_columns(storage, table, self.columns, self.first_column(layer))
         return keys[: self._num_settled], values[: self._num_settled]
+
+    def count(self, layer: int) -> int:
+        """Columns before the forward pass under way; of a layer alone, where not all have been assigned yet."""
+        self.settle()
+        if not self.edits.copies or self.step is not None:
+            return self.columns.count
+        return self.edits.count(self, layer)
 
     def first_column(self, layer: int) -> int:
         """The first column that the next query of a layer sees."""

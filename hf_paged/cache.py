@@ -93,10 +93,13 @@ class PagedCache(Cache):
             f"num_pages={self.pool.num_pages}, lengths=[{lengths}])"
         )
 
-    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
-        """Give keys and values of each layer, padded copies, as DynamicCache does."""
-        for layer in self.layers:
-            yield (layer.keys, layer.values, None) if isinstance(layer, PagedLayer) else (None, None, None)
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Give keys, values and window of each layer, as DynamicCache does; changes count, see `PagedLayer.keys`."""
+        for spec, layer in zip(self.pool.layers, self.layers, strict=False):
+            if isinstance(layer, PagedLayer):
+                yield layer.keys, layer.values, None if spec.window is None else torch.tensor(spec.window)
+            else:
+                yield None, None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
         return self.fork()
@@ -293,9 +296,32 @@ class PagedCache(Cache):
 
         Returns:
             Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
-            with a sliding window begin at the first column that the next query sees.
+            with a sliding window begin at the first column that the next query sees. Changes of them have no effect,
+            see `set`.
         """
         return self._batch.gather(layer_idx)
+
+    def set(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values into a layer.
+
+        Pages that other caches or rows hold too are copied first. Keys and values with other rows or columns than the
+        cache has take effect once all layers have been given these, see `PagedLayer.keys`.
+
+        Args:
+            layer_idx: a layer that stores keys and values.
+            keys: `(num_rows, num_kv_heads, num_columns, head_dim)`, rotary embedding applied, laid out as `gather`
+                returns them. What stands in columns of padding is left out.
+            values: like `keys`; the head size may differ.
+
+        Raises:
+            OutOfPagesError: if there are too few pages; nothing has changed.
+            ValueError: if the layer can't hold these, or a forward pass is under way; nothing has changed.
+        """
+        if layer_idx not in self.pool.group_of_layer:
+            raise ValueError(
+                f"Layer {layer_idx} stores no keys and values; those that do: {sorted(self.pool.group_of_layer)}."
+            )
+        self._batch.edits.set(self._batch, layer_idx, keys, values)
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""

@@ -12,13 +12,20 @@ from hf_paged.dtypes import autocast_dtype
 from hf_paged.graphs import outside_of_graphs
 from hf_paged.lengths import PastLength, PlannedLength
 from hf_paged.mask import NAME
+from hf_paged.storage import holds_pages
 
 
 def layers_over(batch: Batch) -> list[Any]:
     """Make the layers of a cache, one for each layer of the model, over these rows."""
+    config, specs = batch.pool.config, batch.pool.layers
+    # Layers that store nothing read what others were handed; a newer configuration says which.
+    modes = getattr(config, "kv_sharing_modes", None) or ["store"] * len(specs)
+    is_shared = [mode == "store" and not all(spec.stores for spec in specs) for mode in modes]
     return [
-        PagedLayer(batch, index, spec) if spec.stores else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
-        for index, spec in enumerate(batch.pool.layers)
+        (SharedLayer if shared else PagedLayer)(batch, index, spec)
+        if spec.stores
+        else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
+        for index, (spec, shared) in enumerate(zip(specs, is_shared, strict=True))
     ]
 
 
@@ -54,14 +61,41 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._batch.pool.storage(self.index) is not None
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        """A padded copy of the keys, `(num_rows, num_kv_heads, num_columns, head_dim)`; None when empty."""
-        return self._batch.gather(self.index)[0]
+    def keys(self) -> Tensor | None:
+        """The keys, `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding; None when empty.
+
+        A padded copy, of the columns that the next query sees. What is changed in it, or in a view of it, goes into
+        the pages before the next forward pass, `crop`, `reorder_cache`, `fork` or the like; pages that other caches or
+        rows hold too are copied first. After that it is out of date, and its changes mean nothing, as with
+        DynamicCache. Until then it is the same tensor at each reading and takes memory; `PagedCache.gather` returns
+        copies that are kept by nobody. A change is noticed by torch's version of the tensor: what goes around it
+        (`tensor.data`, `tensor.numpy()`) is not noticed, nor a change of an inference tensor that was assigned. Say it
+        by `PagedCache.set`, or by assigning the tensor.
+
+        Another tensor may be assigned. One with other rows or columns takes effect once keys and values of all layers
+        have these, and all of its columns are tokens then; the attention mask of the next pass says which of them
+        count.
+
+        Raises:
+            ValueError: for a tensor that can't be keys of this layer, or within a forward pass; nothing has changed.
+                By the next use of the cache, if some layers were given other rows or columns than the others.
+            OutOfPagesError: by the next use of the cache, if there are too few pages for what was changed. It is
+                kept, and tried again at the use after that.
+        """
+        return self._batch.edits.read(self._batch, self.index)[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._batch.edits.assign(self._batch, self.index, 0, keys)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        """A padded copy of the values, like `keys`."""
-        return self._batch.gather(self.index)[1]
+    def values(self) -> Tensor | None:
+        """The values, like `keys`."""
+        return self._batch.edits.read(self._batch, self.index)[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._batch.edits.assign(self._batch, self.index, 1, values)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the storage for keys and values like these, `(batch, num_kv_heads, any, head_dim)`."""
@@ -120,8 +154,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Columns before the forward pass under way, padding included."""
         if torch.compiler.is_dynamo_compiling():
             return self._batch.columns.count
-        self._batch.settle()
-        return PastLength(self._batch.columns.count)
+        return PastLength(self._batch.count(self.index))
 
     def get_max_length(self) -> int:
         """Tokens that fit into the pool; -1 without a bound."""
@@ -149,6 +182,18 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             f"{method}() was called on layer {self.index} alone, but the layers of a PagedCache share their pages. "
             "Call it on the cache, if it has it."
         )
+
+
+class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """A layer of a model that may hand on what `update` returned to other layers, and to its caller."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens into their slots; as `PagedLayer.update`, but pages are for attention only."""
+        step = self._batch.step
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling() or step is None or not holds_pages(keys):
+            return keys, values
+        return self._batch.share(step, self.index, (keys, values))
 
 
 _write = outside_of_graphs(Batch.write)

@@ -168,6 +168,24 @@ class PageTable:
         self._replace([row] * len(places), list(places), self.group.take(len(places)))
         self.version += 1
 
+    def replace(self, places: Sequence[int], rows: Sequence[Sequence[int]], copies: list[int]) -> None:
+        """Let rows have copies of pages that somebody else holds too.
+
+        Args:
+            places: of a page in its row.
+            rows: for each of `places` the rows that have one page there, and shall have one copy of it.
+            copies: for each of `places` a page with one holder.
+        """
+        self._replace([sharing[0] for sharing in rows], list(places), copies)
+        table, allocator = self._rows.block_table, self.group.allocator
+        for place, (_, *others), copy in zip(places, rows, copies, strict=True):
+            if others:
+                originals = table[others, place].tolist()
+                table[others, place] = copy
+                allocator.retain([copy], len(others))
+                allocator.release(originals)
+        self.version += 1
+
     def commit(self, counts: Counts) -> None:
         """Let `counts[row]` reserved tokens be part of each row."""
         self._rows.lengths += counts
