@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.gather import gather_columns
 from hf_paged.kernel import repacks_storage
+from hf_paged.known_ids import KnownIds
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.routine import Routine
@@ -32,6 +33,7 @@ class Batch:
         self.tables = [PageTable(group) for group in pool.groups]
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = Columns()
+        self.known_ids = KnownIds()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
         self._all_layers_store = len(self._layers) == pool.config.num_hidden_layers
@@ -204,6 +206,7 @@ class Batch:
             for table in self.tables:
                 table.commit(step.counts)
             self.columns = step.next_columns
+            self.known_ids.end_pass()
             self.step = None
             self._is_fanned_out = False
 
@@ -274,6 +277,7 @@ class Batch:
             self._undo()
 
     def _undo(self) -> None:
+        self.known_ids.abandon_pass()
         for table in self.tables:
             table.rollback()
             if self.columns.count == 0:
@@ -296,9 +300,10 @@ class Batch:
         for table in self.tables:
             table.clear()
         self.columns = Columns()
+        self.known_ids = KnownIds()
 
-    def truncate(self, count: int) -> None:
-        """Keep the first `count` columns, and drop what no query will see any more.
+    def truncate(self, count: int, *, keeps_past: bool = False) -> None:
+        """Keep the first `count` columns, and drop what no query will see any more, unless `keeps_past`.
 
         Raises:
             ValueError: if that takes tokens which have left a window; nothing has changed.
@@ -318,7 +323,9 @@ class Batch:
         for table in self.tables:
             table.truncate(kept)
         self.columns = self.columns.truncated(count)
-        self._drop_past()
+        self.known_ids.truncate(count)
+        if not keeps_past:
+            self._drop_past()
 
     def select(self, indices: Sequence[int]) -> None:
         """Let row `i` be what row `indices[i]` was.
@@ -351,13 +358,20 @@ class Batch:
         self.tables = [table.fork() for table in other.tables]
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = other.columns
+        self.known_ids = other.known_ids.fork()
         self._records_past = other._records_past
+
+    def supersede(self, other: "Batch") -> None:
+        """Write behind the tokens of `other` in the pages that both hold, as `other` won't do any more."""
+        for table, superseded in zip(self.tables, other.tables, strict=True):
+            table.supersede(superseded)
 
     def exchange(self, other: "Batch") -> None:
         """Hold what `other` holds, and let it hold what this does."""
         self.tables, other.tables = other.tables, self.tables
         self.tilings, other.tilings = other.tilings, self.tilings
         self.columns, other.columns = other.columns, self.columns
+        self.known_ids, other.known_ids = other.known_ids, self.known_ids
 
     def gather(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy a layer into the padded layout; `(None, None)` when empty.
@@ -390,3 +404,4 @@ class Batch:
         for table in self.tables:
             table.select(indices)
         self.columns = self.columns.selected(indices)
+        self.known_ids.select(indices)
