@@ -264,7 +264,7 @@ def test_one_cached_row_becomes_many(attention, arguments):
     model.set_attn_implementation(attention)
     cache = PagedCache.from_model(model, page_size=16)
     cache.prefill(model, ids)
-    with pytest.raises(ValueError, match="row 0 has token .* in column 7"):
+    with pytest.raises(ValueError, match=r"row 0 has token .* in column 7"):
         generate(model, attention, cache, other_in(ids, 0, 7), **arguments)
     assert_goes_on(model, attention, cache, ids, **arguments)
 
@@ -276,7 +276,7 @@ def test_one_cached_row_becomes_prompts_that_part_with_padding_in_between():
     assert known(cache) == (0, 20)
     ids = torch.cat([prefix.repeat(3, 1), random_ids(3, 12, seed=2)], dim=1)
     mask = torch.cat([torch.ones(3, 20, dtype=torch.long), left_padded(12, [12, 5, 1])], dim=1)
-    with pytest.raises(ValueError, match="row 1 has token .* in column 19"):
+    with pytest.raises(ValueError, match=r"row 1 has token .* in column 19"):
         generate(model, "paged_flex", cache.fork(), other_in(ids, 1, 19), attention_mask=mask)
     assert_goes_on(model, "paged_flex", cache, ids, attention_mask=mask)
 
@@ -345,7 +345,7 @@ def test_columns_of_passes_by_hand_are_not_compared():
     actual = generate(model, "paged_flex", cache, other_in(ids[:, :30], 0, 5), max_new_tokens=4)
     assert torch.equal(actual[:, 30:], plain(model, ids[:, :30], max_new_tokens=4)[:, 30:])
     assert known(cache) == (20, 33)
-    with pytest.raises(ValueError, match="row 1 has token .* in column 32"):
+    with pytest.raises(ValueError, match=r"row 1 has token .* in column 32"):
         generate(model, "paged_flex", cache, other_in(longer(actual), 1, 32))
     run(model, cache, ids[:, 33:], [7])
     assert known(cache) == (20, 33)
