@@ -20,6 +20,8 @@ from transformers.generation import utils as generation
 
 from hf_paged.columns import Columns
 
+_GLOBALS = vars(generation)  # by which its functions are told from others of the same name
+
 # Functions of Transformers that make a pass, and what they call the ids of all columns up to its end.
 _SEQUENCES = {
     "_prefill": "input_ids",
@@ -66,7 +68,7 @@ class KnownIds:
         end, self._pass = begin + num_new, None
         for frame in _frames():
             name = _SEQUENCES.get(frame.f_code.co_name)
-            if name is None or frame.f_globals is not vars(generation):
+            if name is None or frame.f_globals is not _GLOBALS:
                 continue
             local = frame.f_locals
             if not _is_given(batch, local.get("model_kwargs")):
@@ -164,7 +166,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _is_generate(frame: FrameType) -> bool:
-    return frame.f_code.co_name == "generate" and frame.f_globals is vars(generation)
+    return frame.f_code.co_name == "generate" and frame.f_globals is _GLOBALS
 
 
 def _is_given(batch: object, inputs: Any) -> bool:
