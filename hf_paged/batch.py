@@ -14,6 +14,7 @@ from hf_paged.edits import Edits
 from hf_paged.errors import UnclearPassError
 from hf_paged.gather import gather_columns
 from hf_paged.kernel import repacks_storage, takes
+from hf_paged.known_ids import KnownIds
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
 from hf_paged.routine import Routine
@@ -46,6 +47,7 @@ class Batch:
         self.columns = Columns()
         self.edits = Edits()
         self._shared: WeakSet[SharedStates] = WeakSet()
+        self.known_ids = KnownIds()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
         self._all_layers_store = len(self._layers) == len(pool.layers)
@@ -200,12 +202,12 @@ class Batch:
             OutOfPagesError: if the tokens don't fit; nothing is written.
             ValueError: if shapes, dtype or device don't fit; nothing is written.
         """
-        if self.edits.copies and self.step is not None:
-            self.edits.check_untouched(layer)
         group = self.pool.group_of_layer[layer]
         routine = self._routines.get(group)
         result = None
         try:
+            if self.edits.copies and self.step is not None:
+                self.edits.check_untouched(layer)
             if routine is not None and layer in self._missing:
                 result = routine.write(layer, keys, values)
             if result is None:
@@ -273,6 +275,7 @@ class Batch:
                 table.commit(step.counts)
             self.columns = step.next_columns
             self.edits.copies.clear()  # they are out of date
+            self.known_ids.end_pass()
             self.step = None
             self._is_fanned_out = False
 
@@ -429,6 +432,7 @@ class Batch:
             self._undo()
 
     def _undo(self) -> None:
+        self.known_ids.abandon_pass()
         for table in self.tables:
             table.rollback()
             if self.columns.count == 0:
@@ -456,9 +460,10 @@ class Batch:
         for table in self.tables:
             table.clear()
         self.columns = Columns()
+        self.known_ids = KnownIds()
 
-    def truncate(self, count: int) -> None:
-        """Keep the first `count` columns, and drop what no query will see any more.
+    def truncate(self, count: int, *, keeps_past: bool = False) -> None:
+        """Keep the first `count` columns, and drop what no query will see any more, unless `keeps_past`.
 
         Raises:
             ValueError: if that takes tokens which have left a window; nothing has changed.
@@ -480,7 +485,9 @@ class Batch:
         columns = self.columns.truncated(count)
         self.edits.copies = self.edits.truncated(self, columns)
         self.columns = columns
-        self._drop_past()
+        self.known_ids.truncate(count)
+        if not keeps_past:
+            self._drop_past()
 
     def select(self, indices: Sequence[int]) -> None:
         """Let row `i` be what row `indices[i]` was.
@@ -546,8 +553,14 @@ class Batch:
         self.tables = [table.fork() for table in other.tables]
         self.tilings = {table: Tiling(table) for table in self.tables}
         self.columns = other.columns
+        self.known_ids = other.known_ids.fork()
         self._records_past = other._records_past
         self.num_layers, self._absent = other.num_layers, other._absent
+
+    def supersede(self, other: "Batch") -> None:
+        """Write behind the tokens of `other` in the pages that both hold, as `other` won't do any more."""
+        for table, superseded in zip(self.tables, other.tables, strict=True):
+            table.supersede(superseded)
 
     def exchange(self, other: "Batch") -> None:
         """Hold what `other` holds, and let it hold what this does."""
@@ -555,6 +568,7 @@ class Batch:
         self.tilings, other.tilings = other.tilings, self.tilings
         self.columns, other.columns = other.columns, self.columns
         self._absent, other._absent = other._absent, self._absent
+        self.known_ids, other.known_ids = other.known_ids, self.known_ids
 
     def gather(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy a layer into the padded layout; `(None, None)` when empty.
@@ -601,3 +615,4 @@ class Batch:
         for table in self.tables:
             table.select(indices)
         self.columns = self.columns.selected(indices)
+        self.known_ids.select(indices)

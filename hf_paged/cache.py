@@ -61,6 +61,7 @@ class PagedCache(Cache):
             )
         self.pool = pool
         self._batch = Batch(pool)
+        self._was_given = False
         super().__init__(layers=layers_over(self._batch))
 
     @classmethod
@@ -134,6 +135,17 @@ class PagedCache(Cache):
         """Whether the storage of every layer exists."""
         return all(layer.is_initialized for layer in self.layers if isinstance(layer, PagedLayer))
 
+    @property
+    def _is_user_defined(self) -> bool:
+        return self._was_given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        # `generate()` sets this on a cache that it was given, once, before it computes anything.
+        self._batch.settle()
+        self._batch.known_ids.check(self._batch.columns)
+        self._was_given = value
+
     def prefill(
         self,
         model: PreTrainedModel,
@@ -141,25 +153,35 @@ class PagedCache(Cache):
         attention_mask: Tensor | None = None,
         *,
         max_tokens: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Compute a prompt without its padding, so that `generate()` with the same arguments goes on from there.
+        """Compute a prompt, so that `generate()` with the same arguments goes on from there.
 
-        The tokens of all rows follow one another in chunks of `max_tokens`, whatever the padding; equal rows are
-        computed once. All columns are computed that are not cached yet, but for the last one, with which `generate()`
-        begins. If it fails, nothing has changed.
+        All columns are computed that are not cached yet, but for the last one, with which `generate()` begins. If it
+        fails, nothing has changed. The tokens of all rows follow one another in chunks of `max_tokens`, without any
+        padding; equal rows are computed once. That takes a decoder set to `"paged_flex"`, whose rows and columns are
+        told apart by causality, positions and padding alone. For all other models (set to `"sdpa"` or `"eager"`, with
+        images, hooks, or adapters for each row, for example) the prompt is computed at once and padded, as
+        `generate()` does, and one log line says why.
+
+        What was an input of the prompt alone, such as `pixel_values`, is to be left out of the `generate()` that
+        follows.
 
         Args:
-            model: a decoder, set to `"paged_flex"`.
+            model: a decoder, a model that has one, or a PEFT model of these.
             input_ids: `(num_rows, num_columns)`, those that are cached included.
-            attention_mask: like `input_ids`, 0 for padding; None without padding.
+            attention_mask: like `input_ids`, 0 for padding; None for what `generate()` makes of that.
             max_tokens: tokens that are computed at once; bounds the memory of the activations. None: 1536 on a CPU,
-                4096 elsewhere. Below 128 no chunk is compiled.
+                4096 elsewhere. Below 128 no chunk is compiled. Padded prompts are not cut.
+            **kwargs: what else the model is given, as to `generate()`: what a processor returned, or `adapter_names`,
+                which a PEFT model with several adapters must be told, be it None.
 
         Raises:
             OutOfPagesError: if the prompt does not fit into the pool.
-            ValueError: for arguments that don't fit what is cached, or a model whose rows can't be packed.
+            ValueError: for arguments that don't fit what is cached, another prompt than the cached one, or a model
+                that has an encoder, other layers than the cache, or columns that are no tokens of `input_ids`.
         """
-        prefill(model, self._batch, input_ids, attention_mask, max_tokens)
+        prefill(model, self, input_ids, attention_mask, max_tokens, kwargs)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

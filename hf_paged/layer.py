@@ -141,6 +141,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if torch.compiler.is_dynamo_compiling():
             return self._mask_sizes_between_graphs(query_length)
         self._batch.begin_pass(self.index)
+        self._batch.known_ids.begin_pass(self._batch, self._batch.columns.count, query_length)
         first = self._batch.first_column(self.index)
         return PlannedLength(self._batch.columns.count - first + query_length, self._batch), first
 

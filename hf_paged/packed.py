@@ -14,6 +14,12 @@ from hf_paged.tiles import Layout, Tiles
 from hf_paged.tiling import Tiling
 from hf_paged.twins import equal_rows
 
+_OWN_WAY = "it makes a pass of its own while it is given a packed one"
+
+
+class NotPackable(ValueError):
+    """Raised where a prompt can't be computed packed; it says why, as the end of a sentence."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -141,10 +147,7 @@ class PackedStep(Step):
 
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
         """Refuse: a mask over the columns of a packed chunk says nothing about its rows."""
-        raise ValueError(
-            "This model asks for another mask than a causal one or a causal one with a window, which can't be told "
-            "for packed rows. Leave out cache.prefill(): generate() computes the prompts of this model by itself."
-        )
+        raise NotPackable("it asks for another mask than a causal one or a causal one with a window")
 
 
 class PackedBatch(Batch):
@@ -159,8 +162,7 @@ class PackedBatch(Batch):
     def __init__(self, batch: Batch) -> None:
         super().__init__(batch.pool)
         self.become_fork_of(batch)
-        for table, other in zip(self.tables, batch.tables, strict=True):
-            table.supersede(other)
+        self.supersede(batch)
         self._packing: Packing
         self._next_columns: Columns
         self._followed: Counts  # for each row of the cache, which row here stands for it
@@ -176,6 +178,7 @@ class PackedBatch(Batch):
             max_tokens: tokens of a chunk.
 
         Raises:
+            NotPackable: if the mask hides tokens that are cached.
             OutOfPagesError: if the pool has too few pages.
             ValueError: if rows or mask don't fit what is cached.
         """
@@ -185,10 +188,7 @@ class PackedBatch(Batch):
         columns = self._columns_for(num_rows)
         new, past_is_visible = columns.split(mask, num_rows, num_new)
         if not past_is_visible:
-            raise ValueError(
-                "attention_mask hides tokens that are cached, which prefill() can't do. Pass the mask that the cache "
-                "was filled with, or let generate() compute the prompt by itself."
-            )
+            raise NotPackable("attention_mask hides tokens that are cached")
         if self.columns.count == 0:
             for table in self.tables:
                 table.open_rows(num_rows)
@@ -244,14 +244,11 @@ class PackedBatch(Batch):
         """End a pass.
 
         Raises:
-            ValueError: if it did not go through all layers.
+            NotPackable: if it did not go through all layers.
         """
         self.settle()
         if self.step is not None:
-            raise ValueError(
-                f"The model passed over layers {sorted(self._missing)}, which its configuration has. Leave out "
-                "cache.prefill(), or make a PagedCache for the model as it is."
-            )
+            raise NotPackable(f"it passed over layers {sorted(self._missing)}, which its configuration has")
 
     def unpack(self) -> None:
         """Let the rows be all rows, with the new columns."""
@@ -270,7 +267,7 @@ class PackedBatch(Batch):
         step = self.step
         is_masked = attention_mask is not None and not attention_mask.all()
         if step is None or is_masked or not step.matches(num_rows, num_new, None):
-            raise self._own_way(num_rows, num_new)
+            raise NotPackable(_OWN_WAY)
         self._is_planned = True
         return step
 
@@ -283,13 +280,7 @@ class PackedBatch(Batch):
         reads_pages: bool,
         num_layers: int | None,
     ) -> Step:
-        raise self._own_way(num_rows, num_new)
-
-    def _own_way(self, num_rows: int, num_new: int) -> ValueError:
-        return ValueError(
-            f"While a prompt was prefilled packed, the model made a pass of its own, with {num_new} tokens in "
-            f"{num_rows} rows. Leave out cache.prefill(): generate() computes the prompts of this model by itself."
-        )
+        raise NotPackable(_OWN_WAY)
 
     def _drops(self, table: PageTable) -> bool:
         return table.group.window is not None and not self._records_past

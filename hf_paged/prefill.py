@@ -1,11 +1,19 @@
-"""Ragged prefill: the prompts of a batch without their padding, in chunks of bounded size."""
+"""Prefill: a prompt computed without its padding, in chunks of bounded size, where no more than that is wanted of it.
 
+`generate()` itself prepares the prompt, as it would do before its first pass. What it then would give the model says,
+with the model, whether rows and columns are told apart by causality, positions and padding alone: these can be told of
+packed rows, too. Otherwise the first pass of `generate()` is made as it is, and its last column taken back.
+"""
+
+import copy
 import inspect
-from typing import Any
+import logging
+from functools import cache as once
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged.batch import Batch
@@ -13,10 +21,18 @@ from hf_paged.compilation import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.config import layer_specs
 from hf_paged.host_memory import give_back_freed
 from hf_paged.layer import layers_over
-from hf_paged.mask import NAME
-from hf_paged.packed import Chunk, PackedBatch
+from hf_paged.packable import CACHE, check_model, check_prompt
+from hf_paged.packed import Chunk, NotPackable, PackedBatch
+
+if TYPE_CHECKING:
+    from hf_paged.cache import PagedCache
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_ON_CPU, _CHUNK = 1536, 4096  # tokens at a time; a GPU takes as long for a few hundred
+
+_SETTINGS = vars(GenerationConfig())  # type: ignore[no-untyped-call]
+_OF_GENERATE = {*_SETTINGS, *inspect.signature(GenerationMixin.generate).parameters} - {"kwargs"}
 
 
 def usual_chunk(device: torch.device) -> int:
@@ -26,35 +42,91 @@ def usual_chunk(device: torch.device) -> int:
 
 def prefill(
     model: PreTrainedModel,
-    batch: Batch,
+    cache: "PagedCache",
     input_ids: Tensor,
     attention_mask: Tensor | None,
     max_tokens: int | None,
+    inputs: dict[str, Any],
 ) -> None:
-    """Compute all columns but the last one, packed; if that fails, nothing has changed.
+    """Compute all columns but the last one; if that fails, nothing has changed.
 
     Args:
-        model: a decoder.
-        batch: the rows of a cache.
+        model: a decoder, or a model that has one.
+        cache: what to fill.
         input_ids: `(num_rows, num_columns)`, those that are cached included.
-        attention_mask: like `input_ids`, 0 for padding; None without padding.
+        attention_mask: like `input_ids`, 0 for padding; None for what `generate()` makes of that.
         max_tokens: tokens of a chunk; None for as many as keep the device busy.
+        inputs: what else `generate()` is to give the model.
 
     Raises:
         OutOfPagesError: if the pool has too few pages.
-        ValueError: for arguments that don't fit the cache, or a model whose rows can't be packed.
+        ValueError: for arguments that don't fit the cache, or a model that can't be prefilled.
     """
-    decoder = _decoder(model, batch)
+    batch = cache._batch
     if max_tokens is None:
         max_tokens = usual_chunk(input_ids.device)
+    _check_fits(model, batch)
+    _check_arguments(model, inputs)
     batch.rest()
-    num_cached = batch.columns.count
-    _check_inputs(input_ids, attention_mask, max_tokens, num_cached)
-    if attention_mask is None:
-        _check_unpadded(model, input_ids)
-    ids = input_ids[:, num_cached:-1]
-    if ids.shape[1] == 0:
+    _check_ids(input_ids, attention_mask, max_tokens, batch.columns.count)
+    num_columns = input_ids.shape[1]
+    if num_columns == batch.columns.count + 1:
         return
+    filled = cache.fork()
+    was_called = False
+
+    def compute(
+        generating: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **inputs: Any,
+    ) -> Tensor:
+        nonlocal was_called
+        was_called = True
+        try:
+            _compute_packed(generating, batch, filled._batch, input_ids, generation_config, inputs, max_tokens)
+        except NotPackable as reason:
+            _say(type(generating).__name__, str(reason))
+            _compute_padded(generating, batch, filled._batch, input_ids, generation_config, inputs)
+        return input_ids
+
+    try:
+        model.generate(  # type: ignore[operator]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=_settings(model, num_columns),
+            custom_generate=compute,
+            **{CACHE: filled},
+            **{name: value for name, value in inputs.items() if value is not None},
+        )
+        if not was_called:
+            raise ValueError(
+                f"{type(model).__name__} generates in a way of its own. Leave out cache.prefill(): generate() "
+                "computes the prompts of this model by itself."
+            )
+        batch.exchange(filled._batch)
+    finally:
+        filled._batch.clear()
+
+
+def _compute_packed(
+    model: PreTrainedModel,
+    batch: Batch,
+    filled: Batch,
+    input_ids: Tensor,
+    generation_config: Any,
+    inputs: dict[str, Any],
+    max_tokens: int,
+) -> None:
+    """Compute the prompt packed, and let `filled`, a fork of `batch`, hold it."""
+    decoder = check_model(model)
+    num_cached, num_columns = batch.columns.count, input_ids.shape[1]
+    check_prompt(model, layers_over(filled), input_ids, generation_config, inputs, num_cached)
+    attention_mask = inputs.get("attention_mask")
+    ids = input_ids[:, num_cached:-1]
+    filled.clear()  # or else its pages would be copied, as shared ones
     packed = PackedBatch(batch)
     try:
         packed.pack(ids, None if attention_mask is None else attention_mask[:, :-1], max_tokens)
@@ -73,9 +145,52 @@ def prefill(
             if input_ids.device.type == "cpu" and num_freed >= _CHUNK_ON_CPU:
                 give_back_freed()  # what activations leave in C's heap while the pages fill up
         packed.unpack()
-        batch.exchange(packed)
+        packed.known_ids.note(input_ids.clone(), num_cached, num_columns - 1)
+        filled.exchange(packed)
     finally:
         packed.clear()
+
+
+def _compute_padded(
+    model: PreTrainedModel,
+    batch: Batch,
+    filled: Batch,
+    input_ids: Tensor,
+    generation_config: Any,
+    inputs: dict[str, Any],
+) -> None:
+    """Let `generate()` make its first pass over `filled`, a fork of `batch`, and take the last column back."""
+    num_columns = input_ids.shape[1]
+    filled.become_fork_of(batch)
+    filled.supersede(batch)
+    filled.records_past = True
+    model._prefill(input_ids, generation_config, inputs)  # type: ignore[operator]
+    filled.rest()
+    if filled.columns.count != num_columns:
+        raise ValueError(
+            f"{type(model).__name__} was given {num_columns} ids, after which the cache held {filled.columns.count} "
+            "columns, so that generate() could not go on from there. Leave out cache.prefill(): generate() computes "
+            "this prompt by itself."
+        )
+    filled.truncate(num_columns - 1, keeps_past=batch.records_past)
+
+
+@once
+def _say(name: str, reason: str) -> None:
+    logger.warning("prefill() computes the prompt of %s at once and padded, as generate() does: %s.", name, reason)
+
+
+def _settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
+    """The settings of the model, but for what is asked of `generate()` beside its first pass."""
+    settings: Any = copy.deepcopy(model.generation_config)
+    if settings.max_new_tokens is None:
+        settings.max_length = num_columns + 1
+    settings.min_length = 0
+    settings.num_beams = settings.num_return_sequences = 1
+    settings.do_sample = settings.return_dict_in_generate = settings.output_attentions = False
+    settings.output_hidden_states = settings.output_scores = settings.output_logits = False
+    settings.use_cache = True
+    return settings  # type: ignore[no-any-return]
 
 
 def _is_compiled(num_tokens: int, max_tokens: int) -> bool:
@@ -101,43 +216,42 @@ def _run(
         for tensor in (inputs["input_ids"], inputs["position_ids"]):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         # Outside of the graph, as generate() does.
-        make_mask = getattr(model, "create_masks_for_generate", create_masks_for_generate)
-        inputs["attention_mask"] = make_mask(
-            config=model.config,
-            inputs_embeds=torch.empty((1, num_queries, 0), dtype=model.dtype, device=device),
-            attention_mask=None,
-            past_key_values=cache,
-            position_ids=inputs["position_ids"],
-        )
+        arguments: dict[str, Any] = {CACHE: cache, "attention_mask": None, "position_ids": inputs["position_ids"]}
+        shape = torch.empty((1, num_queries, 0), dtype=model.dtype, device=device)
+        inputs["attention_mask"] = create_masks_for_generate(config=model.config, inputs_embeds=shape, **arguments)
     run = fill or model.get_decoder()  # type: ignore[no-untyped-call]
-    run(**inputs, past_key_values=cache, use_cache=True)
+    run(**inputs, **{CACHE: cache}, use_cache=True)
 
 
-def _decoder(model: PreTrainedModel, batch: Batch) -> torch.nn.Module:
-    """The model without its head, if it can compute packed rows for this cache."""
-    config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != NAME:
+def _check_fits(model: PreTrainedModel, batch: Batch) -> None:
+    if model.config.is_encoder_decoder:
         raise ValueError(
-            f"prefill() was asked of a model with attn_implementation={config._attn_implementation!r}, which can't "
-            f"tell packed rows apart. Load it with attn_implementation={NAME!r}, or let generate() compute the prompt "
-            "by itself."
+            f"{type(model).__name__} has an encoder, so its rows can't be prefilled. Leave out cache.prefill(): "
+            "generate() computes the prompts of this model by itself."
         )
-    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(decoder.forward).parameters:
-        what = "has an encoder" if model.config.is_encoder_decoder else "takes no position_ids"
-        raise ValueError(
-            f"{type(model).__name__} {what}, so its rows can't be packed. Leave out cache.prefill(): generate() "
-            "computes the prompts of this model by itself."
-        )
-    if layer_specs(config) != batch.pool.layers:
+    if layer_specs(model.config.get_text_config(decoder=True)) != batch.pool.layers:
         raise ValueError(
             f"{type(model).__name__} has other layers than the model that this cache was made for. Make a new "
             "PagedCache for this model."
         )
-    return decoder
 
 
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int, num_cached: int) -> None:
+def _check_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    wrong = sorted(({"cache", "past_key_values"} | _OF_GENERATE).intersection(inputs))
+    if wrong:
+        raise ValueError(
+            f"prefill() was given {', '.join(wrong)}, but it only takes what the model is to be given. Pass that to "
+            "generate() instead."
+        )
+    adapters: dict[str, Any] = {} if isinstance(model, PreTrainedModel) else getattr(model, "peft_config", {})
+    if len(adapters) > 1 and "adapter_names" not in inputs:
+        raise ValueError(
+            f"{type(model).__name__} has several adapters: {', '.join(adapters)}. Pass the adapter_names that "
+            "generate() will be given, or adapter_names=None for the active adapter in all rows."
+        )
+
+
+def _check_ids(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int, num_cached: int) -> None:
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} was asked for; a chunk needs at least one token.")
     if input_ids.ndim != 2:
@@ -158,20 +272,6 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: 
         )
 
 
-def _check_unpadded(model: PreTrainedModel, input_ids: Tensor) -> None:
-    """Refuse what `generate()` would take for padding, when it is given no mask."""
-    settings = model.generation_config
-    padding = None if settings is None else settings.pad_token_id
-    ends = None if settings is None else settings.eos_token_id
-    if padding is None or padding in (ends if isinstance(ends, list) else [ends]):
-        return
-    if (input_ids == padding).any():
-        raise ValueError(
-            f"input_ids has the padding token {padding}, but no attention_mask was given. generate() would take it "
-            "for padding; pass the mask to both."
-        )
-
-
 def _check_rotary(decoder: torch.nn.Module, longest: int) -> None:
     """Refuse rotary embeddings that depend on the longest row of a pass, where chunks would differ from the whole."""
     for module in decoder.modules():
@@ -184,8 +284,7 @@ def _check_rotary(decoder: torch.nn.Module, longest: int) -> None:
                 limit: Any = getattr(module, "original_max_seq_len", 0)
                 limit = (parameters or {})[name].get("original_max_position_embeddings", limit)
                 if longest > limit:
-                    raise ValueError(
-                        f"A row of {longest} tokens is longer than the {limit} from which on the rotary embedding of "
-                        f"this model ({kind!r}) depends on the longest row of each pass, so that chunks would differ "
-                        "from the whole. Let generate() compute the prompt by itself."
+                    raise NotPackable(
+                        f"a row is longer than the {limit} tokens from which on the rotary embedding ({kind!r}) "
+                        "depends on the longest row of each pass"
                     )

@@ -3,6 +3,7 @@
 import copy
 import functools
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from transformers import (
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
 from hf_paged.attention import paged_flex_attention
+from hf_paged.layer import layers_over
 from hf_paged.packaged import load_packaged_model, prompts
-from hf_paged.packed import PackedBatch
+from hf_paged.packed import NotPackable, PackedBatch
+from hf_paged.prefill import _say
 from tests.families import FAMILIES, Family, Outcome, new_cache
 from tests.models import generate, left_padded, random_ids, run, tiny_llama, tiny_model
 
@@ -31,16 +34,19 @@ NUM_COLUMNS = 50
 LENGTHS = [50, 3, 20, 41]
 WINDOW = 24
 
+PADDED = {
+    "Llama 4": "asks for another mask than a causal one",
+}
+"""Families whose prompts are computed padded, and what the log says; all others are packed."""
+
 REFUSED = {
-    "Llama 4": "another mask than a causal one",
-    "BLOOM": "takes no position_ids",
-    "Doge": "mask that the model made itself",
+    "BLOOM": "computes attention by itself",
     "GPT-NeoX Japanese": "computes attention by itself",
     "BART": "has an encoder",
     "Whisper": "has an encoder",
     "T5": "has an encoder",
 }
-"""Families that `PagedCache` takes and whose rows can't be packed, and what the error says."""
+"""Families that `PagedCache` takes and `paged_flex` or `prefill` doesn't, and what the error says."""
 
 
 @functools.cache
@@ -168,13 +174,17 @@ def test_generate_gives_the_tokens_of_dynamic_cache(load, max_tokens):
     [f for f in FAMILIES if f.paged_flex == Outcome.SAME and f.name not in REFUSED],
     ids=lambda family: family.name,
 )
-def test_every_family_with_a_causal_mask_generates_the_tokens_of_dynamic_cache(family: Family):
+def test_every_family_is_packed_or_padded_and_generates_the_tokens_of_dynamic_cache(family: Family, caplog):
+    _say.cache_clear()
     ids, mask = random_ids(4, 60), left_padded(60, [60, 41, 52, 60])
     ids[3] = ids[0]
     oracle, model = family.load(family.oracle), family.load("paged_flex")
     expected = generate(oracle, family.oracle, new_cache(oracle), ids, attention_mask=mask, max_new_tokens=10)
     cache, padded = paged(model), paged(model)
     cache.prefill(model, ids, mask, max_tokens=50)
+    said = [record.message for record in caplog.records if record.name == "hf_paged.prefill"]
+    assert len(said) == (family.name in PADDED)
+    assert all(PADDED[family.name] in line for line in said)
     run(model, padded, ids[:, :59], [59], mask[:, :59])
     assert_same_content(cache, padded)
     actual = generate(model, "paged_flex", cache, ids, attention_mask=mask, max_new_tokens=10)
@@ -222,13 +232,32 @@ def test_a_chat_goes_on_turn_by_turn(load, max_tokens, records_past):
     assert not records_past or not any(table.starts.any() for table in cache._batch.tables)
 
 
-def tokens_of_passes(model: PreTrainedModel):
+@contextmanager
+def watched(module: torch.nn.Module, before=None, after=None):
+    """Call `before(kwargs)` and `after(kwargs)` with each pass of a module. A hook would keep prompts from packing."""
+    kind = type(module)
+
+    @functools.wraps(kind.forward)
+    def forward(self, *args, **kwargs):
+        if self is module and before is not None:
+            before(kwargs)
+        output = original(self, *args, **kwargs)
+        if self is module and after is not None:
+            after(kwargs)
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = kind.forward
+        patch.setattr(kind, "forward", forward)
+        yield
+
+
+@contextmanager
+def shapes_of_passes(model: PreTrainedModel):
     """Note the shape of what the decoder is given in each pass."""
     shapes: list[tuple[int, ...]] = []
-    hook = model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    return shapes, hook
+    with watched(model.get_decoder(), before=lambda given: shapes.append(tuple(given["input_ids"].shape))):
+        yield shapes
 
 
 def test_equal_rows_are_computed_once_and_held_once():
@@ -237,9 +266,8 @@ def test_equal_rows_are_computed_once_and_held_once():
     ids[2], ids[3] = ids[1], ids[0]
     ids[2, :20] = 7  # padding may be anything
     cache, padded = paged(model), paged(model)
-    shapes, hook = tokens_of_passes(model)
-    cache.prefill(model, ids, mask, max_tokens=30)
-    hook.remove()
+    with shapes_of_passes(model) as shapes:
+        cache.prefill(model, ids, mask, max_tokens=30)
     assert sum(num_tokens for _, num_tokens in shapes) == 39 + 19 + 19
     clean = torch.where(mask.bool(), ids, 0)
     run(model, padded, clean[:, :39], [39], mask[:, :39])
@@ -381,10 +409,9 @@ def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, wants, way, mi
     expected, _ = padded_prefill(load, "left", 16)
     ids = random_ids(len(mask), NUM_COLUMNS + 3)[:, :NUM_COLUMNS]
     cache = paged(model)
-    shapes, hook = tokens_of_passes(model)
-    wants(min_tokens)
-    cache.prefill(model, ids, mask, max_tokens=max_tokens)
-    hook.remove()
+    with shapes_of_passes(model) as shapes:
+        wants(min_tokens)
+        cache.prefill(model, ids, mask, max_tokens=max_tokens)
     assert shapes == [(1, size) for size in expected_sizes]
     assert_same_content(cache, expected)
     cache.pool.check_integrity()
@@ -393,9 +420,8 @@ def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, wants, way, mi
 def test_chunks_hold_max_tokens_whatever_the_padding():
     model, ids, mask = llama(), random_ids(4, NUM_COLUMNS), padding("left")
     cache = paged(model)
-    shapes, hook = tokens_of_passes(model)
-    cache.prefill(model, ids, mask, max_tokens=40)
-    hook.remove()
+    with shapes_of_passes(model) as shapes:
+        cache.prefill(model, ids, mask, max_tokens=40)
     assert shapes == [(1, 40), (1, 40), (1, 30)]
 
 
@@ -404,8 +430,9 @@ def test_some_of_the_packed_queries_may_be_asked_alone(load, wants, way):
     model, ids = load(), random_ids(2, 21)
     cache, compared = paged(model), []
 
-    def ask_again(module, args, kwargs, output):
-        keys, values = kwargs["past_key_values"].layers[1]._batch.pool.storage(1).tensors
+    def ask_again(kwargs):
+        keys, values = cache.pool.storage(1).tensors
+        module = model.model.layers[1].self_attn
         query = torch.randn(1, 6, 45, 16, generator=torch.Generator().manual_seed(0))
         mask = kwargs["attention_mask"]
         whole, _ = paged_flex_attention(module, query, keys, values, mask)
@@ -414,10 +441,9 @@ def test_some_of_the_packed_queries_may_be_asked_alone(load, wants, way):
             assert some.shape == whole[:, queries].shape
             compared.append((some, whole[:, queries]))
 
-    hook = model.model.layers[1].self_attn.register_forward_hook(ask_again, with_kwargs=True)
     wants(45)
-    cache.prefill(model, ids, max_tokens=45)
-    hook.remove()
+    with watched(model.model.layers[1].self_attn, after=ask_again):
+        cache.prefill(model, ids, max_tokens=45)
     (some, whole), (tail, whole_tail), _ = compared
     torch.testing.assert_close(some, whole, **CLOSE)
     torch.testing.assert_close(tail[:, :4], whole_tail[:, :4], **CLOSE)  # 40 of the 45 tokens are of a row
@@ -430,9 +456,8 @@ def test_pages_that_have_left_the_window_are_dropped_between_chunks(max_tokens):
     cache = paged(model)
     peaks = []
     allocator = cache.pool.groups[0].allocator
-    hook = model.model.layers[-1].register_forward_hook(lambda *_: peaks.append(allocator.num_active))
-    cache.prefill(model, ids, max_tokens=max_tokens)
-    hook.remove()
+    with watched(model.model.layers[-1], after=lambda _: peaks.append(allocator.num_active)):
+        cache.prefill(model, ids, max_tokens=max_tokens)
     per_row = -(-WINDOW // 16) + 1
     assert max(peaks) <= num_rows * per_row + -(-max_tokens // 16) + 1
     padded = paged(model)
@@ -480,10 +505,8 @@ def test_a_failure_in_any_chunk_leaves_the_cache_as_it_was(load, failing, layer,
         if num_calls > failing:
             raise RuntimeError("injected")
 
-    hook = model.model.layers[layer].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="injected"):
+    with watched(model.model.layers[layer], before=fail), pytest.raises(RuntimeError, match="injected"):
         cache.prefill(model, ids, mask, max_tokens=25)
-    hook.remove()
     assert cache.get_seq_length() == cached
     assert (pages(cache), cache.lengths, cache.pool.groups[0].allocator.num_active) == before
     for index, (keys, values) in enumerate(content):
@@ -505,10 +528,11 @@ def test_a_pool_that_is_too_small_raises_before_anything_is_computed(num_missing
         cache.prefill(model, ids, mask, max_tokens=8)
         assert cache.pool.stats().num_free_pages == 0
         return
-    shapes, hook = tokens_of_passes(model)
-    with pytest.raises(OutOfPagesError, match=f"needs {needed} more pages, but {needed - 1} of {needed - 1} are free"):
+    with (
+        shapes_of_passes(model) as shapes,
+        pytest.raises(OutOfPagesError, match=f"needs {needed} more pages, but {needed - 1} of {needed - 1} are free"),
+    ):
         cache.prefill(model, ids, mask, max_tokens=8)
-    hook.remove()
     assert shapes == []
     assert cache.pool.stats().num_free_pages == needed - 1
     cache.pool.check_integrity()
@@ -521,10 +545,8 @@ def test_a_window_asks_for_what_it_holds_at_once():
     expected = generate(model, "sdpa", DynamicCache(config=model.config), ids)
     assert torch.equal(generate(model, "paged_flex", cache, ids), expected)
     small = paged(model, num_pages=4)
-    shapes, hook = tokens_of_passes(model)
-    with pytest.raises(OutOfPagesError, match="more pages, but 4 of 4 are free"):
+    with shapes_of_passes(model) as shapes, pytest.raises(OutOfPagesError, match="more pages, but 4 of 4 are free"):
         small.prefill(model, ids, max_tokens=16)
-    hook.remove()
     assert shapes == []
 
 
@@ -615,16 +637,22 @@ def test_arguments_that_don_t_fit_raise_and_change_nothing():
     cache = paged(model)
     cache.prefill(model, ids[:, :21], mask[:, :21])
     held, whole = pages(cache), torch.ones_like(mask)
-    hidden = mask.clone()
-    hidden[0, 3] = 0
+    wanted = mask.clone()
+    wanted[1, 9] = 1
+    other = ids.clone()
+    other[1, 12] += 1
+    other[1, 5] += 1  # padding may be anything
     for arguments, message in (
         ({"max_tokens": 0}, "max_tokens=0 was asked for; a chunk needs at least one token"),
         ({"input_ids": ids[0]}, r"input_ids has shape \(30,\), but prefill\(\) needs \(num_rows, num_columns\)"),
         ({"input_ids": ids[:, :20], "attention_mask": mask[:, :20]}, "holds 20 tokens, but input_ids has 20"),
         ({"attention_mask": mask[:, :29]}, r"attention_mask has shape \(2, 29\), but input_ids \(2, 30\)"),
         ({"attention_mask": None}, "holds a batch with padding, so attention_mask is needed"),
-        ({"attention_mask": whole}, "wants a token in row 1, column 0"),
-        ({"attention_mask": hidden}, "hides tokens that are cached"),
+        ({"attention_mask": whole}, "holds a batch with padding, so attention_mask is needed"),
+        ({"attention_mask": wanted}, "wants a token in row 1, column 9"),
+        ({"input_ids": other}, r"holds another prompt: row 1 has token \d+ in column 12, but input_ids has \d+"),
+        ({"num_beams": 2, "past_key_values": cache}, "given num_beams, past_key_values, but it only takes"),
+        ({"colour": 3}, "colour"),
         ({"input_ids": ids.repeat(2, 1), "attention_mask": mask.repeat(2, 1)}, "holds 2 rows, but a batch of 4"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -634,15 +662,13 @@ def test_arguments_that_don_t_fit_raise_and_change_nothing():
     cache.pool.check_integrity()
 
 
-def test_padding_without_a_mask_raises_where_generate_would_make_one():
+def test_padding_without_a_mask_is_what_generate_takes_for_it():
     model, ids = llama(), random_ids(2, 30)
     ids[1, :5] = model.generation_config.pad_token_id
     cache = paged(model)
-    with pytest.raises(ValueError, match="has the padding token 0, but no attention_mask"):
-        cache.prefill(model, ids)
     expected = generate(model, "sdpa", DynamicCache(config=model.config), ids)
     model.set_attn_implementation("paged_flex")
-    cache.prefill(model, ids, ids.ne(0).long())
+    cache.prefill(model, ids)
     assert cache.lengths == [29, 24]
     assert torch.equal(generate(model, "paged_flex", cache, ids), expected)
 
@@ -663,14 +689,6 @@ def test_released_rows_take_nothing_and_can_t_be_given_a_prompt():
     cache.pool.check_integrity()
 
 
-def test_a_model_with_another_attention_raises():
-    model = llama()
-    cache = paged(model)
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"attn_implementation='sdpa'.*Load it with attn_implementation='paged_flex'"):
-        cache.prefill(model, random_ids(2, 20))
-
-
 def test_another_model_than_that_of_the_pool_raises():
     cache, other = paged(llama()), tiny_llama(num_layers=3)
     other.set_attn_implementation("paged_flex")
@@ -680,38 +698,34 @@ def test_another_model_than_that_of_the_pool_raises():
     wider = tiny_llama(head_dim=32)
     wider.set_attn_implementation("paged_flex")
     with pytest.raises(ValueError, match=r"\(2, 32\), but this cache holds \(2, 16\)"):
-        cache.prefill(wider, random_ids(2, 30))
+        cache.prefill(wider, torch.cat([random_ids(2, 20), random_ids(2, 10)], dim=1))
     assert cache.get_seq_length() == 19
 
 
-def test_a_model_that_leaves_layers_out_raises():
-    model = tiny_llama()
-    cache = paged(model)
-    del model.model.layers[1]
-    with pytest.raises(ValueError, match=r"passed over layers \[1\]"):
-        cache.prefill(model, random_ids(2, 20))
-    assert cache.get_seq_length() == 0
-    cache.pool.check_integrity()
+def test_layers_that_are_left_out_keep_a_prompt_from_packing():
+    packed = PackedBatch(paged(llama())._batch)
+    packed.pack(random_ids(2, 19), None, 8)
+    packed.begin(0, 8)
+    packed.plan(1, 8, None)
+    layers_over(packed)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
+    with pytest.raises(NotPackable, match=r"passed over layers \[1\]"):
+        packed.end()
 
 
-def test_a_model_that_writes_without_asking_for_a_mask_raises():
-    model = tiny_llama()
-    cache = paged(model)
-    model.model.forward = lambda input_ids, position_ids, past_key_values, use_cache: past_key_values.update(
-        torch.zeros(1, 2, 19, 16), torch.zeros(1, 2, 19, 16), 0
-    )
-    with pytest.raises(ValueError, match="made a pass of its own, with 19 tokens in 1 rows"):
-        cache.prefill(model, random_ids(1, 20))
-    assert cache.get_seq_length() == 0
+def test_writing_without_asking_for_a_mask_keeps_a_prompt_from_packing():
+    packed = PackedBatch(paged(llama())._batch)
+    packed.pack(random_ids(2, 19), None, 8)
+    with pytest.raises(NotPackable, match="makes a pass of its own"):
+        layers_over(packed)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
 
 
-def test_a_model_that_asks_for_the_mask_of_other_tokens_raises():
+def test_the_mask_of_other_tokens_keeps_a_prompt_from_packing():
     packed = PackedBatch(paged(llama())._batch)
     packed.pack(random_ids(2, 19), None, 8)
     packed.begin(0, 8)
     assert packed.plan(1, 8, torch.ones(1, 8)).num_new == 8
     for num_rows, num_new, mask in ((1, 9, None), (2, 8, None), (1, 8, torch.zeros(1, 8))):
-        with pytest.raises(ValueError, match=f"pass of its own, with {num_new} tokens in {num_rows} rows"):
+        with pytest.raises(NotPackable, match="makes a pass of its own"):
             packed.plan(num_rows, num_new, mask)
 
 
@@ -725,19 +739,25 @@ def test_a_model_that_asks_for_the_mask_of_other_tokens_raises():
         ),
     ],
 )
-def test_rotary_embedding_that_depends_on_the_longest_row_raises_where_it_does(kind, parameters):
+def test_rotary_embedding_that_depends_on_the_longest_row_is_padded_where_it_does(kind, parameters, caplog):
+    _say.cache_clear()
     model = tiny_model(
         LlamaForCausalLM,
         LlamaConfig,
         rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **parameters},
         max_position_embeddings=64 if kind == "longrope" else 32,
     )
-    cache = paged(model)
-    cache.prefill(model, random_ids(2, 33), max_tokens=8)
-    assert cache.get_seq_length() == 32
-    with pytest.raises(ValueError, match=f"33 tokens is longer than the 32 .*{kind}"):
-        cache.prefill(model, random_ids(2, 34), max_tokens=8)
-    assert cache.get_seq_length() == 32
+    cache, ids, mask = paged(model), random_ids(2, 60), left_padded(60, [60, 50])
+    cache.prefill(model, ids[:, :33], mask[:, :33], max_tokens=8)
+    assert not [record for record in caplog.records if "at once and padded" in record.message]
+    for columns in (34, 60):
+        given = {"ids": ids[:, :columns], "attention_mask": mask[:, :columns]}
+        plain, model = copy.deepcopy(model), copy.deepcopy(model)  # the embedding remembers what was longest
+        expected = generate(plain, "sdpa", DynamicCache(config=model.config), **given)
+        cache = paged(model)
+        cache.prefill(model, *given.values(), max_tokens=8)
+        assert torch.equal(generate(model, "paged_flex", cache, **given), expected)
+    assert f"longer than the 32 tokens from which on the rotary embedding ({kind!r})" in caplog.text
 
 
 @pytest.mark.real_model
