@@ -6,12 +6,21 @@ Importing this package registers `attn_implementation="paged_flex"` with Transfo
 from hf_paged.attention import register
 from hf_paged.cache import PagedCache
 from hf_paged.compilation import compiled
+from hf_paged.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.errors import OutOfPagesError
 from hf_paged.finished import ReleaseFinished
 from hf_paged.pool import PagePool
 from hf_paged.stats import MemoryStats
 
 __version__ = "0.1.0"
-__all__ = ["MemoryStats", "OutOfPagesError", "PagePool", "PagedCache", "ReleaseFinished", "compiled"]
+__all__ = [
+    "MemoryStats",
+    "OutOfPagesError",
+    "PagePool",
+    "PagedCache",
+    "PagedEncoderDecoderCache",
+    "ReleaseFinished",
+    "compiled",
+]
 
 register()

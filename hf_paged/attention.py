@@ -94,11 +94,18 @@ def paged_flex_attention(
                 'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.',
             )
         return _attend_to_columns(query, key, value, attention_mask, is_causal, scale, softcap, s_aux), None
+    is_traced = torch.compiler.is_dynamo_compiling()
+    if not is_traced and getattr(module, "training", False) and attention_mask.plan.is_unwritten:
+        raise ValueError(
+            "Attention was computed in training mode over keys that were not given to the PagedCache. Transformers "
+            "takes the cache away from layers with gradient checkpointing there, and every later token would be "
+            "computed without those before it. Call model.eval() before generating."
+        )
     if query.dtype is not key.dtype and autocast_dtype(query) is not None:
         query = query.to(key.dtype)
     arguments = (attention_mask.plan, query, key, value, getattr(module, "layer_idx", -1))
     options = (is_causal, scale, softcap, s_aux)
-    if torch.compiler.is_dynamo_compiling():
+    if is_traced:
         output: Tensor = torch.ops.hf_paged.write_and_attend(*arguments, *options)
         return output, None
     return attend(*arguments, *options), None
@@ -158,6 +165,8 @@ def _attend(
         )
     if step.view is not View.PAGES:
         return _attend_to_columns(query, key, value, plan.by_column, is_causal, scale, softcap, sinks)
+    if query.is_meta:
+        return query.new_empty((num_rows, num_queries, query.shape[1], value.shape[3]))
     table, storage = step.source_of(key, plan.batch.pool.group_of_layer.get(layer))
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)

@@ -22,6 +22,7 @@ from hf_paged.shared import SharedStates
 from hf_paged.step import PaddedStep, Step
 from hf_paged.storage import LayerStorage
 from hf_paged.tiling import Tiling
+from hf_paged.transforms import check_surroundings
 
 
 class Batch:
@@ -109,6 +110,7 @@ class Batch:
                 it is raised by the first layer instead, before anything is written.
             ValueError: if rows, mask or layers don't fit what is cached; nothing has changed.
         """
+        check_surroundings()
         self.absorb()
         self._check_rows(num_rows, num_new)
         if num_layers is not None and num_layers > len(self.pool.layers):
@@ -142,6 +144,7 @@ class Batch:
             is_ours = step is not None and self._is_planned and (num_rows, num_new) == (step.num_rows, step.num_new)
             if step is None or not is_ours:
                 # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
+                check_surroundings()
                 self._check_rows(num_rows, num_new)
                 new = self._columns_for(num_rows).without_released(None, num_rows, num_new)
                 step = self._begin(num_rows, num_new, new, True, False, None)
@@ -149,7 +152,8 @@ class Batch:
             missing = sorted(self._missing)
             raise UnclearPassError(
                 f"Layer {layer} was updated twice in one forward pass, but layers {missing} not yet. Update every "
-                "layer once per pass; after a pass that failed, call cache.roll_back() first."
+                "layer once per pass; after a pass that failed, call cache.roll_back() first. What an encoder says "
+                "needs a cache of its own: use PagedEncoderDecoderCache."
             )
         elif (num_rows, num_new) != (step.num_rows, step.num_new):
             raise ValueError(
@@ -179,6 +183,11 @@ class Batch:
             yield
         finally:
             self._is_rehearsing = False
+
+    @property
+    def has_written_nothing(self) -> bool:
+        """Whether no layer has written the step under way, which is no rehearsal."""
+        return not self._is_rehearsing and len(self._missing) == len(self._layers)
 
     @property
     def is_untouched(self) -> bool:

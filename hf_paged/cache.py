@@ -1,7 +1,7 @@
 """The Transformers Cache API over pages."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -9,13 +9,16 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged.batch import Batch
-from hf_paged.config import num_attention_layers
+from hf_paged.config import computes_attention_by_itself, num_attention_layers
 from hf_paged.layer import PagedLayer, layers_over
 from hf_paged.mask import NAME
 from hf_paged.memory_map import draw
 from hf_paged.pool import PagePool
 from hf_paged.prefill import prefill
 from hf_paged.stats import MemoryStats
+
+if TYPE_CHECKING:
+    from hf_paged.encoder_decoder import PagedEncoderDecoderCache
 
 
 class PagedCache(Cache):
@@ -49,23 +52,33 @@ class PagedCache(Cache):
         *,
         pool: PagePool | None = None,
     ) -> None:
-        if (config is None) == (pool is None):
-            raise ValueError("PagedCache needs either a model's config or a pool, not both and not neither.")
-        if pool is None:
-            assert config is not None
-            pool = PagePool(config, num_pages, 128 if page_size is None else page_size)
-        elif num_pages is not None or page_size is not None:
+        self._hold(_pool_for(config, num_pages, page_size, pool))
+        if self.pool.has_encoder:
             raise ValueError(
-                f"num_pages={num_pages} and page_size={page_size} were asked for beside a pool, which has "
-                f"{pool.num_pages} pages of {pool.page_size} tokens. Give them to PagePool instead."
+                "PagedCache holds the keys and values of a decoder's own tokens, but this "
+                f"{self.pool.config.model_type!r} model has an encoder, too, whose keys and values need a cache "
+                "beside it. Use PagedCache.from_model(model), or PagedEncoderDecoderCache, which has both."
             )
+
+    def _hold(self, pool: PagePool) -> None:
         self.pool = pool
         self._batch = Batch(pool)
         self._was_given = False
         super().__init__(layers=layers_over(self._batch))
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, num_pages: int | None = None, page_size: int = 128) -> "PagedCache":
+    def _of_decoder(
+        cls, config: PreTrainedConfig | None, num_pages: int | None, page_size: int | None, pool: PagePool | None
+    ) -> "PagedCache":
+        """Make a cache that is going to be one part of a cache for an encoder-decoder."""
+        cache = cls.__new__(cls)
+        cache._hold(_pool_for(config, num_pages, page_size, pool))
+        return cache
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, num_pages: int | None = None, page_size: int = 128
+    ) -> "PagedCache | PagedEncoderDecoderCache":
         """Make a cache for a model.
 
         Args:
@@ -73,18 +86,30 @@ class PagedCache(Cache):
             num_pages: at most so many pages, reserved at once. None: the pool grows as needed.
             page_size: tokens per page, one of those that the class takes.
 
+        Returns:
+            A `PagedCache`; for a model with an encoder a `PagedEncoderDecoderCache`, which has one.
+
         Raises:
             ValueError: if the model can't run the attention that it is set to.
         """
-        config = model.config.get_text_config(decoder=True)
-        if config._attn_implementation == NAME and not model._can_set_attn_implementation():
+        # Made of this class's module, and so imported after it.
+        from hf_paged.encoder_decoder import PagedEncoderDecoderCache
+
+        config = getattr(model, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(
+                f"from_model() was given a {type(model).__name__}, but it takes a model of Transformers. With a "
+                "configuration alone, use PagedCache(config)."
+            )
+        if config.get_text_config(decoder=True)._attn_implementation == NAME and computes_attention_by_itself(model):
             raise ValueError(
                 f"{type(model).__name__} is set to attn_implementation={NAME!r}, but it computes attention by itself "
                 "instead of through Transformers' attention interface. Load it with "
                 'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
             )
-        cache = cls(config, num_pages, page_size)
-        cache._batch.num_layers = num_attention_layers(model, len(cache.layers))
+        cache = (PagedEncoderDecoderCache if config.is_encoder_decoder else cls)(config, num_pages, page_size)
+        decoder: PagedCache = getattr(cache, "self_attention_cache", cache)
+        decoder._batch.num_layers = num_attention_layers(model, len(decoder.layers))
         return cache
 
     def __repr__(self) -> str:
@@ -133,7 +158,12 @@ class PagedCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether the storage of every layer exists."""
-        return all(layer.is_initialized for layer in self.layers if isinstance(layer, PagedLayer))
+        return all(self.pool.storage(layer) is not None for layer in self.pool.group_of_layer)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` puts the whole cache back as it was: yes, though no layer alone can be cropped."""
+        return True
 
     @property
     def _is_user_defined(self) -> bool:
@@ -239,7 +269,8 @@ class PagedCache(Cache):
         if tokens_to_remove > 0 or held + tokens_to_remove < 0:
             raise ValueError(
                 f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "
-                f"below {-held}: minus the number of tokens to remove."
+                f"below {-held}: minus the number of tokens to remove. To keep n tokens, as a positive number did in "
+                "earlier versions of Transformers, call crop(n - cache.get_seq_length())."
             )
         self._batch.truncate(held + tokens_to_remove)
 
@@ -296,7 +327,7 @@ class PagedCache(Cache):
 
     def fork(self) -> "PagedCache":
         """Return a cache of its own that holds the same tokens and shares every page until one of them writes."""
-        fork = PagedCache(pool=self.pool)
+        fork = PagedCache._of_decoder(None, None, None, self.pool)
         fork._batch.become_fork_of(self._batch)
         return fork
 
@@ -358,3 +389,24 @@ class PagedCache(Cache):
         """
         self._batch.settle()
         return draw(self._batch.tables, width)
+
+
+def _pool_for(
+    config: PreTrainedConfig | None, num_pages: int | None, page_size: int | None, pool: PagePool | None
+) -> PagePool:
+    """Make a pool for a configuration, unless there is one."""
+    if (config is None) == (pool is None):
+        raise ValueError("PagedCache needs either a model's config or a pool, not both and not neither.")
+    if pool is None:
+        assert config is not None
+        return PagePool(config, num_pages, 128 if page_size is None else page_size)
+    if not isinstance(pool, PagePool):
+        raise ValueError(
+            f"pool was given a {type(pool).__name__}, but it takes a PagePool; another cache's is cache.pool."
+        )
+    if num_pages is not None or page_size is not None:
+        raise ValueError(
+            f"num_pages={num_pages} and page_size={page_size} were asked for beside a pool, which has "
+            f"{pool.num_pages} pages of {pool.page_size} tokens. Give them to PagePool instead."
+        )
+    return pool

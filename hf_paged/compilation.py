@@ -3,9 +3,9 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,8 +29,32 @@ _active: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
 _fillings: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
 
 
-@contextmanager
-def compiled(model: PreTrainedModel) -> Iterator[None]:
+class _Context(AbstractContextManager[PreTrainedModel]):
+    """What `compiled` returns: a context, and nothing that could be taken for a model."""
+
+    def __init__(self, context: AbstractContextManager[PreTrainedModel]) -> None:
+        self._context = context
+
+    def __enter__(self) -> PreTrainedModel:
+        return self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._context.__exit__(*error)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise self._misuse("was called like a model")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self._misuse(f"was asked for its {name!r}")
+
+    def _misuse(self, what: str) -> AttributeError:
+        return AttributeError(
+            f"What compiled(model) returned {what}, but it is a context. Write `with compiled(model): "
+            "model.generate(...)`."
+        )
+
+
+def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     """Let `generate()` decode in compiled graphs within this context, and `PagedCache.prefill` compute in them.
 
     It sets the model's `generation_config.compile_config`, which Transformers looks at, and nothing else: a
@@ -47,9 +71,17 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
 
+    Returns:
+        A context, which gives the model.
+
     Raises:
         ValueError: if the model is in training mode.
     """
+    return _Context(_compiled(model))
+
+
+@contextmanager
+def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     if model.training:
         raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
     gather_weights(model)
@@ -62,7 +94,7 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     _active[decoder] = partial(torch.compile(fill, backend=_prompt_backend, fullgraph=True, dynamic=False), decoder)
     settings.compile_config = _config()
     try:
-        yield
+        yield model
     finally:
         settings.compile_config = previous
         if outer is None:

@@ -2,9 +2,11 @@
 
 import copy
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -36,9 +38,22 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
     """Read the layers of a decoder from its configuration.
 
     Raises:
-        ValueError: if a layer keeps a state that is not keys and values per token.
+        ValueError: if there are none, or a layer keeps something else than the keys and values of each token.
     """
-    kinds, arguments = get_layer_types_and_kwargs(_of_decoder(config))
+    decoder = _of_decoder(config)
+    if not isinstance(getattr(decoder, "num_hidden_layers", None), int):
+        raise ValueError(
+            f"The configuration of this {config.model_type!r} model says nothing of a decoder's layers "
+            "(num_hidden_layers). Pass that of the part that generates, or use Transformers' DynamicCache."
+        )
+    kinds, arguments = get_layer_types_and_kwargs(decoder)
+    of_images = getattr(decoder, "cross_attention_layers", None)
+    if of_images:
+        raise ValueError(
+            f"PagedCache stores the keys and values of tokens, but layers {list(of_images)} of this "
+            f"{config.model_type!r} model keep those of its images instead. Use Transformers' "
+            "DynamicCache(config=model.config)."
+        )
     for index, kind in enumerate(kinds):
         if kind not in _STORING and kind != "dummy":
             raise ValueError(
@@ -51,9 +66,32 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
     ]
 
 
+def computes_attention_by_itself(model: PreTrainedModel) -> bool:
+    """Whether a model, or the decoder that it is made of, goes without Transformers' attention interface."""
+    parts = (model, model.get_decoder())  # type: ignore[no-untyped-call]
+    return any(isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation() for part in parts)
+
+
+def check_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return `config` if it is a model's configuration, else raise ValueError."""
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(
+            f"A model's configuration is needed, but a {type(config).__name__} was given. Pass model.config, or call "
+            "PagedCache.from_model(model)."
+        )
+    return config
+
+
+def check_count(name: str, count: Any, least: int) -> int:
+    """Return `count` if it is a whole number of at least `least`, else raise ValueError that names it."""
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+        raise ValueError(f"{name}={count!r} was asked for, but a whole number of at least {least} is needed.")
+    return int(count)
+
+
 def check_page_size(page_size: int) -> int:
     """Return `page_size` if the kernel can take it, else raise ValueError."""
-    if page_size not in PAGE_SIZES:
+    if not isinstance(page_size, int) or page_size not in PAGE_SIZES:
         raise ValueError(
             f"page_size={page_size!r} was asked for, but a page must be a tile that the kernel can take: "
             f"choose one of {', '.join(map(str, PAGE_SIZES))}."

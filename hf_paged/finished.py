@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hf_paged.cache import PagedCache
+from hf_paged.encoder_decoder import PagedEncoderDecoderCache
 
 
 class ReleaseFinished(StoppingCriteria):
@@ -26,7 +27,7 @@ class ReleaseFinished(StoppingCriteria):
 
     def __init__(
         self,
-        cache: PagedCache,
+        cache: PagedCache | PagedEncoderDecoderCache,
         eos_token_id: int | list[int] | None = None,
         criteria: list[StoppingCriteria] | None = None,
     ) -> None:

@@ -18,8 +18,17 @@ def untouched_memory(num_bytes: int, huge_pages: bool = False) -> Tensor:
         num_bytes: at least 1.
         huge_pages: let the system take memory 2 MiB at a time, where it can, in place of 4 KiB: the processor then
             looks up fewer addresses. For what is going to be touched as a whole.
+
+    Raises:
+        MemoryError: if the system can't give as much.
     """
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(
+            f"The system can't give {num_bytes / 2**30:,.1f} GiB at once. Where these are the pages of a layer, ask "
+            "for fewer (num_pages)."
+        ) from error
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -39,7 +39,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """
 
     is_compileable = True
-    is_croppable = True
+    is_croppable = False  # not alone; the cache is
 
     def __init__(self, batch: Batch, index: int, spec: LayerSpec) -> None:
         self._batch = batch
@@ -57,8 +57,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        """Whether the storage of this layer exists."""
-        return self._batch.pool.storage(self.index) is not None
+        """Whether there are `keys` and `values`."""
+        return self._batch.pool.storage(self.index) is not None and self.get_seq_length() > 0
 
     @property
     def keys(self) -> Tensor | None:
@@ -143,7 +143,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._batch.begin_pass(self.index)
         self._batch.known_ids.begin_pass(self._batch, self._batch.columns.count, query_length)
         first = self._batch.first_column(self.index)
-        return PlannedLength(self._batch.columns.count - first + query_length, self._batch), first
+        length = PlannedLength(self._batch.columns.count - first + query_length, self._batch)
+        # That one's mask function is compiled, and dynamo fails at an `int` that is more than an `int`.
+        return (int(length) if self._batch.pool.config._attn_implementation == "flex_attention" else length), first
 
     @outside_of_graphs
     def _mask_sizes_between_graphs(self, query_length: int) -> tuple[int, int]:
@@ -177,6 +179,18 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refuse: rows belong to the whole cache."""
         self._refuse("reorder_cache")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("crop")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("batch_select_indices")
 
     def _refuse(self, method: str) -> None:
         raise ValueError(

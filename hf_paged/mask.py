@@ -65,11 +65,10 @@ class PagedMask(BlockMask):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        # PEFT's prefix tuning, for one, asks for `dtype`.
         raise AttributeError(
             f"A mask of attn_implementation={NAME!r} was asked for its {name!r}, but it is no tensor: it lists the "
-            "pages that each query sees. Code that looks into masks needs the model loaded with "
-            'attn_implementation="sdpa" or "eager".'
+            "pages that each query sees. Code that looks into masks, as PEFT's prompt tuning and p-tuning do, needs "
+            'the model loaded with attn_implementation="sdpa" or "eager".'
         )
 
     def __repr__(self) -> str:

@@ -71,6 +71,11 @@ class Plan(CustomClassBase):  # type: ignore[misc]
         # torch.compile (seen in 2.11) copies examples of its inputs; that of a plan stands for a pass, not for itself.
         return self
 
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether no layer has written the new tokens of this pass yet."""
+        return self.batch.step is self.step and self.batch.has_written_nothing
+
     def of(self, queries: slice) -> "Plan":
         """The same for some of these queries only."""
         chosen = range(self.step.num_new)[self._queries][queries]

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hf_paged.config import check_page_size, layer_specs
+from hf_paged.config import check_config, check_count, check_page_size, layer_specs
 from hf_paged.group import PageGroup, PageHolder
 from hf_paged.stats import MemoryStats
 from hf_paged.storage import LayerStorage, disagreement
+from hf_paged.transforms import check_dense, check_surroundings
 
 
 class PagePool:
@@ -31,9 +32,11 @@ class PagePool:
     def __init__(
         self, config: PreTrainedConfig, num_pages: int | None = None, page_size: int = 128, watermark: int = 0
     ) -> None:
-        if num_pages is not None and num_pages < 1:
-            raise ValueError(f"num_pages={num_pages} was asked for; a pool needs at least one page.")
-        self.config = config.get_text_config(decoder=True)
+        num_pages = None if num_pages is None else check_count("num_pages", num_pages, least=1)
+        watermark = check_count("watermark", watermark, least=0)
+        self.config = check_config(config).get_text_config(decoder=True)
+        self.has_encoder = bool(config.is_encoder_decoder)
+        """Whether the decoder also attends to an encoder, whose keys and values are not in these pages."""
         self.page_size = check_page_size(page_size)
         self.layers = layer_specs(config)
         self.max_pages = num_pages
@@ -63,12 +66,16 @@ class PagePool:
         """Return the storage of a layer, made on the first call for keys and values like these.
 
         Raises:
-            ValueError: if keys and values don't belong together, or head counts, head sizes, dtype or device differ
-                from what the layer holds.
+            ValueError: if keys and values aren't dense or don't belong together, or head counts, head sizes, dtype or
+                device differ from what the layer holds.
         """
+        check_dense(keys)
+        check_dense(values)
         storage = self.storage(layer)
         if storage is not None and storage.fits(keys, values):
             return storage
+        if storage is None:
+            check_surroundings()
         difference = disagreement(keys, values)
         if storage is None and difference is None:
             storage = self.groups[self.group_of_layer[layer]].open_storage(layer, keys, values)

@@ -81,4 +81,6 @@ def parted_twins(leaders: Leaders, keys: Tensor, values: Tensor) -> list[int]:
 
 
 def _are_equal(row: int, other: int, keys: Tensor, values: Tensor) -> bool:
+    if keys.is_meta:
+        return False  # there is nothing to compare
     return torch.equal(keys[row], keys[other]) and torch.equal(values[row], values[other])

@@ -299,10 +299,10 @@ FAMILIES = [
 ]
 
 
-def new_cache(model: PreTrainedModel, decoder: Cache | None = None) -> Cache:
-    """Wrap the cache of the decoder as the model wants it; `DynamicCache` if none is given."""
+def new_cache(model: PreTrainedModel) -> Cache:
+    """The cache that `generate()` makes by itself."""
     config = model.config.get_text_config(decoder=True)
-    decoder = DynamicCache(config=config) if decoder is None else decoder
+    decoder = DynamicCache(config=config)
     return EncoderDecoderCache(decoder, DynamicCache(config=config)) if model.config.is_encoder_decoder else decoder
 
 

@@ -672,6 +672,7 @@ def test_it_is_a_transformers_cache(cache):
     assert isinstance(cache, Cache)
     assert len(cache) == NUM_LAYERS
     assert cache.is_croppable
+    assert not any(layer.is_croppable for layer in cache.layers)
     assert cache.is_sliding == [False, False]
 
 
@@ -719,9 +720,21 @@ def test_it_is_initialized_by_the_first_keys(cache, generator):
     assert not cache.is_initialized
     layers = random_layers(1, 1, generator)
     cache.update(*layers[0], 0)
-    assert [layer.is_initialized for layer in cache.layers] == [True, False]
+    assert not cache.is_initialized
     cache.update(*layers[1], 1)
     assert cache.is_initialized
+
+
+def test_a_layer_is_initialized_while_it_has_keys(cache, generator):
+    def state():
+        return [(layer.is_initialized, layer.keys is not None) for layer in cache.layers]
+
+    assert state() == [(False, False)] * NUM_LAYERS
+    filled(cache, generator, 2, 17)
+    assert state() == [(True, True)] * NUM_LAYERS
+    filled(PagedCache(pool=cache.pool), generator, 1, 5)
+    cache.crop(-17)
+    assert state() == [(False, False)] * NUM_LAYERS
 
 
 def test_early_initialization_makes_the_storage_and_holds_nothing(generator):
@@ -755,7 +768,15 @@ def test_layers_give_their_keys_and_values(cache, generator):
 
 @pytest.mark.parametrize(
     ("method", "arguments"),
-    [("offload", ()), ("prefetch", ()), ("reset", ()), ("reorder_cache", (torch.tensor([0]),))],
+    [
+        ("offload", ()),
+        ("prefetch", ()),
+        ("reset", ()),
+        ("reorder_cache", (torch.tensor([0]),)),
+        ("crop", (-1,)),
+        ("batch_repeat_interleave", (2,)),
+        ("batch_select_indices", (torch.tensor([0]),)),
+    ],
 )
 def test_a_layer_cannot_be_changed_alone(cache, generator, method, arguments):
     reference = filled(cache, generator, 1, 5)

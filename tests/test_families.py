@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_paged import PagedCache
+from hf_paged import PagedCache, PagedEncoderDecoderCache
 from tests.families import FAMILIES, Family, Outcome, markdown, new_cache
 from tests.models import generate, left_padded, random_ids, run
 
@@ -23,7 +23,7 @@ def cases(outcome: Outcome, has_encoder: bool | None = None):
     ]
 
 
-def cached(model) -> PagedCache:
+def cached(model) -> PagedCache | PagedEncoderDecoderCache:
     return PagedCache.from_model(model, page_size=16)
 
 
@@ -68,7 +68,7 @@ def test_a_decoder_with_an_encoder_generates_what_it_does_with_dynamic_cache(fam
     }
     expected = oracle.generate(past_key_values=new_cache(oracle), **arguments)
     cache = cached(model)
-    assert torch.equal(model.generate(past_key_values=new_cache(model, cache), **arguments), expected)
+    assert torch.equal(model.generate(past_key_values=cache, **arguments), expected)
     cache.pool.check_integrity()
 
 
@@ -77,7 +77,7 @@ def test_what_is_not_supported_is_refused(family: Family, attention):
     model = family.load(attention)
     inputs = family.encoder_inputs() if family.has_encoder else {"inputs": random_ids(3, 18)}
     with pytest.raises(ValueError, match=family.message):
-        model.generate(**inputs, past_key_values=new_cache(model, cached(model)), max_new_tokens=4, eos_token_id=None)
+        model.generate(**inputs, past_key_values=cached(model), max_new_tokens=4, eos_token_id=None)
 
 
 @pytest.mark.parametrize(

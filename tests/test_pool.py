@@ -28,16 +28,26 @@ pytestmark = pytest.mark.usefixtures("quick_collection")
 TOKEN_BYTES = NUM_LAYERS * 2 * 2 * 4  # keys and values of one head of size 2 in float32
 
 
-@pytest.mark.parametrize("page_size", [0, 1, 8, 24, 100, 512, 16.5, "16"])
+@pytest.mark.parametrize("page_size", [0, 1, 8, 24, 100, 512, 16.5, 16.0, "16"])
 def test_a_page_size_that_the_kernel_cannot_take_is_refused(page_size):
     with pytest.raises(ValueError, match="a page must be a tile that the kernel can take: choose one of 16, 32, 64"):
         PagePool(tiny_config(), page_size=page_size)
 
 
-@pytest.mark.parametrize("num_pages", [0, -1])
-def test_a_pool_without_pages_is_refused(num_pages):
-    with pytest.raises(ValueError, match=f"num_pages={num_pages} was asked for; a pool needs at least one page"):
+@pytest.mark.parametrize("num_pages", [0, -1, 1.5, "3", True])
+def test_a_number_of_pages_is_a_whole_one_and_not_none(num_pages):
+    with pytest.raises(ValueError, match=f"num_pages={num_pages!r} was asked for, but a whole number of at least 1"):
         PagePool(tiny_config(), num_pages)
+
+
+def test_a_number_of_pages_may_come_from_numpy():
+    assert PagePool(tiny_config(), np.int64(3), page_size=16).num_pages == 3
+
+
+@pytest.mark.parametrize("watermark", [-1, 0.5])
+def test_a_watermark_is_a_whole_number(watermark):
+    with pytest.raises(ValueError, match=f"watermark={watermark!r} was asked for, but a whole number of at least 0"):
+        PagePool(tiny_config(), watermark=watermark)
 
 
 def test_a_model_that_keeps_another_state_is_refused():
