@@ -108,7 +108,7 @@ class PagedCache(Cache):
                 'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
             )
         cache = (PagedEncoderDecoderCache if config.is_encoder_decoder else cls)(config, num_pages, page_size)
-        decoder: PagedCache = getattr(cache, "self_attention_cache", cache)
+        decoder = cache if isinstance(cache, PagedCache) else cache.self_attention_cache
         decoder._batch.num_layers = num_attention_layers(model, len(decoder.layers))
         return cache
 
