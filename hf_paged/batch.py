@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.gather import gather_columns
+from hf_paged.inductor import can_compile
 from hf_paged.kernel import repacks_storage
 from hf_paged.page_table import PageTable
 from hf_paged.pool import PagePool
@@ -34,10 +35,9 @@ class Batch:
         self.columns = Columns()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
-        self._all_layers_store = len(self._layers) == pool.config.num_hidden_layers
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._is_fanned_out = False  # whether the pass under way made several rows of one
-        self._is_rehearsing = False  # whether the pass under way is only recorded
+        self._rehearsed: list[int] | None = None  # layers of the pass under way, if it is only recorded
         self._records_past = False
         self._missing: set[int] = set()  # layers that the step under way has not written yet
         self._routines: dict[int, Routine] = {}  # how to write the others of a group, once one is written
@@ -128,33 +128,30 @@ class Batch:
 
     def note_written(self, layer: int) -> None:
         """Note that the step went through a layer."""
-        if not self._is_rehearsing:
-            self._missing.discard(layer)
-            self.settle()
-
-    def note_all_written(self) -> None:
-        """Note that the step went through all layers."""
-        self._missing.clear()
+        if self._rehearsed is not None:
+            self._rehearsed.append(layer)
+            return
+        self._missing.discard(layer)
         self.settle()
 
     @contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        """Let a pass be made that writes nothing: its step is still to come."""
-        self._is_rehearsing = True
+    def rehearsing(self) -> Iterator[list[int]]:
+        """Let a pass be made that writes nothing, as its step is still to come; give the layers it goes through."""
+        self._rehearsed = []
         try:
-            yield
+            yield self._rehearsed
         finally:
-            self._is_rehearsing = False
+            self._rehearsed = None
 
     @property
     def is_untouched(self) -> bool:
-        """Whether a pass is planned whose layers are all going to be written by `write`, and none was yet."""
+        """Whether a pass is planned whose layers are going to be written by `write`, and none was yet."""
         return self.is_written_by_attention and len(self._missing) == len(self._layers)
 
     @property
     def is_written_by_attention(self) -> bool:
         """Whether the attention function of a compiled graph is going to call `write`, so that `update` need not."""
-        return self.step is not None and self._is_planned and self._all_layers_store
+        return self.step is not None and self._is_planned
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new tokens of a layer and return what its attention function is to be handed.
@@ -182,6 +179,10 @@ class Batch:
                 self._routines[group] = Routine(step, group, self._alike(group, keys, values), keys, values)
         self.note_written(layer)
         return result
+
+    def awaits(self, layer: int) -> bool:
+        """Whether a layer is still to be written in the pass under way."""
+        return self.step is not None and layer in self._missing
 
     def _alike(self, group: int, keys: Tensor, values: Tensor) -> dict[int, LayerStorage]:
         """Storages of a group's layers that are still to be written, where keys and values like these fit in."""
@@ -241,6 +242,8 @@ class Batch:
 
     def _reads_pages(self, num_new: int) -> bool:
         """Whether FlexAttention reads the pages in place; else SDPA is handed a copy, layer by layer."""
+        if not can_compile():
+            return False
         storage = self.pool.storage(self._layers[0])
         # Where tiles must be small, many queries are SDPA's.
         return num_new == 1 or storage is None or not repacks_storage(storage.dtype, storage.device)
