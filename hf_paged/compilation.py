@@ -1,5 +1,6 @@
 """Compiled decoding and compiled prefill."""
 
+import inspect
 import logging
 import threading
 import time
@@ -145,7 +146,7 @@ def _explained(model: torch.nn.Module) -> Iterator[None]:
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         if not _passed_through(error.__traceback__, model):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise ValueError(
             f"torch.compile can't make one graph of a step of {type(model).__name__}, as compiled() wants it to. "
             f"Leave out compiled(): the same cache works uncompiled. What torch says: {reason}"
@@ -181,8 +182,20 @@ def _call(run: Callable[..., None], decoder: torch.nn.Module, **inputs: Any) -> 
     run(decoder, **inputs)
 
 
+class _Config(CompileConfig):
+    """How Transformers is to call `torch.compile`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of `torch.compile`."""
+        settings: dict[str, Any] = super().to_dict()
+        # Dynamo keeps eight graphs with code that all models of Transformers share; with this, with each model.
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from torch 2.13 on
+            settings["isolate_recompiles"] = True
+        return settings
+
+
 def _config() -> CompileConfig:
-    config: Any = CompileConfig(fullgraph=True, backend=_backend)
+    config: Any = _Config(fullgraph=True, backend=_backend)
     config.mode = None  # inductor's, whose CUDA graphs know nothing of pages
     config._compile_all_devices = True
     return config  # type: ignore[no-any-return]

@@ -5,8 +5,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hf_paged.graphs import with_own_code
+from hf_paged.graphs import outside_of_graphs, with_own_code
 from hf_paged.launches import Launches, record
 
 logger = logging.getLogger(__name__)
@@ -161,9 +161,9 @@ def _compile(
         for size in dynamic_sizes(name):
             if tensor is not None and tensor.shape[size] > 1:
                 torch._dynamo.mark_dynamic(tensor, size)
-    with _compiling(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         # With dynamic=True, as a model may be compiled, what is a constant of the kernel would become an input.
-        torch.compile(own, backend=backend, fullgraph=True, dynamic=False)(*arguments)
+        _call_once(torch.compile(own, backend=backend, fullgraph=True, dynamic=False), arguments)
     if not compiled:
         raise RuntimeError(
             "torch.compile has not compiled the attention over pages, which needs it. Its log says why; see also "
@@ -178,17 +178,16 @@ def _compile(
     return Kernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
 
 
-@contextmanager
-def _compiling() -> Iterator[None]:
-    """Let `torch.compile` compile, whatever it is told to do with the code that calls this."""
+@outside_of_graphs  # where the stance can't be changed
+def _call_once(function: Callable[..., Tensor], arguments: Sequence[Tensor | None]) -> None:
+    """Call what `torch.compile` returned, and let it compile whatever is to be done with code of the caller."""
     stance = torch._dynamo.eval_frame._stance
-    is_usual = stance.stance == "default" and stance.backend is None
     with ExitStack() as stack:
+        if stance.stance != "default" or stance.backend is not None:
+            stack.enter_context(torch.compiler.set_stance("default"))
         # Dynamo leaves alone what runs in a mode that looks at each operation, such as one that counts them.
         stack.enter_context(_disable_current_modes())
-        if not is_usual:
-            stack.enter_context(torch.compiler.set_stance("default"))
-        yield
+        function(*arguments)
 
 
 def _expression(source: str) -> str:

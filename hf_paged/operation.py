@@ -25,7 +25,7 @@ def write_and_attend(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    written: Tensor | None = None,
+    written: Tensor | None,
 ) -> Tensor:
     """A layer's attention in a compiled graph, and its update.
 
@@ -137,7 +137,7 @@ class WithoutUnusedAttention(CustomGraphPass):
             if node.users:
                 continue
             plan, _, key, value, layer = node.args[:5]
-            if not node.args[9:] or node.args[9] is None:
+            if node.args[9] is None:
                 with graph.inserting_before(node):
                     graph.call_function(torch.ops.hf_paged.write_only.default, (plan, key, value, layer))
             graph.erase_node(node)
