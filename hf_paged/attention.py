@@ -13,7 +13,7 @@ from hf_paged.dtypes import autocast_dtype
 from hf_paged.eager import blockwise_attention
 from hf_paged.flash_decoding import flash_decoding
 from hf_paged.kernel import Attention
-from hf_paged.marks import layer_of, note_output, output_of
+from hf_paged.marks import is_marked, layer_of, note_output, output_of
 from hf_paged.mask import NAME, PagedMask, paged_flex_mask
 from hf_paged.page_table import PageTable
 from hf_paged.plan import Plan
@@ -83,7 +83,7 @@ def paged_flex_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
     if not isinstance(attention_mask, PagedMask):
-        if holds_pages(key) or layer_of(key, value) is not None:
+        if holds_pages(key) or is_marked(key):
             raise ValueError(
                 "Keys in pages were given to the attention function with a mask that the model made itself. Load the "
                 'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.'

@@ -100,7 +100,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not torch.compiler.is_dynamo_compiling():
             return self._batch.write(self.index, key_states, value_states)
         if self._batch.is_written_by_attention:
-            return marked(key_states, self.index), marked(value_states, self.index)
+            return marked(key_states, self.index, True), marked(value_states, self.index, False)
         return _write(self._batch, self.index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 
 
-def marked(tokens: Tensor, layer: int) -> Tensor:
+def marked(tokens: Tensor, layer: int, is_key: bool) -> Tensor:
     """Mark new keys or values as those of a layer which are not written yet."""
     tokens = torch.ops.hf_paged.new_tokens(tokens, layer)
-    tokens._hf_paged_layer = layer  # type: ignore[attr-defined]
+    tokens._hf_paged_new = layer, is_key  # type: ignore[attr-defined]
     return tokens
 
 
 def layer_of(key: Any, value: Any) -> int | None:
     """The layer whose new keys and values these are; None for anything else."""
-    layer: int | None = getattr(key, "_hf_paged_layer", None)
-    return layer if layer == getattr(value, "_hf_paged_layer", None) else None
+    layer, is_key = getattr(key, "_hf_paged_new", (None, False))
+    return layer if is_key and getattr(value, "_hf_paged_new", None) == (layer, False) else None
+
+
+def is_marked(tokens: Any) -> bool:
+    """Whether these are new keys or values as `marked` returned them."""
+    return hasattr(tokens, "_hf_paged_new")
 
 
 def note_output(key: Tensor, output: Tensor) -> None:

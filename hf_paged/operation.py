@@ -117,10 +117,11 @@ def unmark(graph: torch.fx.Graph) -> str | None:
         return changed(node.args[4])
     for node in graph.find_nodes(op="call_function", target=torch.ops.hf_paged.new_tokens):
         tokens, layer = node.args
-        if any(user.target is not torch.ops.hf_paged.write_and_attend for user in node.users):
+        if not node.users or any(user.target is not torch.ops.hf_paged.write_and_attend for user in node.users):
             return (
-                f"Keys or values that layer {layer} was returned by cache.update() are read by more than attention, "
-                "but in a compiled step they are the new ones alone. Run this model uncompiled: leave out compiled()."
+                f"Keys or values that layer {layer} gives to cache.update() are read by more than its attention, or "
+                "not by it, but a compiled step stores them there and holds no others. Run this model uncompiled: "
+                "leave out compiled()."
             )
         node.replace_all_uses_with(tokens)
         graph.erase_node(node)
