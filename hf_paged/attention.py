@@ -1,8 +1,7 @@
 """The attention function of `"paged_flex"`, and its registration."""
 
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from hf_paged.dtypes import autocast_dtype
 from hf_paged.eager import blockwise_attention
 from hf_paged.flash_decoding import flash_decoding
 from hf_paged.kernel import Attention
+from hf_paged.marks import is_marked, layer_of, note_output, output_of
 from hf_paged.mask import NAME, PagedMask, paged_flex_mask
 from hf_paged.page_table import PageTable
 from hf_paged.plan import Plan
@@ -24,6 +24,12 @@ from hf_paged.storage import holds_pages
 from hf_paged.tiles import Layout
 
 _NOTHING = nullcontext()
+
+
+class _Heads(NamedTuple):
+    """What `sdpa_attention_forward` asks a layer for."""
+
+    num_key_value_groups: int
 
 
 def paged_flex_attention(
@@ -87,7 +93,7 @@ def paged_flex_attention(
     is_masked = isinstance(attention_mask, PagedMask)
     is_causal = is_masked or bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
     if not isinstance(attention_mask, PagedMask):
-        if holds_pages(key):
+        if holds_pages(key) or is_marked(key):
             raise _refused(
                 attention_mask,
                 "Keys in pages were given to the attention function with a mask that the model made itself. Load the "
@@ -103,12 +109,18 @@ def paged_flex_attention(
         )
     if query.dtype is not key.dtype and autocast_dtype(query) is not None:
         query = query.to(key.dtype)
-    arguments = (attention_mask.plan, query, key, value, getattr(module, "layer_idx", -1))
+    plan, layer = attention_mask.plan, getattr(module, "layer_idx", -1)
     options = (is_causal, scale, softcap, s_aux)
-    if is_traced:
-        output: Tensor = torch.ops.hf_paged.write_and_attend(*arguments, *options)
-        return output, None
-    return attend(*arguments, *options), None
+    source = layer_of(key, value)
+    if source is not None:
+        # In a graph; or between two that parted behind the update.
+        output: Tensor = torch.ops.hf_paged.write_and_attend(plan, query, key, value, source, *options, output_of(key))
+        note_output(key, output)
+    elif is_traced:
+        output = torch.ops.hf_paged.attend_to_others(plan, query, key, value, layer, *options)
+    else:
+        output = attend(plan, query, key, value, layer, *options)
+    return output, None
 
 
 def _refused(mask: Tensor | PagedMask | None, message: str) -> ValueError:
@@ -244,7 +256,7 @@ def _attend_to_columns(
     is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
     if softcap is not None or sinks is not None or is_last:
         return blockwise_attention(query, key, value, mask, is_causal, scale, softcap, sinks)
-    heads: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
+    heads: Any = _Heads(query.shape[1] // key.shape[1])
     output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, scaling=scale, is_causal=is_causal)[0]
     return output
 

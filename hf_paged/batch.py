@@ -13,6 +13,7 @@ from hf_paged.columns import BoolMatrix, Columns, Counts
 from hf_paged.edits import Edits
 from hf_paged.errors import UnclearPassError
 from hf_paged.gather import gather_columns
+from hf_paged.inductor import can_compile
 from hf_paged.kernel import repacks_storage, takes
 from hf_paged.known_ids import KnownIds
 from hf_paged.page_table import PageTable
@@ -51,10 +52,9 @@ class Batch:
         self.known_ids = KnownIds()
         self.step: Step | None = None
         self._layers = sorted(pool.group_of_layer)
-        self._all_layers_store = len(self._layers) == len(pool.layers)
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._is_fanned_out = False  # whether the pass under way made several rows of one
-        self._is_rehearsing = False  # whether the pass under way is only recorded
+        self._rehearsed: list[int] | None = None  # layers of the pass under way, if it is only recorded
         self._records_past = False
         self._absent: frozenset[int] = frozenset()  # layers that hold none of the tokens
         self._missing: set[int] = set()  # layers that the step under way has not written yet
@@ -165,39 +165,36 @@ class Batch:
 
     def note_written(self, layer: int) -> None:
         """Note that the step went through a layer."""
-        if not self._is_rehearsing:
-            self._missing.discard(layer)
-            self._last_written = max(layer, self._last_written)
-            self.settle()
-
-    def note_all_written(self) -> None:
-        """Note that the step went through all layers."""
-        self._missing.clear()
+        if self._rehearsed is not None:
+            self._rehearsed.append(layer)
+            return
+        self._missing.discard(layer)
+        self._last_written = max(layer, self._last_written)
         self.settle()
 
     @contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        """Let a pass be made that writes nothing: its step is still to come."""
-        self._is_rehearsing = True
+    def rehearsing(self) -> Iterator[list[int]]:
+        """Let a pass be made that writes nothing, as its step is still to come; give the layers it goes through."""
+        self._rehearsed = []
         try:
-            yield
+            yield self._rehearsed
         finally:
-            self._is_rehearsing = False
+            self._rehearsed = None
 
     @property
     def has_written_nothing(self) -> bool:
         """Whether no layer has written the step under way, which is no rehearsal."""
-        return not self._is_rehearsing and len(self._missing) == len(self._layers)
+        return self._rehearsed is None and self._last_written < 0
 
     @property
     def is_untouched(self) -> bool:
-        """Whether a pass is planned whose layers are all going to be written by `write`, and none was yet."""
+        """Whether a pass is planned whose layers are going to be written by `write`, and none was yet."""
         return self.is_written_by_attention and self._last_written < 0
 
     @property
     def is_written_by_attention(self) -> bool:
         """Whether the attention function of a compiled graph is going to call `write`, so that `update` need not."""
-        return self.step is not None and self._is_planned and self._all_layers_store
+        return self.step is not None and self._is_planned
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new tokens of a layer and return what its attention function is to be handed.
@@ -249,6 +246,10 @@ class Batch:
         for states in list(self._shared):
             states.part()
         self._shared.clear()
+
+    def awaits(self, layer: int) -> bool:
+        """Whether a layer is still to be written in the pass under way."""
+        return self.step is not None and layer in self._missing
 
     def _alike(self, group: int, keys: Tensor, values: Tensor) -> dict[int, LayerStorage]:
         """Storages of a group's layers that are still to be written, where keys and values like these fit in."""
@@ -388,6 +389,8 @@ class Batch:
 
     def _reads_pages(self, num_new: int) -> bool:
         """Whether a kernel reads the pages in place; else SDPA is handed a copy, layer by layer."""
+        if not can_compile():
+            return False
         storage = next(filter(None, map(self.pool.storage, self._layers)), None)
         if storage is None:
             return True

@@ -1,21 +1,27 @@
 """Compiled decoding and compiled prefill."""
 
+import inspect
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, PreTrainedModel
 
 from hf_paged import linear
 from hf_paged.cuda_graphs import StepGraphs
 from hf_paged.graphs import guard_hooks, with_own_code
 from hf_paged.host_memory import give_back_freed
-from hf_paged.operation import WithoutUnusedAttention
+from hf_paged.inductor import switched_off
+from hf_paged.operation import WithoutUnusedAttention, unmark
 from hf_paged.step_launches import compile_step
 from hf_paged.weights import gather_weights
 
@@ -25,7 +31,25 @@ Filling = Callable[..., None]
 
 MIN_TOKENS = linear.MANY_ROWS  # of what `compiled_filling` returns
 
-_active: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
+
+@dataclass
+class _Use:
+    """Contexts that have the same `generation_config`.
+
+    Attributes:
+        settings: the `generation_config`.
+        before: its `compile_config` before the first of them.
+        count: how many there are.
+    """
+
+    settings: Any
+    before: CompileConfig | None
+    count: int = 0
+
+
+_lock = threading.Lock()
+_active: WeakKeyDictionary[torch.nn.Module, tuple[Filling, int]] = WeakKeyDictionary()
+_configured: dict[int, _Use] = {}
 _fillings: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
 
 
@@ -65,8 +89,11 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     another layout. What changes about the model meanwhile, such as a hook, an adapter or a weight, counts from the
     next step on. On a CPU the weights are moved once, together into memory with huge pages, where all of them are
     read faster: parameters remain the same objects with the same values, and stay there after the context; but like
-    `model.to`, the first context must not begin while another thread runs the model. On a GPU each step is also
+    `model.to`, the first context must not begin while another thread runs the model. Contexts nest, and threads may
+    enter and leave them in any order: the model is as it was when the last one is left. On a GPU each step is also
     recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
+
+    Where torch's own switches turn `torch.compile` off, the model runs uncompiled; a log message tells.
 
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
@@ -75,32 +102,97 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         A context, which gives the model.
 
     Raises:
-        ValueError: if the model is in training mode.
+        ValueError: if the model is in training mode, can't be compiled as one graph, or changes its keys between cache
+            and attention.
     """
     return _Context(_compiled(model))
 
 
 @contextmanager
 def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    if model.training:
-        raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
+    _check(model)
+    reason = switched_off()
+    if reason is not None:
+        logger.warning("%s, so %s runs uncompiled within compiled().", reason, type(model).__name__)
+        yield model
+        return
     gather_weights(model)
     decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     settings: Any = model.generation_config
-    previous = settings.compile_config
-    outer = _active.get(decoder)
-    # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
-    fill = _fillings.setdefault(decoder, with_own_code(_fill))
-    _active[decoder] = partial(torch.compile(fill, backend=_prompt_backend, fullgraph=True, dynamic=False), decoder)
-    settings.compile_config = _config()
+    with _lock:
+        _begin(decoder, settings)
     try:
-        yield model
+        with _explained(model):
+            yield model
     finally:
-        settings.compile_config = previous
-        if outer is None:
-            del _active[decoder]
-        else:
-            _active[decoder] = outer
+        with _lock:
+            _end(decoder, settings)
+
+
+def _check(model: Any) -> None:
+    name = type(model).__name__
+    if model.training:
+        raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
+    if getattr(model, "generation_config", None) is None:
+        raise ValueError(
+            f"compiled() was given a {name}, which has no generate(). Pass a model for generation, such as one of "
+            "AutoModelForCausalLM; of one that is wrapped, as by DistributedDataParallel, the model inside."
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            f"This {name} has hooks of accelerate, which move tensors between the layers (device_map, offloading), "
+            "so its steps can't be compiled as one graph. Load it on one device, or leave out compiled()."
+        )
+
+
+def _begin(decoder: torch.nn.Module, settings: Any) -> None:
+    if decoder in _active:
+        fill, count = _active[decoder]
+    else:
+        # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
+        own = _fillings.setdefault(decoder, with_own_code(_fill))
+        run = torch.compile(own, backend=_prompt_backend, fullgraph=True, dynamic=False)
+        fill, count = partial(_call, run, decoder), 0
+    _active[decoder] = fill, count + 1
+    use = _configured.setdefault(id(settings), _Use(settings, settings.compile_config))
+    use.count += 1
+    settings.compile_config = _config()
+
+
+def _end(decoder: torch.nn.Module, settings: Any) -> None:
+    fill, count = _active.pop(decoder)
+    if count > 1:
+        _active[decoder] = fill, count - 1
+    use = _configured[id(settings)]
+    use.count -= 1
+    if use.count == 0:
+        settings.compile_config = use.before
+        del _configured[id(settings)]
+
+
+@contextmanager
+def _explained(model: torch.nn.Module) -> Iterator[None]:
+    """Say what to do where torch fails at compiling this model."""
+    try:
+        yield
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        if not _passed_through(error.__traceback__, model):
+            raise
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise ValueError(
+            f"torch.compile can't make one graph of a step of {type(model).__name__}, as compiled() wants it to. "
+            f"Leave out compiled(): the same cache works uncompiled. What torch says: {reason}"
+        ) from error
+
+
+def _passed_through(traceback: TracebackType | None, model: torch.nn.Module) -> bool:
+    """Whether an error came out of a method of this model, or of what computes its prompts."""
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_locals.get("self") is model or frame.f_code is _call.__code__:
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 def compiled_filling(decoder: torch.nn.Module) -> Filling | None:
@@ -109,21 +201,42 @@ def compiled_filling(decoder: torch.nn.Module) -> Filling | None:
     It takes `MIN_TOKENS` or more. Where dynamo is told that their number varies, one graph serves all numbers. Nothing
     is computed for the output alone: of the last layer, that is all but keys and values.
     """
-    return _active.get(decoder)
+    with _lock:
+        fill, _ = _active.get(decoder, (None, 0))
+    return fill
 
 
 def _fill(decoder: torch.nn.Module, **inputs: Any) -> None:
     decoder(**inputs)
 
 
+def _call(run: Callable[..., None], decoder: torch.nn.Module, **inputs: Any) -> None:
+    run(decoder, **inputs)
+
+
+class _Config(CompileConfig):
+    """How Transformers is to call `torch.compile`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of `torch.compile`."""
+        settings: dict[str, Any] = super().to_dict()
+        # Dynamo keeps eight graphs with code that all models of Transformers share; with this, with each model.
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from torch 2.13 on
+            settings["isolate_recompiles"] = True
+        return settings
+
+
 def _config() -> CompileConfig:
-    config: Any = CompileConfig(fullgraph=True, backend=_backend)
+    config: Any = _Config(fullgraph=True, backend=_backend)
     config.mode = None  # inductor's, whose CUDA graphs know nothing of pages
     config._compile_all_devices = True
     return config  # type: ignore[no-any-return]
 
 
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = False) -> Any:
+    reason = unmark(graph.graph)
+    if reason is not None:
+        return partial(_refuse, reason)
     logger.warning("Compiling a model for hf_paged: about half a minute the first time, some seconds later on.")
     begin = time.perf_counter()
     guard_hooks()
@@ -133,6 +246,11 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = F
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
     return StepGraphs(result) if len(devices) == 1 and devices.pop().type == "cuda" else result
+
+
+def _refuse(reason: str, *inputs: Any) -> Any:
+    # When the graph is called, as torch would wrap what is raised while it is made.
+    raise ValueError(reason)
 
 
 def _prompt_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

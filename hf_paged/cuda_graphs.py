@@ -73,7 +73,8 @@ class StepGraphs:
             if not recording.is_done and not self._record(recording, inputs, batch):
                 return self._run(*inputs)
             outputs = recording.repeat()
-            batch.note_all_written()
+            for layer in recording.layers:
+                batch.note_written(layer)
             return outputs
 
     def _keep(self, key: Hashable, recording: "_Recording") -> None:
@@ -94,7 +95,7 @@ class StepGraphs:
         if stream not in self._pools:
             self._pools[stream] = torch.cuda.graph_pool_handle()
         try:
-            with batch.rehearsing():
+            with batch.rehearsing() as recording.layers:
                 recording.record(self._run, inputs, self._pools[stream])
         except Exception as error:
             self._is_given_up = True
@@ -112,7 +113,12 @@ class _Recording:
         inputs: of the pass that has just run.
         moving: which of them are copied.
         plans: those among them.
+
+    Attributes:
+        layers: that the step writes, once it is recorded.
     """
+
+    layers: list[int]
 
     def __init__(self, inputs: Inputs, moving: set[int], plans: list[Plan]) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -2,18 +2,22 @@
 
 import inspect
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch.utils._python_dispatch import _disable_current_modes
 
-from hf_paged.graphs import with_own_code
+from hf_paged.graphs import outside_of_graphs, with_own_code
 from hf_paged.launches import Launches, record
 
 logger = logging.getLogger(__name__)
@@ -66,6 +70,28 @@ def num_specializations() -> int:
     return len(_kernels)
 
 
+def switched_off() -> str | None:
+    """Say which of torch's switches turns `torch.compile` off; None if it is on."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE=1 switches torch.compile off"
+    if torch._dynamo.config.disable:
+        return "torch._dynamo.config.disable (TORCH_COMPILE_DISABLE=1) switches torch.compile off"
+    return None
+
+
+def can_compile() -> bool:
+    """Whether kernels can be compiled; tells once in a log message if not."""
+    reason = switched_off()
+    if reason is not None:
+        _tell_once(f"{reason}, so attention is handed a copy of what is cached in each layer, which is slow.")
+    return reason is None
+
+
+@cache
+def _tell_once(message: str) -> None:
+    logger.warning(message)
+
+
 def compiled_kernel(
     key: Hashable,
     build: Callable[[], Callable[..., Tensor]],
@@ -109,12 +135,25 @@ def _compile(
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         # Read before inductor takes the graph apart: where dynamo has each input from, as an expression over L.
         sources.extend(node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder")
-        return compile_fx(graph, inputs, inner_compile=compile_inner)
+        # That cache would find what AOTAutograd makes of the kernel without compiling what is inside.
+        inside = torch._functorch.config.patch(enable_autograd_cache=False)
+        # The sizes are those of the tensors that they are read from, so there is nothing to be asserted on each call.
+        # Nor are indices: block tables name pages that exist.
+        unchecked = torch._inductor.config.patch(size_asserts=False, assert_indirect_indexing=False)
+        # Not around the whole: before torch 2.12 threads share such settings, but dynamo calls one backend at a time.
+        with inside, unchecked:
+            return compile_fx(graph, inputs, inner_compile=compile_inner)
 
     def compile_inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         compiled.append(compile_fx_inner(graph, inputs, **options))
         return compiled[-1]
 
+    reason = switched_off()
+    if reason is not None:
+        raise ValueError(
+            f"{reason}, but attention over pages needs to be compiled. Switch it on, or load the model with "
+            'attn_implementation="sdpa": PagedCache works with it.'
+        )
     own = with_own_code(attend)
     names = list(inspect.signature(attend).parameters)
     device = next(tensor.device for tensor in arguments if tensor is not None)
@@ -122,21 +161,33 @@ def _compile(
         for size in dynamic_sizes(name):
             if tensor is not None and tensor.shape[size] > 1:
                 torch._dynamo.mark_dynamic(tensor, size)
-    # Inside of a model compiled with dynamic=True, what is a constant of the kernel would become an input.
-    static = torch._dynamo.config.patch(assume_static_by_default=True)
-    # That cache would find what AOTAutograd makes of the kernel without compiling what is inside.
-    inside = torch._functorch.config.patch(enable_autograd_cache=False)
-    # The sizes are those of the tensors that they are read from, so there is nothing to be asserted on each call. Nor
-    # are indices: block tables name pages that exist.
-    unchecked = torch._inductor.config.patch(size_asserts=False, assert_indirect_indexing=False)
-    with static, inside, unchecked, torch.no_grad(), torch.autocast(device.type, enabled=False):
-        torch.compile(own, backend=backend, fullgraph=True)(*arguments)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        # With dynamic=True, as a model may be compiled, what is a constant of the kernel would become an input.
+        _call_once(torch.compile(own, backend=backend, fullgraph=True, dynamic=False), arguments)
+    if not compiled:
+        raise RuntimeError(
+            "torch.compile has not compiled the attention over pages, which needs it. Its log says why; see also "
+            'torch._dynamo.config.suppress_errors. Or load the model with attn_implementation="sdpa": PagedCache '
+            "works with it."
+        )
     (graph,) = compiled
     inputs = [_expression(source) for source in sources]
     query, keys, values = (inputs.index(name) for name in names[:3])
     sinks = inputs.index(names[-1]) if names[-1] in inputs else -1
     inputs_of = eval(f"lambda {', '.join(names)}: [{', '.join(inputs)}]")
     return Kernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
+
+
+@outside_of_graphs  # where the stance can't be changed
+def _call_once(function: Callable[..., Tensor], arguments: Sequence[Tensor | None]) -> None:
+    """Call what `torch.compile` returned, and let it compile whatever is to be done with code of the caller."""
+    stance = torch._dynamo.eval_frame._stance
+    with ExitStack() as stack:
+        if stance.stance != "default" or stance.backend is not None:
+            stack.enter_context(torch.compiler.set_stance("default"))
+        # Dynamo leaves alone what runs in a mode that looks at each operation, such as one that counts them.
+        stack.enter_context(_disable_current_modes())
+        function(*arguments)
 
 
 def _expression(source: str) -> str:

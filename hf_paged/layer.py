@@ -11,6 +11,7 @@ from hf_paged.config import LayerSpec
 from hf_paged.dtypes import autocast_dtype
 from hf_paged.graphs import outside_of_graphs
 from hf_paged.lengths import PastLength, PlannedLength
+from hf_paged.marks import marked
 from hf_paged.mask import NAME
 from hf_paged.storage import holds_pages
 
@@ -133,7 +134,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not torch.compiler.is_dynamo_compiling():
             return self._batch.write(self.index, key_states, value_states)
         if self._batch.is_written_by_attention:
-            return key_states, value_states
+            return marked(key_states, self.index, True), marked(value_states, self.index, False)
         return _write(self._batch, self.index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch._functorch.config
 from torch import Tensor
 from torch._inductor import lowering
 from torch._inductor.compile_fx import compile_fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_paged.graphs import without_graph
 
@@ -101,7 +102,7 @@ def backend(
     kinds = set()
     for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
         x = node.args[0].meta["example_value"]
-        if x.device.type != "cpu" or x.dtype != torch.float32:
+        if not _is_plain(node):
             kinds.add("torch's")
             continue
         kind = _kind(math.prod(x.shape[:-1]), has_many_rows)
@@ -117,6 +118,15 @@ def backend(
         # AOTAutograd's cache would find the graph without asking for what is inside.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             return without_graph(compile_fx(graph, inputs, inner_compile=for_one_row))
+
+
+def _is_plain(node: torch.fx.Node) -> bool:
+    """Whether a linear layer is on a CPU and all in float32, autocast aside, of tensors that are nothing else."""
+    values = [arg.meta["example_value"] for arg in (node, *node.all_input_nodes)]
+    return all(
+        value.device.type == "cpu" and value.dtype == torch.float32 and not is_traceable_wrapper_subclass(value)
+        for value in values
+    )
 
 
 def _kind(num_rows: int | torch.SymInt, has_many_rows: bool) -> str:

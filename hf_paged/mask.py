@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -87,7 +88,6 @@ class PagedMask(BlockMask):
         )
 
 
-@outside_of_graphs
 def paged_flex_mask(
     batch_size: int,
     q_length: int,
@@ -119,28 +119,65 @@ def paged_flex_mask(
         OutOfPagesError: if the step does not fit into the pool.
         ValueError: if the mask does not fit the cache.
     """
+    make: Any = _planned if isinstance(kv_length, PlannedLength) else _dense  # this one may be in a graph
+    mask: Tensor | PagedMask | None = make(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, **kwargs
+    )
+    return mask
 
-    def dense(**changes: Any) -> Tensor | None:
-        arguments = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function, **kwargs, **changes}
-        mask: Tensor | None = sdpa_mask(
-            batch_size, q_length, int(kv_length), attention_mask=attention_mask, config=config, **arguments
-        )
-        return mask
 
-    if not isinstance(kv_length, PlannedLength):
-        return dense()
+def _dense(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+    config: PreTrainedConfig | None,
+    **kwargs: Any,
+) -> Tensor | None:
+    mask: Tensor | None = sdpa_mask(
+        batch_size,
+        q_length,
+        int(kv_length),
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        config=config,
+        **kwargs,
+    )
+    return mask
+
+
+@outside_of_graphs
+def _planned(
+    batch_size: int,
+    q_length: int,
+    kv_length: PlannedLength,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+    config: PreTrainedConfig | None,
+    **kwargs: Any,
+) -> PagedMask:
+    dense = partial(
+        _dense, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config
+    )
     batch = kv_length.batch
     step = batch.plan(batch_size, q_length, attention_mask, None if config is None else num_decoder_layers(config))
     if step.view is not View.PAGES:
         # Contiguous keys and values, those that are new if they are all there is: SDPA reads them faster.
-        return PagedMask(Plan(batch, step, by_column=dense(allow_is_bidirectional_skip=False)))
+        return PagedMask(Plan(batch, step, by_column=dense(**kwargs | {"allow_is_bidirectional_skip": False})))
     if step.past_is_visible:
         if mask_function is causal_mask_function:
             return PagedMask(Plan(batch, step))
         window = _window_of(mask_function)
         if window is not None:
             return PagedMask(Plan(batch, step, window=window))
-    mask = dense(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    mask = dense(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     assert mask is not None  # both ways to skip it are closed
     return PagedMask(Plan(batch, step, visible=step.by_token(mask, kv_offset)))
 

@@ -88,6 +88,11 @@ class Plan(CustomClassBase):  # type: ignore[misc]
             queries=slice(chosen.start, chosen.stop, chosen.step),
         )
 
+    def read(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `Batch.write` has returned for these keys and values of a layer in this pass."""
+        pool = self.batch.pool
+        return self.step.read(pool.group_of_layer[layer], pool.open_storage(layer, keys, values), keys, values)
+
     def tiles(self, table: PageTable, layout: Layout, num_slots: int) -> Tiles:
         """Block lists over the pages of `table`, made once for all layers of its group.
 
