@@ -144,6 +144,10 @@ class Batch:
         self._missing.clear()
         self.settle()
 
+    def is_past(self, layer: int) -> bool:
+        """Whether a pass is under way that has written a layer."""
+        return self.step is not None and layer not in self._missing
+
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Let a pass be made that writes nothing: its step is still to come."""
