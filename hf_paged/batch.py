@@ -172,6 +172,10 @@ class Batch:
         self._last_written = max(layer, self._last_written)
         self.settle()
 
+    def is_past(self, layer: int) -> bool:
+        """Whether a pass is under way that has written a layer."""
+        return self.step is not None and layer not in self._missing | self._absent
+
     @contextmanager
     def rehearsing(self) -> Iterator[list[int]]:
         """Let a pass be made that writes nothing, as its step is still to come; give the layers it goes through."""

@@ -68,7 +68,11 @@ class Edits:
         self.copies: dict[int, Copy] = {}
 
     def read(self, batch: Batch, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return keys and values of a layer, the same tensors until the cache changes; `(None, None)` when empty."""
+        """Return keys and values of a layer, the same tensors until the cache changes; `(None, None)` when empty.
+
+        Raises:
+            ValueError: if a forward pass is under way that has written the layer.
+        """
         keys, values = self._copy(batch, layer).tensors
         return keys, values
 
@@ -182,6 +186,12 @@ class Edits:
 
     def _copy(self, batch: Batch, layer: int) -> Copy:
         batch.settle()
+        if batch.is_past(layer):
+            raise ValueError(
+                f"Keys or values of layer {layer} were read in the middle of the forward pass that has written them, "
+                "or after one that failed. A PagedCache shows them between two passes: read and change them then; "
+                "after a pass that failed, call cache.crop(0) first."
+            )
         copy = self.copies.get(layer)
         if copy is None or copy.columns is not batch.columns:
             # Inference tensors would have no version.

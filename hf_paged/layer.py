@@ -78,7 +78,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         count.
 
         Raises:
-            ValueError: for a tensor that can't be keys of this layer, or within a forward pass; nothing has changed.
+            ValueError: for a tensor that can't be keys of this layer, for changes within a forward pass, or if they
+                are read in one that has written them; nothing has changed.
                 By the next use of the cache, if some layers were given other rows or columns than the others.
             OutOfPagesError: by the next use of the cache, if there are too few pages for what was changed. It is
                 kept, and tried again at the use after that.

@@ -711,3 +711,24 @@ def test_changes_within_a_pass_are_refused(cache, generator):
     forward(cache, new)
     assert cache.get_seq_length() == 21
     assert cache.gather(0)[0].shape[1::2] == (NUM_KV_HEADS, HEAD_DIM)
+
+
+@pytest.mark.parametrize("num_cached", [0, 20])
+def test_compressing_a_layer_within_the_pass_that_writes_it_is_refused(num_cached):
+    model = tiny_llama()
+    cache = paged_cache(model)
+    if num_cached:
+        run(model, cache, random_ids(1, num_cached), [num_cached])
+
+    def compress(module, args, output):
+        layer = cache.layers[module.layer_idx]
+        layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+
+    hook = model.model.layers[0].self_attn.register_forward_hook(compress)
+    with pytest.raises(ValueError, match="layer 0 were read in the middle of the forward pass that has written them"):
+        run(model, cache, random_ids(1, 20), [20])
+    hook.remove()
+    cache.crop(0)
+    assert cache.get_seq_length() == num_cached
+    run(model, cache, random_ids(1, 20), [20])
+    assert cache.get_seq_length() == num_cached + 20
