@@ -190,7 +190,7 @@ class Edits:
             raise ValueError(
                 f"Keys or values of layer {layer} were read in the middle of the forward pass that has written them, "
                 "or after one that failed. A PagedCache shows them between two passes: read and change them then; "
-                "after a pass that failed, call cache.crop(0) first."
+                "after a pass that failed, call cache.roll_back() first."
             )
         copy = self.copies.get(layer)
         if copy is None or copy.columns is not batch.columns:
