@@ -41,9 +41,10 @@ MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 INTRODUCTION = """# Model families
 
 What a `PagedCache` does in place of a `DynamicCache`, with `attn_implementation="paged_flex"` and with the attention
-that the family has otherwise. Each cell is what `tests/test_families.py` asserts of a tiny random model: logits of a
-left-padded batch in several passes, and greedy tokens until every window is left. An error is raised before a wrong
-token is made.
+that the family has otherwise. `PagedCache.from_model(model)` makes it; for an encoder-decoder it is a
+`PagedEncoderDecoderCache`, with pages for the decoder and the encoder's keys and values beside them. Each cell is what
+`tests/test_families.py` asserts of a tiny random model: logits of a left-padded batch in several passes, and greedy
+tokens until every window is left. An error is raised before a wrong token is made.
 
 `python -m tests.families > docs/families.md` writes this file.
 
