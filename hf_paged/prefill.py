@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from hf_paged._transformers import CACHE
 from hf_paged.batch import Batch
 from hf_paged.compilation import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.config import layer_specs
@@ -101,16 +102,16 @@ def _run(
         for tensor in (inputs["input_ids"], inputs["position_ids"]):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         # Outside of the graph, as generate() does.
-        make_mask = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        make_mask: Any = getattr(model, "create_masks_for_generate", create_masks_for_generate)
         inputs["attention_mask"] = make_mask(
             config=model.config,
             inputs_embeds=torch.empty((1, num_queries, 0), dtype=model.dtype, device=device),
             attention_mask=None,
-            past_key_values=cache,
             position_ids=inputs["position_ids"],
+            **{CACHE: cache},
         )
     run = fill or model.get_decoder()  # type: ignore[no-untyped-call]
-    run(**inputs, past_key_values=cache, use_cache=True)
+    run(**inputs, **{CACHE: cache}, use_cache=True)
 
 
 def _decoder(model: PreTrainedModel, batch: Batch) -> torch.nn.Module:

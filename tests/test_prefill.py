@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged._transformers import CACHE
 from hf_paged.attention import paged_flex_attention
 from hf_paged.packaged import load_packaged_model, prompts
 from hf_paged.packed import PackedBatch
@@ -405,7 +406,7 @@ def test_some_of_the_packed_queries_may_be_asked_alone(load, wants, way):
     cache, compared = paged(model), []
 
     def ask_again(module, args, kwargs, output):
-        keys, values = kwargs["past_key_values"].layers[1]._batch.pool.storage(1).tensors
+        keys, values = kwargs[CACHE].layers[1]._batch.pool.storage(1).tensors
         query = torch.randn(1, 6, 45, 16, generator=torch.Generator().manual_seed(0))
         mask = kwargs["attention_mask"]
         whole, _ = paged_flex_attention(module, query, keys, values, mask)
@@ -697,7 +698,7 @@ def test_a_model_that_leaves_layers_out_raises():
 def test_a_model_that_writes_without_asking_for_a_mask_raises():
     model = tiny_llama()
     cache = paged(model)
-    model.model.forward = lambda input_ids, position_ids, past_key_values, use_cache: past_key_values.update(
+    model.model.forward = lambda input_ids, position_ids, use_cache, **kwargs: kwargs[CACHE].update(
         torch.zeros(1, 2, 19, 16), torch.zeros(1, 2, 19, 16), 0
     )
     with pytest.raises(ValueError, match="made a pass of its own, with 19 tokens in 1 rows"):
