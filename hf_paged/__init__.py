@@ -3,6 +3,7 @@
 Importing this package registers `attn_implementation="paged_flex"` with Transformers; nothing else is changed.
 """
 
+from hf_paged import _versions  # noqa: F401 (first: it may have something to say)
 from hf_paged.attention import register
 from hf_paged.cache import PagedCache
 from hf_paged.compilation import compiled

@@ -83,7 +83,8 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
 
     It sets the model's `generation_config.compile_config`, which Transformers looks at, and nothing else: a
     `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row,
-    another one any other number of rows, and a third one prompts; none depends on lengths, pages or caches. Compiling
+    another one any other number of rows, and a third one prompts; none depends on lengths, pages or caches. From
+    Transformers 5.24 on assisted decoding has one, too, for any number of drafted tokens. Compiling
     takes about half a minute for each on the first use on a machine, and some seconds in each process after that; a
     log message tells. The linear layers are compiled to read the weights as they are, without a second copy in
     another layout. What changes about the model meanwhile, such as a hook, an adapter or a weight, counts from the
@@ -214,22 +215,13 @@ def _call(run: Callable[..., None], decoder: torch.nn.Module, **inputs: Any) -> 
     run(decoder, **inputs)
 
 
-class _Config(CompileConfig):
-    """How Transformers is to call `torch.compile`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments of `torch.compile`."""
-        settings: dict[str, Any] = super().to_dict()
-        # Dynamo keeps eight graphs with code that all models of Transformers share; with this, with each model.
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from torch 2.13 on
-            settings["isolate_recompiles"] = True
-        return settings
-
-
 def _config() -> CompileConfig:
-    config: Any = _Config(fullgraph=True, backend=_backend)
+    config: Any = CompileConfig(fullgraph=True, backend=_backend)
     config.mode = None  # inductor's, whose CUDA graphs know nothing of pages
     config._compile_all_devices = True
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not in torch 2.11
+        # Of all models in a process dynamo would keep eight graphs together, and then fail: all have the same code.
+        config.isolate_recompiles = True
     return config  # type: ignore[no-any-return]
 
 

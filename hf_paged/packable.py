@@ -11,17 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from hf_paged._transformers import CACHE
 from hf_paged.mask import NAME
 from hf_paged.packed import NotPackable
-
-CACHE = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else ("past_key_values")
-)
-"""What Transformers calls a cache among the inputs of a model; the first since 5.24."""
 
 # Whose hooks look at no rows and columns: they move weights, or note outputs.
 _TRUSTED = ("accelerate.", "hf_paged.", "torch.", "transformers.")

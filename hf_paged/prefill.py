@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from hf_paged._transformers import CACHE
 from hf_paged.batch import Batch
 from hf_paged.compilation import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.config import layer_specs
 from hf_paged.host_memory import give_back_freed
 from hf_paged.layer import layers_over
-from hf_paged.packable import CACHE, check_model, check_prompt
+from hf_paged.packable import check_model, check_prompt
 from hf_paged.packed import Chunk, NotPackable, PackedBatch
 
 if TYPE_CHECKING:

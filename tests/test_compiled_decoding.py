@@ -1,6 +1,7 @@
 """`compiled(model)`: the same tokens, few graphs, nothing left behind."""
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -11,9 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from hf_paged import PagedCache, linear
+from hf_paged._transformers import CACHE
 from hf_paged.compilation import compiled
 from hf_paged.packaged import load_packaged_model, prompts
-from tests.models import generate, left_padded, random_ids, tiny_llama, tiny_model
+from tests.models import generate, left_padded, random_ids, tiny_gemma, tiny_llama, tiny_model
+
+COMPILES_DRAFTS = CACHE == "cache"
+KEEPS_MODELS_APART = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +57,46 @@ def test_one_graph_serves_one_row_and_one_more_any_other_batch(graphs):
         ids, mask = random_ids(num_rows, 30), left_padded(30, [30, 2, 17, 16, 5, 9, 1][:num_rows])
         assert torch.equal(compiled_tokens(model, ids, mask), plain_tokens(reference, ids, attention_mask=mask))
         assert len(graphs) == num_graphs
+
+
+@pytest.mark.skipif(not COMPILES_DRAFTS, reason="Transformers compiles assisted decoding from 5.24 on")
+@pytest.mark.parametrize("load", [tiny_llama, lambda: tiny_gemma(24)], ids=["llama", "window"])
+def test_drafts_of_any_length_are_one_graph_after_the_first_length(graphs, load):
+    model, reference, draft = load(), load(), load()
+    with torch.no_grad():
+        for weight in draft.parameters():  # so that some of what it drafts is wrong
+            weight += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    repeated, lengths = torch.tensor([[5, 6, 7, 8, 9] * 6]), set()
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.add(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for ids, settings in (
+        (repeated, {"prompt_lookup_num_tokens": 4}),
+        (random_ids(1, 33), {"prompt_lookup_num_tokens": 7}),
+        (repeated, {"prompt_lookup_num_tokens": 12}),
+        (random_ids(1, 20, seed=3), {"assistant_model": draft}),
+        (random_ids(1, 17), {"assistant_early_exit": 1}),
+        (random_ids(1, 20, seed=4), {"assistant_model": draft, "attention_mask": left_padded(20, [16])}),
+        (random_ids(1, 20), {}),
+    ):
+        plain = {name: value for name, value in settings.items() if name == "attention_mask"}
+        expected = plain_tokens(reference, ids, **plain)
+        cache = PagedCache.from_model(model, page_size=16)
+        with compiled(model):
+            assert torch.equal(generate(model, "paged_flex", cache, ids, **settings), expected)
+        cache.pool.check_integrity()
+    assert len(lengths) > 5
+    assert len(graphs) <= 3, "one for one token, one for the number of the first draft, one for any other"
+
+
+@pytest.mark.skipif(not KEEPS_MODELS_APART, reason="torch 2.11 counts the graphs of all models together")
+def test_any_number_of_models_can_be_compiled(graphs):
+    for num_layers in range(1, 7):
+        model, reference = tiny_llama(num_layers=num_layers), tiny_llama(num_layers=num_layers)
+        for num_rows in (1, 3):
+            ids = random_ids(num_rows, 9)
+            assert torch.equal(compiled_tokens(model, ids), plain_tokens(reference, ids))
+    assert len(graphs) == 12, "dynamo would keep 8"
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_paged import PagedCache
+from hf_paged._transformers import CACHE
 from hf_paged.packaged import load_packaged_model
 from tests.models import left_padded, random_ids, tiny_llama, tiny_model
 
@@ -270,7 +271,7 @@ def test_a_streamer_is_given_every_token(family, assisted):
 def test_a_decoding_loop_of_ones_own_is_run():
     def loop(model, input_ids, generation_config, **kwargs):
         while input_ids.shape[1] < generation_config.max_length:
-            kv_cache = kwargs["past_key_values"]
+            kv_cache = kwargs[CACHE]
             output = model(input_ids[:, kv_cache.get_seq_length() :], past_key_values=kv_cache)
             input_ids = torch.cat([input_ids, output.logits[:, -1:].argmax(-1)], dim=1)
         return input_ids

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, StoppingCriteria
 
+from hf_paged._transformers import CACHE
 from hf_paged.bench.contender import Contender
 from hf_paged.bench.contenders import line_up
 from hf_paged.bench.race import REFERENCE, warm_up
@@ -72,7 +73,7 @@ def search(contender: Contender, ids: Tensor, num_new_tokens: int) -> dict[str, 
             model: Any = contender.model
             sequences = model.generate(
                 ids,
-                past_key_values=cache,
+                **{CACHE: cache},
                 num_beams=NUM_BEAMS,
                 do_sample=False,
                 max_new_tokens=num_new_tokens,

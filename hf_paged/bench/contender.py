@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from hf_paged._transformers import CACHE
 from hf_paged.lab.candidate import sharing_weights
 
 
@@ -109,7 +110,7 @@ class Contender:
             **arguments: mask and positions, where there is padding.
         """
         logits: Tensor = self.model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **arguments
+            input_ids=ids, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1, **arguments
         ).logits
         return logits
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StaticCache
 from typing_extensions import override
 
+from hf_paged._transformers import CACHE
 from hf_paged.bench.contender import Contender
 from hf_paged.cache import PagedCache
 from hf_paged.compilation import compiled
@@ -93,7 +94,7 @@ class StaticCompiled(Static):
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
         if ids.shape[1] > 1:
             return super().compute(ids, past, **arguments)
-        logits: Tensor = self._compiled(input_ids=ids, past_key_values=self.cache, use_cache=True, **arguments).logits
+        logits: Tensor = self._compiled(input_ids=ids, **{CACHE: self.cache}, use_cache=True, **arguments).logits
         return logits
 
 
@@ -175,7 +176,7 @@ class PagedCompiled(PagedRagged):
         positions = arguments.pop("position_ids", torch.tensor([[past]], device=ids.device)).contiguous()
         model: Any = self.model
         inputs = model.prepare_inputs_for_generation(
-            ids, past_key_values=self.cache, use_cache=True, position_ids=positions, **arguments
+            ids, **{CACHE: self.cache}, use_cache=True, position_ids=positions, **arguments
         )
         logits: Tensor = model.get_compiled_call(model.generation_config.compile_config)(**inputs).logits
         return logits

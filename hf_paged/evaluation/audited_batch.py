@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hf_paged._transformers import CACHE
 from hf_paged.cache import PagedCache
 from hf_paged.evaluation.audit import MemoryAudit
 from hf_paged.lab.candidate import candidates
@@ -55,7 +56,7 @@ def audit_batch(
         model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             do_sample=False,
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from hf_paged._transformers import CACHE
 from hf_paged.evaluation.example import Example, Task
 from hf_paged.evaluation.longbench import LONGBENCH
 from hf_paged.evaluation.tasks import OFFLINE
@@ -176,7 +177,7 @@ def _generate(candidate: Candidate, batch: _Batch, max_new_tokens: int, prefill_
     output = model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=cache,
+        **{CACHE: cache},
         do_sample=False,
         max_new_tokens=max_new_tokens,
         prefill_chunk_size=prefill_chunk_size,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_paged._transformers import CACHE
 from hf_paged.evaluation.record import Score
 from hf_paged.evaluation.windows import Window
 from hf_paged.lab.candidate import Candidate
@@ -68,7 +69,7 @@ class _Lane:
             inputs.ids[:, columns],
             attention_mask=inputs.mask[:, : columns.stop],
             position_ids=inputs.positions[:, columns],
-            past_key_values=self._cache,
+            **{CACHE: self._cache},
         ).logits
         _synchronize(device)
         self._seconds.append(time.perf_counter() - began)

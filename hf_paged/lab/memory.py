@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from hf_paged._transformers import CACHE
 from hf_paged.cache import PagedCache
 
 _STATUS = Path("/proc/self/status")
@@ -27,7 +28,7 @@ def kv_bytes(cache: Cache | None) -> int:
 def token_bytes(model: PreTrainedModel) -> int:
     """Keys and values of one token in all layers, bytes."""
     cache = DynamicCache(config=model.config)
-    model(torch.zeros((1, 1), dtype=torch.long, device=model.device), past_key_values=cache)
+    model(torch.zeros((1, 1), dtype=torch.long, device=model.device), **{CACHE: cache})
     return kv_bytes(cache)
 
 
