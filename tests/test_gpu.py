@@ -1,10 +1,13 @@
 """The same on a CUDA device. Where there is none, these say nothing about it."""
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_paged import PagedCache, ReleaseFinished
+from hf_paged import PagedCache, PagePool, ReleaseFinished, compiled
 from hf_paged.evaluation.audit import MemoryAudit
 from tests.families import FAMILIES
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
@@ -71,3 +74,114 @@ def test_what_the_accounting_reserves_is_allocated():
     for step in audit.steps:
         assert step.residence.resident_bytes == step.pool.reserved_bytes
         assert step.process_bytes >= step.pool.reserved_bytes
+
+
+def test_float64_is_computed_in_float64():
+    model, ids = tiny_llama().double().cuda(), random_ids(2, 60).cuda()
+    splits = [30] + [1] * 10 + [20]
+    expected = plain(model, ids, splits)
+    model.set_attn_implementation("paged_flex")
+    actual = run(model, PagedCache.from_model(model, page_size=16), ids, splits)
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-8)
+
+
+def test_padding_at_the_end_of_a_second_turn_is_what_it_is_without_pages():
+    model, ids = tiny_llama().cuda(), random_ids(3, 32).cuda()
+    mask = (torch.arange(32) < torch.tensor([32, 19, 17])[:, None]).long().cuda()
+    expected = plain(model, ids, [16, 16], mask)
+    model.set_attn_implementation("paged_flex")
+    actual = run(model, PagedCache.from_model(model, page_size=16), ids, [16, 16], mask)
+    torch.testing.assert_close(actual, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_layers_left_out_hold_nothing(is_compiled):
+    model, ids = tiny_llama(num_layers=4).cuda(), random_ids(1, 20).cuda()
+    model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
+    expected = generate(model, "sdpa", None, ids, use_cache=False)
+    model.set_attn_implementation("paged_flex")
+    with compiled(model) if is_compiled else nullcontext():
+        for _ in range(2):  # the second time from recorded steps
+            cache = PagedCache.from_model(model, page_size=16)
+            assert torch.equal(generate(model, "paged_flex", cache, ids), expected)
+    assert cache.gather(1) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": 1}], ids=["lookup", "draft"]
+)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["as it is", "compiled"])
+def test_drafts_keep_the_tokens_and_need_few_graphs(arguments, is_compiled):
+    model = tiny_llama().cuda()
+    if "assistant_model" in arguments:
+        arguments = {"assistant_model": tiny_llama(num_layers=1).cuda()}
+    model.set_attn_implementation("paged_flex")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with compiled(model) if is_compiled else nullcontext():
+        for length in (20, 40, 60, 75):
+            ids = random_ids(1, length // 5, seed=length).repeat(1, 5).cuda()
+            expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, **arguments)
+            cache = PagedCache.from_model(model, page_size=16)
+            assert torch.equal(generate(model, "paged_flex", cache, ids, **arguments), expected)
+    num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    print("graphs:", num_graphs, dict(torch._dynamo.utils.counters["frames"]))
+    assert num_graphs <= 12  # the kernels of attention among them
+
+
+def test_threads_that_share_a_pool_generate_while_another_compiles():
+    model = tiny_llama().cuda()
+    prompts = [random_ids(1, 10 + 7 * index, seed=index).cuda() for index in range(4)]
+    expected = [generate(model, "sdpa", DynamicCache(config=model.config), ids) for ids in prompts]
+    model.set_attn_implementation("paged_flex")
+    pool, failures, is_over = PagePool(model.config, page_size=16), [], threading.Event()
+
+    def use(index):
+        while not is_over.is_set():
+            try:
+                cache = PagedCache(pool=pool)
+                settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
+                tokens = model.generate(prompts[index], past_key_values=cache, **settings)
+                if not torch.equal(tokens, expected[index]):
+                    failures.append(f"other tokens in thread {index}")
+            except Exception as error:
+                failures.append(repr(error))
+
+    threads = [threading.Thread(target=use, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for size in range(32, 36):
+        layers = torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in range(3))).cuda()
+        torch.compile(layers)(torch.randn(3, size, device="cuda"))
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[:3]
+    pool.check_integrity()
+
+
+def test_what_is_done_to_keys_and_values_counts():
+    model, ids = tiny_llama().cuda(), random_ids(2, 30).cuda()
+    logits = []
+    for attention, new in (("sdpa", DynamicCache), ("paged_flex", lambda config: PagedCache(config, page_size=16))):
+        model.set_attn_implementation(attention)
+        cache = new(config=model.config)
+        run(model, cache, ids[:, :20], [20])
+        for layer in cache.layers:
+            layer.values[:, :, 3:6] = 0
+            layer.keys = layer.keys * 1.5
+        logits.append(run(model, cache, ids[:, 20:], [10]))
+    torch.testing.assert_close(*logits, atol=1e-2, rtol=1e-2)
+
+
+def test_a_prompt_that_cannot_be_packed_is_computed_as_generate_does():
+    model, ids = tiny_llama().cuda(), random_ids(3, 40).cuda()
+    mask = left_padded(40, [40, 3, 17]).cuda()
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.01)
+    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, attention_mask=mask)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    cache.prefill(model, ids, mask)
+    assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), expected)
+    with pytest.raises(ValueError, match="The cache holds another prompt"):
+        generate(model, "paged_flex", cache, torch.cat([ids + 1, ids, ids], dim=1))
