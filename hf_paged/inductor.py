@@ -166,9 +166,8 @@ def _compile(
         _call_once(torch.compile(own, backend=backend, fullgraph=True, dynamic=False), arguments)
     if not compiled:
         raise RuntimeError(
-            "torch.compile has not compiled the attention over pages, which needs it. Its log says why; see also "
-            'torch._dynamo.config.suppress_errors. Or load the model with attn_implementation="sdpa": PagedCache '
-            "works with it."
+            "torch.compile has not compiled the attention over pages, which needs it. Its log says why. Or load the "
+            'model with attn_implementation="sdpa": PagedCache works with it.'
         )
     (graph,) = compiled
     inputs = [_expression(source) for source in sources]

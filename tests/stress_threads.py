@@ -81,6 +81,8 @@ class Stress:
                 result = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             with self._lock:
                 self.seen[result] += 1
+                if sum(self.seen.values()) % 100 == 0:
+                    print(dict(self.seen), self.num_compiled, flush=True)
 
     def _one(self, which: int, is_shared: bool, is_compiled: bool) -> str:
         ids, mask = self._inputs[which]
