@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch._dynamo.convert_frame import compile_lock
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -186,6 +187,8 @@ def _call_once(function: Callable[..., Tensor], arguments: Sequence[Tensor | Non
             stack.enter_context(torch.compiler.set_stance("default"))
         # Dynamo leaves alone what runs in a mode that looks at each operation, such as one that counts them.
         stack.enter_context(_disable_current_modes())
+        # Before torch 2.15 a flag of the process says that something is traced, and whoever calls meanwhile is refused.
+        stack.enter_context(compile_lock)
         function(*arguments)
 
 

@@ -64,6 +64,7 @@ def attend_to_others(
         ValueError: if the layer has not been written outside of the graph either.
     """
     if plan.batch.awaits(layer):
+        plan.batch.roll_back(plan.step)
         raise ValueError(changed(layer))
     return attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
 

@@ -208,6 +208,7 @@ def test_another_input_is_not_answered_with_what_an_encoder_said_before(begin_an
             tokens(model, cache, {"input_ids": ids})
         hook.remove()
         assert cache.is_updated[0], "a layer has seen what the encoder said"
+        cache.roll_back()
     else:
         tokens(model, cache, {"input_ids": ids})
         cache.reset() if begin_anew == "reset" else cache.crop(-cache.get_seq_length())
@@ -296,5 +297,5 @@ def test_a_row_that_does_not_exist_changes_neither_part():
 
 def test_prompts_of_a_decoder_with_an_encoder_are_not_packed():
     model, cache = paged()
-    with pytest.raises(ValueError, match="has an encoder, so its rows can't be packed"):
+    with pytest.raises(ValueError, match="has an encoder, so its rows can't be prefilled"):
         cache.prefill(model, random_ids(2, 5))

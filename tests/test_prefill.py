@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged import OutOfPagesError, PagedCache, PagedEncoderDecoderCache, PagePool
 from hf_paged.attention import paged_flex_attention
 from hf_paged.layer import layers_over
 from hf_paged.packaged import load_packaged_model, prompts
@@ -196,7 +196,8 @@ def test_every_family_is_packed_or_padded_and_generates_the_tokens_of_dynamic_ca
 def test_every_other_family_raises_and_nothing_has_changed(family: Family):
     model = family.load("paged_flex")
     # Not from_model, which looks whether the model can be set to it, and raises for some.
-    cache = PagedCache(model.config, page_size=16)
+    kind = PagedEncoderDecoderCache if model.config.is_encoder_decoder else PagedCache
+    cache = kind(model.config, page_size=16)
     with pytest.raises(ValueError, match=REFUSED[family.name]):
         cache.prefill(model, random_ids(2, 18))
     assert num_held(cache) == [0] * len(cache.pool.groups)

@@ -96,7 +96,7 @@ def test_gradient_checkpointing_is_of_no_account_in_eval_mode_and_refused_in_tra
     cache = PagedCache.from_model(model, page_size=16)
     assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), plain_tokens(ids, mask))
     mask = torch.cat([mask, mask.new_ones(3, 24)], dim=1)
-    with pytest.raises(ValueError, match=r"PagedCache that did not return them.*call model.eval\(\) first"):
+    with pytest.raises(ValueError, match=r"not given to the PagedCache.*Call model.eval\(\) before"):
         model.train()(ids[:, :1], past_key_values=cache, attention_mask=mask)
     cache.crop(0)
     cache.pool.check_integrity()
