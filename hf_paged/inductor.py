@@ -187,7 +187,7 @@ def _call_once(function: Callable[..., Tensor], arguments: Sequence[Tensor | Non
             stack.enter_context(torch.compiler.set_stance("default"))
         # Dynamo leaves alone what runs in a mode that looks at each operation, such as one that counts them.
         stack.enter_context(_disable_current_modes())
-        # Before torch 2.15 a flag of the process says that something is traced, and whoever calls meanwhile is refused.
+        # Before torch 2.15 a flag of the process says that something is traced, and refuses whoever calls meanwhile.
         stack.enter_context(compile_lock)
         function(*arguments)
 
