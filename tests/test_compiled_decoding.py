@@ -93,7 +93,8 @@ def test_drafts_of_any_length_are_one_graph_after_the_first_length(graphs, load)
             assert torch.equal(generate(model, "paged_flex", cache, ids, **settings), expected)
         cache.pool.check_integrity()
     assert len(lengths) > 5
-    assert len(graphs) <= 3, "one for one token, one for the number of the first draft, one for any other"
+    # For one token there are two, since generate() passes `return_dict` where nothing is ever drafted.
+    assert len(graphs) <= 4, "for one token, for as many as the first draft has, and for any other number"
 
 
 @pytest.mark.skipif(not KEEPS_MODELS_APART, reason="torch 2.11 counts the graphs of all models together")
