@@ -133,10 +133,12 @@ class Batch:
             keys: `(num_rows, num_kv_heads, num_new, head_dim)`.
             values: like `keys`.
         """
-        self.absorb()
+        self._commit()
         num_rows, _, num_new, _ = keys.shape
-        if self.step is not None and self._last_written == self._last_awaited:
+        if self.step is not None and layer not in self._missing and self._last_written == self._last_awaited:
             self._end_pass()
+        if self.step is None:
+            self.absorb()
         step = self.step
         if layer in self._absent:
             self._begin_to_hold(layer)
@@ -170,7 +172,7 @@ class Batch:
             return
         self._missing.discard(layer)
         self._last_written = max(layer, self._last_written)
-        self.settle()
+        self._commit()
 
     def is_past(self, layer: int) -> bool:
         """Whether a pass is under way that has written a layer."""
@@ -273,17 +275,18 @@ class Batch:
             self._end_pass()
 
     def settle(self) -> None:
-        """Make a step that went through all layers part of the rows.
+        """Make a step that is over part of the rows: it went through all layers.
 
-        In the first pass the last layer says that the layers that were not written are passed over.
+        After the first pass the last layer says that those that were not written are passed over.
         """
-        step = self.step
-        if step is None:
-            return
-        if self._missing and self._last_written == self._last_awaited and self._is_empty:
+        if self.step is not None and self._last_written == self._last_awaited and self._is_empty:
             self._absent = self._absent.union(self._missing)
             self._missing.clear()
-        if not self._missing:
+        self._commit()
+
+    def _commit(self) -> None:
+        step = self.step
+        if step is not None and not self._missing:
             self._routines.clear()
             for table in self.tables:
                 table.commit(step.counts)
@@ -299,7 +302,9 @@ class Batch:
         Args:
             step: do so only if it is this one.
         """
-        self.settle()
+        if step is None:
+            self.settle()
+        self._commit()
         if step is None or step is self.step:
             self._abandon()
 

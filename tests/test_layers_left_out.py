@@ -244,3 +244,16 @@ def test_layers_cut_off_after_the_cache_was_made_are_refused_if_nothing_counts_t
     cache = PagedCache.from_model(model, page_size=16)
     expected = uncached(model, random_ids(1, 20), None)
     assert torch.equal(generate(model, "sdpa", cache, random_ids(1, 20), max_new_tokens=10), expected)
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1, 3], [3, 2, 1, 0], [1, 3, 0, 2]], ids=str)
+def test_layers_may_be_called_in_any_order(order):
+    model = tiny_llama(num_layers=4)
+    model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in order)
+    ids, mask = random_ids(2, 17), left_padded(17, [17, 9])
+    expected = uncached(model, ids, mask)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask, max_new_tokens=10), expected)
+    assert cache.get_seq_length() == 26
+    assert all(cache.gather(layer)[0] is not None for layer in range(4))
