@@ -135,13 +135,16 @@ class Batch:
         """
         self._commit()
         num_rows, _, num_new, _ = keys.shape
-        if self.step is not None and layer not in self._missing and self._last_written == self._last_awaited:
+        if self.step is not None and layer not in self._missing and self._last_written >= self._last_awaited:
             self._end_pass()
         if self.step is None:
             self.absorb()
         step = self.step
         if layer in self._absent:
-            self._begin_to_hold(layer)
+            raise ValueError(
+                f"Layer {layer} was given new tokens, but it holds none of those that are cached: the passes before "
+                "left it out. When the layers of a model are changed, use a new PagedCache, or reset() this one."
+            )
         if step is None or self._last_written < 0:
             is_ours = step is not None and self._is_planned and (num_rows, num_new) == (step.num_rows, step.num_new)
             if step is None or not is_ours:
@@ -279,8 +282,8 @@ class Batch:
 
         After the first pass the last layer says that those that were not written are passed over.
         """
-        if self.step is not None and self._last_written == self._last_awaited and self._is_empty:
-            self._absent = self._absent.union(self._missing)
+        if self.step is not None and self._last_written >= self._last_awaited and self._is_empty:
+            self._absent = frozenset(self._missing)
             self._missing.clear()
         self._commit()
 
@@ -343,17 +346,6 @@ class Batch:
     @property
     def _is_empty(self) -> bool:
         return self.columns.count == 0 and not self.tables[0].lengths.any()
-
-    def _begin_to_hold(self, layer: int) -> None:
-        """Let a layer be one that holds tokens, if there are none yet."""
-        if not self._is_empty:
-            raise ValueError(
-                f"Layer {layer} was given new tokens, but it holds none of those that are cached: the passes before "
-                "left it out. When the layers of a model are changed, use a new PagedCache, or reset() this one."
-            )
-        self._absent -= {layer}
-        if self.step is not None:
-            self._missing.add(layer)
 
     def absorb(self) -> None:
         """Settle, and let the pages hold what was done to copies of them, unless a pass is under way."""
@@ -436,10 +428,10 @@ class Batch:
     def _await_layers(self, num_layers: int | None) -> None:
         """Begin to note which layers are written, of a model that has so many; None: as many as ever."""
         if self._is_empty:
-            first_absent = min(num_layers or self.num_layers, self.num_layers)
-            self._absent = frozenset(layer for layer in self._layers if layer >= first_absent)
+            self._absent = frozenset()
         self._missing = set(self._layers) - self._absent
-        self._last_awaited = max(self._missing, default=-1)
+        end = min(num_layers or self.num_layers, self.num_layers) if self._is_empty else len(self.pool.layers)
+        self._last_awaited = max((layer for layer in self._missing if layer < end), default=self._layers[-1])
         self._last_written = -1
 
     def _abandon(self) -> None:

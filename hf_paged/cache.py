@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged.batch import Batch
-from hf_paged.config import computes_attention_by_itself, num_attention_layers
+from hf_paged.config import num_attention_layers, obstacle
 from hf_paged.layer import PagedLayer, layers_over
 from hf_paged.mask import NAME
 from hf_paged.memory_map import draw
@@ -101,10 +101,10 @@ class PagedCache(Cache):
                 f"from_model() was given a {type(model).__name__}, but it takes a model of Transformers. With a "
                 "configuration alone, use PagedCache(config)."
             )
-        if config.get_text_config(decoder=True)._attn_implementation == NAME and computes_attention_by_itself(model):
+        reason = config.get_text_config(decoder=True)._attn_implementation == NAME and obstacle(model)
+        if reason:
             raise ValueError(
-                f"{type(model).__name__} is set to attn_implementation={NAME!r}, but it computes attention by itself "
-                "instead of through Transformers' attention interface. Load it with "
+                f"{type(model).__name__} is set to attn_implementation={NAME!r}, but {reason}. Load it with "
                 'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
             )
         cache = (PagedEncoderDecoderCache if config.is_encoder_decoder else cls)(config, num_pages, page_size)

@@ -1,6 +1,8 @@
 """What the cache needs to know of a model's configuration."""
 
 import copy
+import inspect
+import sys
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -12,8 +14,10 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
 
-_WINDOWED = ("sliding_attention", "reference_sliding_attention", "chunked_attention")
+_WINDOWED = ("sliding_attention", "chunked_attention")
 _STORING = ("full_attention", *_WINDOWED)
+
+_WINDOWED_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,22 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
     ]
 
 
-def computes_attention_by_itself(model: PreTrainedModel) -> bool:
-    """Whether a model, or the decoder that it is made of, goes without Transformers' attention interface."""
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Say why the steps of a model, or of the decoder that it is made of, can't be planned; None if they can."""
     parts = (model, model.get_decoder())  # type: ignore[no-untyped-call]
-    return any(isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation() for part in parts)
+    for part in parts:
+        if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
+            return "it computes attention by itself instead of through Transformers' attention interface"
+    # `generate()` makes the masks of a planned step from the configuration. These models make others.
+    decoder = parts[-1]
+    config = getattr(decoder, "config", model.config.get_text_config(decoder=True))
+    if getattr(config, "is_decoder", True) is False and "config.is_decoder" in inspect.getsource(type(decoder)):
+        return "its attention is bidirectional (is_decoder=False in its configuration)"
+    names = [*vars(sys.modules[type(decoder).__module__]), *vars(type(model)), *vars(type(decoder))]
+    has_windows = any(spec.window is not None for spec in layer_specs(model.config))
+    if has_windows and not any(name in _WINDOWED_MASKS for name in names):
+        return "it makes no mask for the sliding window that its configuration has"
+    return None
 
 
 def check_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, Pr
 
 from hf_paged.cache import PagedCache
 from hf_paged.pool import PagePool
+from hf_paged.prefill import encoder_refused
 from hf_paged.stats import MemoryStats
 
 
@@ -111,9 +112,9 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         """Give back the pages of rows that are finished; see `PagedCache.release`."""
         self.self_attention_cache.release(rows)
 
-    def prefill(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        """Compute the decoder's prompt; see `PagedCache.prefill` for what can't be computed so."""
-        self.self_attention_cache.prefill(model, *args, **kwargs)
+    def prefill(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: `generate()` computes the encoder's part of a prompt."""
+        raise encoder_refused(model)
 
     def set(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values into a layer of the decoder; see `PagedCache.set`."""

@@ -5,10 +5,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
-from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from hf_paged.config import num_decoder_layers
 from hf_paged.graphs import outside_of_graphs
@@ -123,7 +129,11 @@ def paged_flex_mask(
     mask: Tensor | PagedMask | None = make(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, **kwargs
     )
-    return mask
+    if mask is None or isinstance(mask, PagedMask) or mask_function is not bidirectional_mask_function:
+        return mask
+    # An encoder may compute attention by itself, and add the mask to its scores.
+    dtype = kwargs.get("dtype", torch.float32)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _dense(

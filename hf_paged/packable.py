@@ -24,9 +24,22 @@ _SETTINGS = {"use_cache", "logits_to_keep", "return_dict"}
 
 
 class _Rows(Cache):
-    """Rows whose number and lengths are looked at, while no pass over them is planned."""
+    """Rows whose number and lengths are looked at, while no pass over them is planned.
+
+    Args:
+        layers: of the cache.
+        num_columns: that it is to be taken to hold.
+    """
 
     is_compileable = False
+
+    def __init__(self, layers: list[Any], num_columns: int) -> None:
+        super().__init__(layers=layers)
+        self._num_columns = num_columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that are cached."""
+        return self._num_columns
 
 
 def check_model(model: PreTrainedModel) -> torch.nn.Module:
@@ -59,7 +72,6 @@ def check_prompt(
     model: PreTrainedModel,
     layers: list[Any],
     input_ids: Tensor,
-    generation_config: Any,
     inputs: dict[str, Any],
     num_cached: int,
 ) -> None:
@@ -69,14 +81,19 @@ def check_prompt(
         model: that generates.
         layers: of the cache.
         input_ids: `(num_rows, num_columns)`, those that are cached included.
-        generation_config: as it prepared it.
         inputs: as it prepared them.
         num_cached: columns that are cached.
 
     Raises:
         NotPackable: if there is anything else.
     """
-    rows, mask, new = _Rows(layers=layers), inputs.get("attention_mask"), input_ids[:, num_cached:]
+    # Now, and when `generate()` goes on from the last column.
+    for begin in (num_cached, input_ids.shape[1] - 1):
+        _check_step(model, _Rows(layers, begin), input_ids, inputs, begin)
+
+
+def _check_step(model: PreTrainedModel, rows: _Rows, input_ids: Tensor, inputs: dict[str, Any], begin: int) -> None:
+    mask, new = inputs.get("attention_mask"), input_ids[:, begin:]
     given: dict[str, Any] = model.prepare_inputs_for_generation(  # type: ignore[operator]
         input_ids, next_sequence_length=new.shape[1], is_first_iteration=True, **(inputs | {CACHE: rows})
     )
@@ -93,11 +110,11 @@ def check_prompt(
     if given:
         raise NotPackable(f"it is given {', '.join(sorted(given))}")
     if mask is None:
-        places = torch.arange(num_cached, input_ids.shape[1], device=new.device)[None]
+        places = torch.arange(begin, input_ids.shape[1], device=new.device)[None]
         is_token = torch.ones_like(places, dtype=torch.bool)
     else:
-        is_token = mask[:, num_cached:].bool()
-        places = mask.long().cumsum(1)[:, num_cached:] - 1
+        is_token = mask[:, begin:].bool()
+        places = mask.long().cumsum(1)[:, begin:] - 1
     if positions is None or positions.ndim != 2 or bool(((positions != places) & is_token).any()):
         raise NotPackable("its positions are not the places of the tokens in their rows")
 

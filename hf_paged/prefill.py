@@ -9,6 +9,7 @@ import copy
 import inspect
 import logging
 from functools import cache as once
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TOLERANCE = 0.05  # of the largest score: above what rounding makes in 16 bit, far below what other positions make
 _CHUNK_ON_CPU, _CHUNK = 1536, 4096  # tokens at a time; a GPU takes as long for a few hundred
 
 _SETTINGS = vars(GenerationConfig())  # type: ignore[no-untyped-call]
@@ -74,7 +76,8 @@ def prefill(
     if num_columns == batch.columns.count + 1:
         return
     filled = cache.fork()
-    was_called = False
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    was_called, scores = False, None
 
     def compute(
         generating: PreTrainedModel,
@@ -84,32 +87,57 @@ def prefill(
         generation_config: Any,
         **inputs: Any,
     ) -> Tensor:
-        nonlocal was_called
+        nonlocal was_called, scores
         was_called = True
         try:
-            _compute_packed(generating, batch, filled._batch, input_ids, generation_config, inputs, max_tokens)
+            _compute_packed(generating, batch, filled._batch, input_ids, inputs, max_tokens)
         except NotPackable as reason:
             _say(type(generating).__name__, str(reason))
-            _compute_padded(generating, batch, filled._batch, input_ids, generation_config, inputs)
+            scores = _compute_padded(generating, batch, filled._batch, input_ids, generation_config, inputs)
         return input_ids
 
+    given: Any = model
+    generate = partial(given.generate, input_ids, attention_mask=attention_mask)
+    settings = _settings(model, num_columns)
     try:
-        model.generate(  # type: ignore[operator]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=_settings(model, num_columns),
-            custom_generate=compute,
-            **{CACHE: filled},
-            **{name: value for name, value in inputs.items() if value is not None},
-        )
+        generate(generation_config=settings, custom_generate=compute, **{CACHE: filled}, **inputs)
         if not was_called:
             raise ValueError(
                 f"{type(model).__name__} generates in a way of its own. Leave out cache.prefill(): generate() "
                 "computes the prompts of this model by itself."
             )
+        if scores is not None and not inputs:  # images, for one, are not given again
+            trial = filled.fork()
+            try:
+                check = partial(_check_going_on, scores)
+                generate(generation_config=settings, custom_generate=check, **{CACHE: trial})
+            finally:
+                trial._batch.clear()
         batch.exchange(filled._batch)
     finally:
         filled._batch.clear()
+
+
+def _check_going_on(
+    scores: Tensor,
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **inputs: Any,
+) -> Tensor:
+    """Compare what the last column gives by itself, over a prefilled cache, with what it gave with all others.
+
+    A model that is not packed may make positions, or anything else, of the columns of a pass alone.
+    """
+    found = model._prefill(input_ids, generation_config, inputs).logits[:, -1]  # type: ignore[operator]
+    if (found - scores).abs().max() > _TOLERANCE * scores.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} gives the last token of this prompt other scores if the tokens before it are "
+            "cached, so its prompts can't be prefilled. Leave out cache.prefill(): generate() computes them by itself."
+        )
+    return input_ids
 
 
 def _compute_packed(
@@ -117,14 +145,13 @@ def _compute_packed(
     batch: Batch,
     filled: Batch,
     input_ids: Tensor,
-    generation_config: Any,
     inputs: dict[str, Any],
     max_tokens: int,
 ) -> None:
     """Compute the prompt packed, and let `filled`, a fork of `batch`, hold it."""
     decoder = check_model(model)
     num_cached, num_columns = batch.columns.count, input_ids.shape[1]
-    check_prompt(model, layers_over(filled), input_ids, generation_config, inputs, num_cached)
+    check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
     attention_mask = inputs.get("attention_mask")
     ids = input_ids[:, num_cached:-1]
     filled.clear()  # or else its pages would be copied, as shared ones
@@ -159,13 +186,17 @@ def _compute_padded(
     input_ids: Tensor,
     generation_config: Any,
     inputs: dict[str, Any],
-) -> None:
-    """Let `generate()` make its first pass over `filled`, a fork of `batch`, and take the last column back."""
+) -> Tensor | None:
+    """Let `generate()` make its first pass over `filled`, a fork of `batch`, and take the last column back.
+
+    Returns:
+        `(num_rows, vocab_size)` scores of the last column; None if there are none.
+    """
     num_columns = input_ids.shape[1]
     filled.become_fork_of(batch)
     filled.supersede(batch)
     filled.records_past = True
-    model._prefill(input_ids, generation_config, inputs)  # type: ignore[operator]
+    scores = getattr(model._prefill(input_ids, generation_config, inputs), "logits", None)  # type: ignore[operator]
     filled.rest()
     if filled.columns.count != num_columns:
         raise ValueError(
@@ -174,6 +205,7 @@ def _compute_padded(
             "this prompt by itself."
         )
     filled.truncate(num_columns - 1, keeps_past=batch.records_past)
+    return None if scores is None else scores[:, -1]
 
 
 @once
@@ -224,12 +256,17 @@ def _run(
     run(**inputs, **{CACHE: cache}, use_cache=True)
 
 
+def encoder_refused(model: PreTrainedModel) -> ValueError:
+    """Say that the prompts of a model with an encoder aren't prefilled."""
+    return ValueError(
+        f"{type(model).__name__} has an encoder, so its rows can't be prefilled. Leave out cache.prefill(): "
+        "generate() computes the prompts of this model by itself."
+    )
+
+
 def _check_fits(model: PreTrainedModel, batch: Batch) -> None:
     if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} has an encoder, so its rows can't be prefilled. Leave out cache.prefill(): "
-            "generate() computes the prompts of this model by itself."
-        )
+        raise encoder_refused(model)
     if layer_specs(model.config.get_text_config(decoder=True)) != batch.pool.layers:
         raise ValueError(
             f"{type(model).__name__} has other layers than the model that this cache was made for. Make a new "
