@@ -14,7 +14,7 @@ NEWEST := .venv-newest
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(PINS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench bench-llama bench-llama-paged reproduce docs test test-oldest test-newest check format clean
+.PHONY: help install demo bench bench-llama bench-llama-paged reproduce families docs test test-oldest test-newest check format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
@@ -37,6 +37,10 @@ bench-llama-paged: $(STAMP) ## measure the paged cache beside the contiguous one
 
 reproduce: $(STAMP) ## run the paper's evaluation and write docs/reproduction.md (half an hour; ARGS="--full" for hours)
 	@$(BIN)/hf-paged reproduce --folder docs $(ARGS)
+
+families: $(STAMP) ## run every model class that generates tokens, and write docs/families.md (hours; ARGS goes to tests.sweep)
+	@$(BIN)/python -m tests.sweep --processes $(WORKERS) $(ARGS)
+	@$(BIN)/python -m tests.sweep.page >docs/families.md
 
 docs: $(STAMP) ## build the documentation into site/; any warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
