@@ -1,8 +1,7 @@
-"""Model families, tiny and random, and what each is expected to do with a `PagedCache`.
+"""Chosen model families, tiny and random, and what each is expected to do with a `PagedCache`.
 
-The tests hold every record to its expectation, and docs/families.md is this table:
-
-    python -m tests.families > docs/families.md
+The tests hold every record to its expectation. All classes that Transformers has are in `tests.sweep`, which makes
+docs/families.md.
 """
 
 from dataclasses import dataclass, field
@@ -38,18 +37,6 @@ SOUND = {
 }
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
-INTRODUCTION = """# Model families
-
-What a `PagedCache` does in place of a `DynamicCache`, with `attn_implementation="paged_flex"` and with the attention
-that the family has otherwise. `PagedCache.from_model(model)` makes it; for an encoder-decoder it is a
-`PagedEncoderDecoderCache`, with pages for the decoder and the encoder's keys and values beside them. Each cell is what
-`tests/test_families.py` asserts of a tiny random model: logits of a left-padded batch in several passes, and greedy
-tokens until every window is left. An error is raised before a wrong token is made.
-
-`python -m tests.families > docs/families.md` writes this file.
-
-"""
-
 
 class Outcome(StrEnum):
     """What becomes of a call that works with `DynamicCache`."""
@@ -72,7 +59,7 @@ class Family:
         paged_flex: outcome with `attn_implementation="paged_flex"`.
         gathered: outcome with the attention of the oracle.
         message: what the error says.
-        note: for the reader of the table.
+        note: why it is refused, or slow.
     """
 
     name: str
@@ -305,18 +292,3 @@ def new_cache(model: PreTrainedModel) -> Cache:
     config = model.config.get_text_config(decoder=True)
     decoder = DynamicCache(config=config)
     return EncoderDecoderCache(decoder, DynamicCache(config=config)) if model.config.is_encoder_decoder else decoder
-
-
-def markdown() -> str:
-    """Render docs/families.md."""
-    rows = [
-        ("family", "what it has", "`paged_flex`", "`sdpa` or `eager`", "note"),
-        ("---",) * 5,
-        *((family.name, family.has, family.paged_flex, family.gathered, family.note) for family in FAMILIES),
-    ]
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return INTRODUCTION + "\n".join(line.replace("|  |", "| |") for line in lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -1,13 +1,16 @@
 """Every family does with a `PagedCache` what the table of families says."""
 
-from pathlib import Path
-
 import pytest
 import torch
+import transformers
 
 from hf_paged import PagedCache, PagedEncoderDecoderCache
-from tests.families import FAMILIES, Family, Outcome, markdown, new_cache
+from tests.families import FAMILIES, Family, Outcome, new_cache
 from tests.models import generate, left_padded, random_ids, run
+from tests.sweep.answer import answers
+from tests.sweep.page import PAGE, outcome, page
+from tests.sweep.results import RESULTS, Results
+from tests.sweep.subjects import classes
 
 SPLITS = [30, 1, 1, 1, 27]
 LENGTHS = [60, 41, 52]
@@ -90,6 +93,51 @@ def test_setting_paged_flex_later_leaves_a_family_that_cannot_take_it_as_it_was(
     assert model.config._attn_implementation == family.oracle
 
 
-def test_the_page_on_families_is_the_table():
-    page = Path(__file__).parent.parent / "docs" / "families.md"
-    assert page.read_text() == markdown(), "write it anew: python -m tests.families > docs/families.md"
+# Of those that the sweep runs: what asks of a cache what no record of `FAMILIES` does.
+CHOSEN = {
+    "BigBirdPegasusForCausalLM": "causal by its mask alone",
+    "BltForCausalLM": "no number of layers in the configuration",
+    "DeepseekV32ForCausalLM": "an index of keys",
+    "Gemma3ForConditionalGeneration": "images seen as a whole",
+    "GitForCausalLM": "an attention class for each name",
+    "HrmTextForCausalLM": "layers that run several times",
+    "IdeficsForVisionText2Text": "keys normalized behind the cache",
+    "LlavaForConditionalGeneration": "images",
+    "MllamaForConditionalGeneration": "keys of images in the same cache",
+    "MoonshineForConditionalGeneration": "an encoder of sound",
+    "MoshiForCausalLM": "a window that the mask does not have",
+    "PaliGemmaForConditionalGeneration": "a prompt seen as a whole",
+    "Qwen2VLForConditionalGeneration": "positions in three dimensions",
+    "UnlimitedOcrForConditionalGeneration": "a window of what is decoded alone",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CHOSEN if hasattr(transformers, name)])
+def test_the_table_holds_for_what_is_chosen_from_it(name):
+    results = Results(RESULTS)
+    entry = results.models[name]
+    modes = ["uncompiled", "prefill", "gathered"]
+    _, *found = answers(name, entry["kind"], modes)
+    for mode, cases in zip(modes, found, strict=True):
+        assert outcome(cases) == outcome(entry["modes"][mode]), (mode, cases)
+
+
+def test_the_page_on_families_is_what_the_sweep_left():
+    assert PAGE.read_text() == page(Results(RESULTS)), "write it anew: python -m tests.sweep.page > docs/families.md"
+
+
+def test_no_class_gives_other_tokens_without_an_error():
+    wrong = {
+        name: mode
+        for name, entry in Results(RESULTS).models.items()
+        for mode, cases in entry.get("modes", {}).items()
+        if "wrong" in outcome(cases)
+    }
+    assert not wrong
+
+
+def test_every_class_that_generates_tokens_is_in_the_results():
+    results = Results(RESULTS)
+    if results.versions["transformers"] != transformers.__version__:
+        pytest.skip(f"the sweep ran with Transformers {results.versions['transformers']}")
+    assert set(results.models) == set(classes())
