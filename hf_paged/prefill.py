@@ -107,12 +107,10 @@ def prefill(
                 "computes the prompts of this model by itself."
             )
         if scores is not None and not inputs:  # images, for one, are not given again
-            trial = filled.fork()
-            try:
-                check = partial(_check_going_on, scores)
-                generate(generation_config=settings, custom_generate=check, **{CACHE: trial})
-            finally:
-                trial._batch.clear()
+            filled._batch.records_past = True
+            check = partial(_check_going_on, scores)
+            generate(generation_config=settings, custom_generate=check, **{CACHE: filled})
+            filled._batch.truncate(num_columns - 1, keeps_past=batch.records_past)
         batch.exchange(filled._batch)
     finally:
         filled._batch.clear()

@@ -128,11 +128,11 @@ def tokens_of(model, attention, cache, **inputs):
 
 def check_same(make, graphs, num_graphs=1, **inputs):
     reference, model = make(), make()
-    expected = tokens_of(reference, "sdpa", new_cache(reference), **inputs)
+    expected = tokens_of(reference, "sdpa", None, **inputs)
     model.set_attn_implementation("paged_flex")
-    cache = PagedCache(model.config.get_text_config(decoder=True), page_size=16)
+    cache = PagedCache.from_model(model, page_size=16)
     with compiled(model):
-        tokens = tokens_of(model, "paged_flex", new_cache(model, cache), **inputs)
+        tokens = tokens_of(model, "paged_flex", cache, **inputs)
     assert torch.equal(tokens, expected)
     assert 1 <= len(graphs) <= num_graphs
     cache.pool.check_integrity()

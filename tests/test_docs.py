@@ -168,12 +168,15 @@ def test_a_block_of_an_unknown_language_fails(monkeypatch):
 
 
 def texts_of_errors() -> list[str]:
-    """The messages of all errors that the package makes, with … for what is filled in."""
+    """The messages of all errors that the package makes, with … for what is filled in, and the reasons for them."""
     texts = []
     for path in (ROOT / "hf_paged").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error"):
-                texts += [template(argument) for argument in node.args]
+            match node:
+                case ast.Call(func=ast.Name(id=name), args=arguments) if name.endswith(("Error", "_refused")):
+                    texts += [template(argument) for argument in arguments]
+                case ast.Return(value=ast.Constant(value=str()) | ast.JoinedStr() as reason):
+                    texts.append(template(reason))
     return texts
 
 

@@ -728,7 +728,7 @@ def test_compressing_a_layer_within_the_pass_that_writes_it_is_refused(num_cache
     with pytest.raises(ValueError, match="layer 0 were read in the middle of the forward pass that has written them"):
         run(model, cache, random_ids(1, 20), [20])
     hook.remove()
-    cache.crop(0)
+    cache.roll_back()
     assert cache.get_seq_length() == num_cached
     run(model, cache, random_ids(1, 20), [20])
     assert cache.get_seq_length() == num_cached + 20

@@ -40,8 +40,9 @@ for num_rows in (1, 2, 5):
     for max_tokens in (1, 2, 30, 90):
         for turn in (7, 90):
             cache = PagedCache.from_model(model, page_size=32)
-            cache.prefill(model, random_ids(num_rows, 20), max_tokens=max_tokens)
-            cache.prefill(model, random_ids(num_rows, 20 + turn), max_tokens=max_tokens)
+            ids = random_ids(num_rows, 20 + turn)
+            cache.prefill(model, ids[:, :20], max_tokens=max_tokens)
+            cache.prefill(model, ids, max_tokens=max_tokens)
 """
 
 BY_TILES = """
