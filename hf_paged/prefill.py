@@ -21,6 +21,7 @@ from hf_paged._transformers import CACHE
 from hf_paged.batch import Batch
 from hf_paged.compilation import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.config import layer_specs
+from hf_paged.errors import OutOfPagesError
 from hf_paged.host_memory import give_back_freed
 from hf_paged.layer import layers_over
 from hf_paged.packable import check_model, check_prompt
@@ -107,10 +108,19 @@ def prefill(
                 "computes the prompts of this model by itself."
             )
         if scores is not None and not inputs:  # images, for one, are not given again
-            filled._batch.records_past = True
             check = partial(_check_going_on, scores)
-            generate(generation_config=settings, custom_generate=check, **{CACHE: filled})
-            filled._batch.truncate(num_columns - 1, keeps_past=batch.records_past)
+            trial = filled.fork()
+            try:
+                generate(generation_config=settings, custom_generate=check, **{CACHE: trial})
+                is_tried = True
+            except OutOfPagesError:
+                is_tried = False
+            finally:
+                trial._batch.clear()
+            if not is_tried:  # in the pages that there are; equal rows then no longer share their last one
+                filled._batch.records_past = True
+                generate(generation_config=settings, custom_generate=check, **{CACHE: filled})
+                filled._batch.truncate(num_columns - 1, keeps_past=batch.records_past)
         batch.exchange(filled._batch)
     finally:
         filled._batch.clear()
