@@ -1,4 +1,4 @@
-"""Which versions of torch and Transformers the tests have passed with, and one log message above these.
+"""Which versions of torch and Transformers tests have run with, some or all, and one log message above these.
 
 Imported first, so that the message is there before anything may be missing. `pip` is told of no upper bound within a
 major version: it would take a newer torch away from whoever has it.
