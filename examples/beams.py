@@ -19,8 +19,8 @@ import transformers
 from transformers import DynamicCache, StoppingCriteria
 
 from hf_paged import PagedCache
-from hf_paged.lab.provenance import provenance, write_results
 from hf_paged.packaged import load_packaged_model, prompts
+from hf_paged.tools.lab.provenance import provenance, write_results
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ import transformers
 from transformers import DynamicCache, StoppingCriteria
 
 from hf_paged import PagedCache
-from hf_paged.lab.provenance import provenance, write_results
 from hf_paged.packaged import load_packaged_model, prompts
+from hf_paged.tools.lab.provenance import provenance, write_results
 
 QUESTION = "Why do operating systems use paged memory? Answer in two sentences."
 PROMPT_LENGTHS = (20, 40, 60, 85, 115, 155, 215, 300)

@@ -9,9 +9,9 @@ How: `python examples/evaluate.py [TEXT_FILE]`; without a file, on the packaged 
 import sys
 
 from hf_paged import PagedCache
-from hf_paged.evaluation import MemoryAudit, perplexity
-from hf_paged.evaluation.texts import load_texts
 from hf_paged.packaged import load_packaged_model, prompts
+from hf_paged.tools.evaluation import MemoryAudit, perplexity
+from hf_paged.tools.evaluation.texts import load_texts
 
 PROMPT_LENGTHS = (5, 40, 200)
 

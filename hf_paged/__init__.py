@@ -4,14 +4,14 @@ Importing this package registers `attn_implementation="paged_flex"` with Transfo
 """
 
 from hf_paged import _versions  # noqa: F401 (first: it may have something to say)
-from hf_paged.attention import register
-from hf_paged.cache import PagedCache
-from hf_paged.compilation import compiled
-from hf_paged.encoder_decoder import PagedEncoderDecoderCache
+from hf_paged.attention.interface import register
+from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
+from hf_paged.cache.paged import PagedCache
+from hf_paged.cache.stopping import ReleaseFinished
+from hf_paged.compile.api import compiled
 from hf_paged.errors import OutOfPagesError
-from hf_paged.finished import ReleaseFinished
-from hf_paged.pool import PagePool
-from hf_paged.stats import MemoryStats
+from hf_paged.pages.pool import PagePool
+from hf_paged.pages.stats import MemoryStats
 
 __version__ = "0.1.0"
 __all__ = [

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from hf_paged import PagedCache, PagePool
-from hf_paged.page_table import PageTable
-from hf_paged.step import View
+from hf_paged.batch.step import View
+from hf_paged.pages.block_table import PageTable
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 2, 2, 8
 EDGES = (1, 15, 16, 17, 33)

@@ -19,7 +19,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
-from hf_paged.cli import main, make_parser
+from hf_paged.tools.cli import main, make_parser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -225,7 +225,7 @@ def test_the_site_has_every_page_and_asks_no_other_host_for_anything(site):
         assert re.findall(r'<link[^>]*href="?(?:https?:)?//', html) == []
 
 
-@pytest.mark.parametrize("module", ["hf_paged", "hf_paged.packaged", "hf_paged.evaluation"])
+@pytest.mark.parametrize("module", ["hf_paged", "hf_paged.packaged", "hf_paged.tools.evaluation"])
 def test_every_public_name_is_in_the_reference(site, module):
     html = (site / "reference" / "index.html").read_text()
     names = importlib.import_module(module).__all__

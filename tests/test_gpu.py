@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_paged import PagedCache, PagePool, ReleaseFinished, compiled
-from hf_paged.evaluation.audit import MemoryAudit
+from hf_paged.tools.evaluation.audit import MemoryAudit
 from tests.families import FAMILIES
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
 

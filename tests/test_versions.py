@@ -68,7 +68,7 @@ def test_importing_the_package_with_newer_versions_says_so_once_for_each_and_wor
     code = (
         "import torch, transformers\n"
         "torch.__version__ = torch.torch_version.TorchVersion('2.99.0')\n"
-        "import hf_paged, hf_paged.evaluation, hf_paged._versions\n"
+        "import hf_paged, hf_paged.tools.evaluation, hf_paged._versions\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr

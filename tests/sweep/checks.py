@@ -40,7 +40,7 @@ class Compilations(logging.Handler):
 
 
 compilations = Compilations()
-logging.getLogger("hf_paged.compilation").addHandler(compilations)
+logging.getLogger("hf_paged.compile.api").addHandler(compilations)
 
 
 class Outcome(StrEnum):

@@ -1,0 +1,1 @@
+"""Everything of torch that is not public, and memory from the system itself."""

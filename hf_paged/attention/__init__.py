@@ -1,0 +1,1 @@
+"""The two functions of `"paged_flex"`, and what they tell the backends."""

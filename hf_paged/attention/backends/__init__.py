@@ -1,0 +1,1 @@
+"""The ways in which attention reads pages."""

@@ -1,0 +1,307 @@
+"""FlexAttention over a pool of pages, compiled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from hf_paged._torch.inductor import Kernel, compiled_kernel
+from hf_paged.attention.backends.block_lists import Tiles
+from hf_paged.attention.backends.stacks import fill_up, stack, unstack
+
+_QUERY_BLOCK = 128
+# FlexAttention's decoding kernel on GPU takes fewer than 128 rows; with fewer always, no size decides on the kernel.
+_TILE_ROWS = 127
+_TILE_ROWS_WITHOUT_REPACKING = 63
+
+
+NO_SINKS = torch.zeros(1, 1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a compiled kernel is specialised for, sizes aside.
+
+    Attributes:
+        device: where it runs.
+        dtype: of queries, keys and values.
+        num_kv_heads: key/value heads.
+        group: query heads on one key/value head.
+        head_dims: head size of the keys and of the values.
+        page_size: tokens per page.
+        scale: factor on the scores.
+        softcap: bound of the scores, `softcap * tanh(score / softcap)`; None without.
+        is_dense: whether the mask is given token by token.
+        has_sinks: whether there are attention sinks.
+        lists_full: whether full pages have a list of their own.
+        num_tiles: tiles, where the kernel is made for one number of them; None for any.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    num_kv_heads: int
+    group: int
+    head_dims: tuple[int, int]
+    page_size: int
+    scale: float
+    softcap: float | None
+    is_dense: bool
+    has_sinks: bool
+    lists_full: bool
+    num_tiles: int | None
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether FlexAttention computes in this dtype: in float64 it does not, and flash decoding would in float32."""
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def repacks_storage(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tiles of 64 rows or more would let the kernel repack the whole storage of a layer, used or not."""
+    return device.type == "cpu" and dtype.itemsize == 2
+
+
+def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
+    """Stacked queries that one tile may have."""
+    return _TILE_ROWS_WITHOUT_REPACKING if repacks_storage(dtype, device) else _TILE_ROWS
+
+
+def lists_full_pages(device: torch.device) -> bool:
+    """Whether pages that a tile sees whole get a list of their own, and are read without a mask.
+
+    On a GPU the kernel for few queries looks for that list at the strides of the other one (seen in torch 2.11, 2.13
+    and 2.14), and with two lists it shares out the whole storage among its programs instead of the pages of each tile.
+    """
+    return device.type == "cpu"
+
+
+class _Arguments(NamedTuple):
+    """What a compiled kernel is called with, in this order."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    num_full: Tensor | None
+    full: Tensor | None
+    num_partial: Tensor
+    partial: Tensor
+    page_index: Tensor
+    seen: Tensor
+    sinks: Tensor
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attends to the pages of each row.
+
+Args:
+    query: `(num_rows, num_heads, num_queries, head_dim)`.
+    keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer.
+    values: `(1, num_kv_heads, num_slots, value_head_dim)`.
+    sinks: `(num_heads,)` score of a token that every query sees and whose value is 0; None without.
+
+Returns:
+    `(num_rows, num_queries, num_heads, value_head_dim)`. Queries that see nothing give 0.
+"""
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tiles: Tiles,
+    page_size: int,
+    scale: float,
+    softcap: float | None = None,
+    has_sinks: bool = False,
+) -> Attention:
+    """Return the attention of layers with tensors of these shapes, dtype and device.
+
+    Args:
+        query: `(num_rows, num_heads, num_queries, head_dim)`.
+        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `tiles` says.
+        values: `(1, num_kv_heads, num_slots, value_head_dim)`.
+        tiles: the pages to read, for `num_queries` queries and `num_heads // num_kv_heads` as group.
+        page_size: tokens per page.
+        scale: factor on the scores.
+        softcap: bound of the scores; None without.
+        has_sinks: whether there are attention sinks. The sink page of `tiles` is their token.
+
+    Raises:
+        ValueError: for a dtype that FlexAttention does not take.
+
+    Source:
+        FlexAttention: Dong et al., 2024. Paged through its block mask: Joshi et al., 2025.
+    """
+    if not takes(query.dtype):
+        raise ValueError(
+            f"Packed queries in {query.dtype} were given on {query.device.type}, where FlexAttention is to compute "
+            "them, but it takes float32, bfloat16 and float16. Let generate() compute the prompt by itself."
+        )
+    seats = tiles.seats
+    if seats is not None:
+        query = seats.spread(query)
+    variant = Variant(
+        device=query.device,
+        dtype=query.dtype,
+        num_kv_heads=keys.shape[1],
+        group=tiles.group,
+        head_dims=(keys.shape[3], values.shape[3]),
+        page_size=page_size,
+        scale=scale,
+        softcap=softcap,
+        is_dense=tiles.seen.dtype == torch.bool,
+        has_sinks=has_sinks,
+        lists_full=tiles.full is not None,
+        num_tiles=_fixed_num_tiles(query.shape[2], tiles),
+    )
+    lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
+    num_rows, num_heads, num_queries, _ = query.shape
+    by_group = (keys.shape[1], tiles.group)
+    scores = query.new_zeros(by_group) if has_sinks else NO_SINKS
+    arguments = _Arguments(stack(query, tiles), keys, values, *lists, scores)
+    kernel = _kernel(variant, arguments).bound_to(arguments)
+    num_missing = len(tiles.num_partial) - len(query) if num_queries == 1 else 0
+    one_query, one_output = (num_rows, *by_group, query.shape[3]), (num_rows, 1, num_heads, values.shape[3])
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        return unstack(kernel(stack(query, tiles), keys, values, scores), tiles, num_rows, num_queries)
+
+    def attend_with_one_query(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
+        stacked = query.reshape(one_query).contiguous()
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        if num_missing:
+            return kernel(fill_up(stacked, tiles), keys, values, scores)[:num_rows].view(one_output)
+        return kernel(stacked, keys, values, scores).view(one_output)
+
+    def attend_from_seats(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        assert seats is not None
+        return seats.collect(attend(seats.spread(query), keys, values, sinks))
+
+    if seats is not None:
+        return attend_from_seats
+    return attend_with_one_query if num_queries == 1 else attend
+
+
+def _fixed_num_tiles(num_queries: int, tiles: Tiles) -> int | None:
+    """Where tiles are few queries each and no page is listed as full, the number that the kernel is made for.
+
+    On a GPU only a kernel for a fixed number of tiles has several programs read the pages of one tile.
+    """
+    is_dense = tiles.seen.dtype == torch.bool
+    return len(tiles.num_partial) if tiles.full is None and num_queries == 1 and not is_dense else None
+
+
+def _kernel(variant: Variant, arguments: _Arguments) -> Kernel:
+    # What a kernel does not adapt to beside the variant: a size of 1, which broadcasts, and storage that 32-bit
+    # indices can't address.
+    num_tiles, _, tile_rows, _ = arguments.query.shape
+    ones = num_tiles == 1, tile_rows == 1, len(arguments.page_index) == 1, arguments.seen.shape[1] == 1
+    is_large = arguments.keys.numel() >= 2**31 or arguments.values.numel() >= 2**31
+    sizes = partial(_dynamic_sizes, variant)
+    return compiled_kernel((variant, ones, is_large), partial(_build, variant), arguments, sizes)
+
+
+def _dynamic_sizes(variant: Variant, name: str) -> tuple[int, ...]:
+    """Sizes of an argument of the kernel that change without a recompilation: tiles, their rows, slots, pages."""
+    has_any_tiles = variant.num_tiles is None
+    match name:
+        case "paged_sinks":
+            return ()
+        case "paged_keys" | "paged_values":
+            return (2,)
+        case "paged_page_index":
+            return (0,)
+        case "paged_partial":
+            return (0, 3) if has_any_tiles else (3,)
+        case _ if not has_any_tiles:
+            return ()
+        case "paged_query":
+            return (0, 2)
+        case "paged_full_pages":
+            return (0, 3)
+        case "paged_seen":
+            return (0, 1, 2) if variant.is_dense else (0, 1)
+    return (0,)
+
+
+def _build(variant: Variant) -> Callable[..., Tensor]:
+    page_size, group, softcap = variant.page_size, variant.group, variant.softcap
+    # A tile is one query block, however many rows it has.
+    query_block = -(-group // _QUERY_BLOCK) * _QUERY_BLOCK
+    kernel_options = _kernel_options(variant)
+
+    # The names matter. The CPU template of FlexAttention (seen in torch 2.13 and 2.14) substitutes the symbols of its
+    # tile sizes, ks0 to ks5, as text, and so breaks the symbols of other sizes whose number begins with that digit.
+    # Dynamo derives the number from the argument's name; these give numbers that begin with 6 to 9.
+    def attend(
+        paged_query: Tensor,
+        paged_keys: Tensor,
+        paged_values: Tensor,
+        paged_num_full: Tensor | None,
+        paged_full_pages: Tensor | None,
+        tile_num_partial: Tensor,
+        paged_partial: Tensor,
+        paged_page_index: Tensor,
+        paged_seen: Tensor,
+        paged_sinks: Tensor,
+    ) -> Tensor:
+        def token_at(slot: Tensor) -> Tensor:
+            return paged_page_index[slot // page_size] * page_size + slot % page_size
+
+        def mask_mod(tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+            token = token_at(slot)
+            if variant.is_dense:
+                is_seen = paged_seen[tile, row // group, token.clamp(min=0) if variant.has_sinks else token]
+            else:
+                is_seen = (token < paged_seen[tile, row, 0]) & (token >= paged_seen[tile, row, 1])
+            if variant.has_sinks:
+                # The sink page is at place -1; its first slot is the sink, and nothing else in it is seen.
+                is_seen = torch.where(token < 0, token == -page_size, is_seen)
+            return is_seen
+
+        def score_mod(score: Tensor, tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
+            if variant.has_sinks:
+                score = torch.where(token_at(slot) < 0, paged_sinks[head, row % group], score)
+            return score
+
+        block_mask = BlockMask(
+            (paged_query.shape[2], paged_keys.shape[2]),
+            tile_num_partial,
+            paged_partial,
+            paged_num_full,
+            paged_full_pages,
+            None,
+            None,
+            None,
+            None,
+            BLOCK_SIZE=(query_block, page_size),
+            mask_mod=mask_mod,
+        )
+        output: Tensor = flex_attention(
+            paged_query,
+            paged_keys,
+            paged_values,
+            score_mod=None if softcap is None and not variant.has_sinks else score_mod,
+            block_mask=block_mask,
+            scale=variant.scale,
+            kernel_options=kernel_options,
+        )
+        return output
+
+    return attend
+
+
+def _kernel_options(variant: Variant) -> Any:
+    if variant.device.type == "cpu":
+        # The flash-decoding template splits the pool, not the row, into partitions: it would walk over every page.
+        return {"PARTITION_SIZE": 1}
+    # A kernel tile must not span two pages.
+    return {"BLOCK_N": min(variant.page_size, 64)}

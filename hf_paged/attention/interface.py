@@ -1,0 +1,268 @@
+"""The attention function of `"paged_flex"`, and its registration."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_paged._torch.dtypes import autocast_dtype
+from hf_paged.attention.backends import flex as kernel
+from hf_paged.attention.backends.block_lists import Layout
+from hf_paged.attention.backends.flex import Attention
+from hf_paged.attention.backends.reference import blockwise_attention
+from hf_paged.attention.backends.split_kv import flash_decoding
+from hf_paged.attention.backends.varlen_sdpa import segmented_attention
+from hf_paged.attention.marks import is_marked, layer_of, note_output, output_of
+from hf_paged.attention.mask import NAME, PagedMask, paged_flex_mask
+from hf_paged.attention.metadata import Plan
+from hf_paged.batch.shared import SharedTensor
+from hf_paged.batch.step import View
+from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.storage import holds_pages
+
+_NOTHING = nullcontext()
+
+
+class _Heads(NamedTuple):
+    """What `sdpa_attention_forward` asks a layer for."""
+
+    num_key_value_groups: int
+
+
+def paged_flex_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | PagedMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over pages; without a `PagedMask`, scaled dot-product attention.
+
+    Args:
+        module: the attention layer.
+        query: `(num_rows, num_heads, num_queries, head_dim)`.
+        key: what `PagedLayer.update` returned, with a `PagedMask`; otherwise
+            `(num_rows, num_kv_heads, num_columns, head_dim)`.
+        value: like `key`.
+        attention_mask: what the mask function returned.
+        scaling: factor on the scores; None for `head_dim ** -0.5`.
+        dropout: must be 0.
+        softcap: bound of the scores; None without.
+        s_aux: `(num_heads,)` attention sinks: the score of a token that every query sees and whose value is 0.
+        position_bias: additive bias; not supported over pages.
+        **kwargs: passed on to SDPA.
+
+    Returns:
+        `(num_rows, num_queries, num_heads, head_dim)` and no weights.
+
+    Raises:
+        ValueError: for what the kernel can't do.
+    """
+    if type(key) is SharedTensor and type(value) is SharedTensor:
+        step = attention_mask.plan.step if isinstance(attention_mask, PagedMask) else None
+        key, value = key.states.for_attention(step)
+    if dropout > 0:
+        raise _refused(
+            attention_mask,
+            f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before "
+            "generating.",
+        )
+    if kwargs.get("output_attentions"):
+        raise _refused(
+            attention_mask,
+            f"output_attentions=True was asked for, but {NAME!r} never has the attention weights at hand. Load the "
+            'model with attn_implementation="eager"; PagedCache works with it.',
+        )
+    if position_bias is not None:
+        raise _refused(
+            attention_mask,
+            f"{NAME!r} can't compute attention with a position_bias. Load the model with "
+            'attn_implementation="eager" or "sdpa"; PagedCache works with both.',
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # What the mask function was asked for counts, not what the layer says of itself.
+    is_masked = isinstance(attention_mask, PagedMask)
+    is_causal = is_masked or bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
+    if not isinstance(attention_mask, PagedMask):
+        if holds_pages(key) or is_marked(key):
+            raise _refused(
+                attention_mask,
+                "Keys in pages were given to the attention function with a mask that the model made itself. Load the "
+                'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.',
+            )
+        return _attend_to_columns(query, key, value, attention_mask, is_causal, scale, softcap, s_aux), None
+    is_traced = torch.compiler.is_dynamo_compiling()
+    if not is_traced and getattr(module, "training", False) and attention_mask.plan.is_unwritten:
+        raise ValueError(
+            "Attention was computed in training mode over keys that were not given to the PagedCache. Transformers "
+            "takes the cache away from layers with gradient checkpointing there, and every later token would be "
+            "computed without those before it. Call model.eval() before generating."
+        )
+    if query.dtype is not key.dtype and autocast_dtype(query) is not None:
+        query = query.to(key.dtype)
+    plan, layer = attention_mask.plan, getattr(module, "layer_idx", -1)
+    options = (is_causal, scale, softcap, s_aux)
+    source = layer_of(key, value)
+    if source is not None:
+        # In a graph; or between two that parted behind the update.
+        output: Tensor = torch.ops.hf_paged.write_and_attend(plan, query, key, value, source, *options, output_of(key))
+        note_output(key, output)
+    elif is_traced:
+        output = torch.ops.hf_paged.attend_to_others(plan, query, key, value, layer, *options)
+    else:
+        output = attend(plan, query, key, value, layer, *options)
+    return output, None
+
+
+def _refused(mask: Tensor | PagedMask | None, message: str) -> ValueError:
+    """Give up the pass of a mask; an error that says why."""
+    if isinstance(mask, PagedMask):
+        mask.plan.batch.roll_back(mask.plan.step)
+    return ValueError(message)
+
+
+def attend(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """A layer's attention; arguments and result are those of `paged_flex_attention`, with the plan of the mask.
+
+    If it fails, so does the pass, of which nothing is left.
+    """
+    try:
+        return _attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks)
+    except BaseException:
+        plan.batch.roll_back(plan.step)
+        raise
+
+
+def _attend(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    step = plan.step
+    num_rows, _, num_queries, _ = plan.shape
+    if (query.shape[0], query.shape[2]) != (num_rows, num_queries) or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"Queries of shape {tuple(query.shape)} don't fit a step of {num_rows} rows and {num_queries} new "
+            f"tokens over {key.shape[1]} key/value heads."
+        )
+    if query.dtype != key.dtype:
+        raise ValueError(
+            f"Queries in {query.dtype} were given for keys in {key.dtype}, but FlexAttention wants one dtype. Load "
+            "the model in one dtype."
+        )
+    if step.view is not View.PAGES:
+        return _attend_to_columns(query, key, value, plan.by_column, is_causal, scale, softcap, sinks)
+    if query.is_meta:
+        return query.new_empty((num_rows, num_queries, query.shape[1], value.shape[3]))
+    table, storage = step.source_of(key, plan.batch.pool.group_of_layer.get(layer))
+    # All layers of a group have the same, as a rule: what depends on it is made once per pass.
+    shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
+    attention = plan.attentions.get((table, table.version, *shapes))
+    if attention is None:
+        if avoids_tiles(query.device):
+            attention = _without_tiles(plan, table, query, key, value, scale, softcap, sinks)
+        if attention is None:
+            sink_page = None if sinks is None else table.group.sink_page()
+            if sink_page is not None and storage is not None:
+                key, value = storage.tensors  # taking the page may have let the storage grow
+                shapes = (query.shape, key.shape, value.shape, *shapes[3:])
+            layout = Layout(
+                group=query.shape[1] // key.shape[1],
+                max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
+                device=query.device,
+                lists_full=kernel.lists_full_pages(query.device),
+                sink_page=sink_page,
+            )
+            tiles = plan.tiles(table, layout, key.shape[2])
+            has_sinks = sink_page is not None
+            attention = kernel.paged_attention(
+                query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks
+            )
+        plan.attentions[table, table.version, *shapes] = attention
+    with profiled("paged_attention"):
+        return attention(query, key, value, sinks)
+
+
+def profiled(name: str) -> AbstractContextManager[object]:
+    """Have what happens within shown by torch's profiler as `hf_paged::{name}`."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        return torch.autograd.profiler.record_function(f"hf_paged::{name}")
+    return _NOTHING
+
+
+def avoids_tiles(device: torch.device) -> bool:
+    """Whether packed queries, and single ones, have ways of their own instead of FlexAttention's tiles.
+
+    On a CPU these are faster. On a GPU a packed chunk has many segments, each of which would be several launches.
+    """
+    return device.type == "cpu"
+
+
+def _without_tiles(
+    plan: Plan,
+    table: PageTable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Attention | None:
+    segments = plan.segments(table)
+    if segments is not None:
+        return segmented_attention(query, value, segments, scale, softcap, sinks is not None)
+    units = plan.units(table)
+    if units is not None:
+        return flash_decoding(query, key, value, units, scale, softcap, sinks is not None)
+    return None
+
+
+def _attend_to_columns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    # Without a mask SDPA takes the queries for the first ones, not the last.
+    is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
+    if softcap is not None or sinks is not None or is_last:
+        return blockwise_attention(query, key, value, mask, is_causal, scale, softcap, sinks)
+    heads: Any = _Heads(query.shape[1] // key.shape[1])
+    output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, scaling=scale, is_causal=is_causal)[0]
+    return output
+
+
+def register() -> None:
+    """Make `attn_implementation="paged_flex"` known to Transformers."""
+    AttentionInterface.register(NAME, paged_flex_attention)
+    # Without a mask function of the same name Transformers would pass no mask at all, silently.
+    AttentionMaskInterface.register(NAME, paged_flex_mask)

@@ -1,0 +1,211 @@
+"""The mask function of `"paged_flex"`, which plans each step, and what it returns."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedConfig
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+from hf_paged._torch.dynamo import outside_of_graphs
+from hf_paged.attention.lengths import PlannedLength
+from hf_paged.attention.metadata import Plan
+from hf_paged.batch.step import View
+from hf_paged.config import num_decoder_layers
+
+NAME = "paged_flex"
+
+
+class PagedMask(BlockMask):
+    """The mask of one step over pages, which Transformers hands from the mask function to every layer.
+
+    A `BlockMask`, since Transformers passes these through untouched; its block lists are made when the attention
+    function says how many query heads share a key/value head.
+
+    Args:
+        plan: of the forward pass.
+    """
+
+    ndim = 4
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._shape = plan.shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
+        return self._shape
+
+    def dim(self) -> int:
+        """Number of dimensions, as of a tensor."""
+        return self.ndim
+
+    def __getitem__(self, index: object) -> "PagedMask":
+        """The mask of some of the queries, `mask[:, :, queries]`, for layers that leave the others out."""
+        whole = slice(None)
+        match index:
+            case (rows, heads, slice() as queries, *columns) if all(
+                other == whole for other in (rows, heads, *columns)
+            ):
+                return PagedMask(self.plan.of(queries))
+        raise ValueError(
+            f"A mask of attn_implementation={NAME!r} was indexed with {index}, but only some of the queries can be "
+            "taken out of it, as in mask[:, :, -1:]."
+        )
+
+    def contiguous(self) -> "PagedMask":
+        """Return itself: `generate()` calls this on every mask that it prepares."""
+        return self
+
+    def to(self, device: Any) -> "PagedMask":
+        """Return itself: block lists are made on the device of the layer that reads them."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"A mask of attn_implementation={NAME!r} was asked for its {name!r}, but it is no tensor: it lists the "
+            "pages that each query sees. Code that looks into masks, as PEFT's prompt tuning and p-tuning do, needs "
+            'the model loaded with attn_implementation="sdpa" or "eager".'
+        )
+
+    def __repr__(self) -> str:
+        return f"PagedMask(shape={self.shape})"
+
+    __str__ = __repr__
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse to be used as a tensor."""
+        # Not a TypeError: an operator would take it for "not implemented" and say less.
+        raise ValueError(
+            f"{getattr(func, '__name__', func)} was called with a mask of attn_implementation={NAME!r}: this model "
+            "computes attention by itself instead of through Transformers' attention interface. Load it with "
+            'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
+        )
+
+
+def paged_flex_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
+) -> Tensor | PagedMask | None:
+    """Plan the step and make its mask; called by Transformers once per forward pass and mask type.
+
+    Args:
+        batch_size: rows.
+        q_length: new columns.
+        kv_length: columns afterwards, from `kv_offset` on; of type `PlannedLength` if the cache is a `PagedCache`.
+        q_offset: columns before.
+        kv_offset: first column that the layers of this mask hold.
+        mask_function: as in Transformers, over columns.
+        attention_mask: `(batch_size, kv_length)`, 0 for padding; None without padding.
+        config: of the decoder.
+        **kwargs: passed on to Transformers' `sdpa_mask`.
+
+    Returns:
+        A `PagedMask`; for another kind of cache what `sdpa_mask` returns.
+
+    Raises:
+        OutOfPagesError: if the step does not fit into the pool.
+        ValueError: if the mask does not fit the cache.
+    """
+    make: Any = _planned if isinstance(kv_length, PlannedLength) else _dense  # this one may be in a graph
+    mask: Tensor | PagedMask | None = make(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, **kwargs
+    )
+    if mask is None or isinstance(mask, PagedMask) or mask_function is not bidirectional_mask_function:
+        return mask
+    # An encoder may compute attention by itself, and add the mask to its scores.
+    dtype = kwargs.get("dtype", torch.float32)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _dense(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+    config: PreTrainedConfig | None,
+    **kwargs: Any,
+) -> Tensor | None:
+    mask: Tensor | None = sdpa_mask(
+        batch_size,
+        q_length,
+        int(kv_length),
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        config=config,
+        **kwargs,
+    )
+    return mask
+
+
+@outside_of_graphs
+def _planned(
+    batch_size: int,
+    q_length: int,
+    kv_length: PlannedLength,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+    config: PreTrainedConfig | None,
+    **kwargs: Any,
+) -> PagedMask:
+    dense = partial(
+        _dense, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config
+    )
+    batch = kv_length.batch
+    step = batch.plan(batch_size, q_length, attention_mask, None if config is None else num_decoder_layers(config))
+    if step.view is not View.PAGES:
+        # Contiguous keys and values, those that are new if they are all there is: SDPA reads them faster.
+        return PagedMask(Plan(batch, step, by_column=dense(**kwargs | {"allow_is_bidirectional_skip": False})))
+    if step.past_is_visible:
+        if mask_function is causal_mask_function:
+            return PagedMask(Plan(batch, step))
+        window = _window_of(mask_function)
+        if window is not None:
+            return PagedMask(Plan(batch, step, window=window))
+    mask = dense(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    assert mask is not None  # both ways to skip it are closed
+    return PagedMask(Plan(batch, step, visible=step.by_token(mask, kv_offset)))
+
+
+def _window_of(mask_function: Callable[..., Any]) -> int | None:
+    """The window of a mask function that Transformers made for causal sliding-window attention; None for any other."""
+    if getattr(mask_function, "__code__", None) is not _SLIDING.__code__:
+        return None
+    parts = _captured(mask_function)["mask_functions"]
+    if len(parts) != 2 or parts[0].__code__ is not _OVERLAY.__code__ or parts[1] is not causal_mask_function:
+        return None
+    window: int = _captured(parts[0])["sliding_window"]
+    return window
+
+
+def _captured(function: Callable[..., Any]) -> dict[str, Any]:
+    return dict(inspect.getclosurevars(function).nonlocals)
+
+
+_SLIDING = sliding_window_causal_mask_function(1)
+_OVERLAY = _captured(_SLIDING)["mask_functions"][0]

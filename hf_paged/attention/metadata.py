@@ -1,0 +1,133 @@
+"""What the layers of one forward pass are told, besides their queries."""
+
+from torch import Tensor
+
+from hf_paged.attention.backends.block_lists import Layout, Tiles
+from hf_paged.attention.backends.flex import Attention
+from hf_paged.attention.backends.kv_splits import Units
+from hf_paged.attention.backends.varlen_sdpa import Segment
+from hf_paged.batch.columns import BoolMatrix
+from hf_paged.batch.sequences import Batch
+from hf_paged.batch.step import Step
+from hf_paged.pages.block_table import PageTable
+
+try:
+    from torch._custom_class_base import CustomClassBase  # type: ignore[import-not-found]
+    from torch._library.opaque_object import register_custom_class  # type: ignore[attr-defined]
+
+    _BY_REFERENCE = "symbolic"
+except ImportError:  # their names before torch 2.14, which warns of them
+    from torch._library.opaque_object import register_opaque_type as register_custom_class
+    from torch._opaque_base import OpaqueBase as CustomClassBase
+
+    _BY_REFERENCE = "reference"
+
+
+class Plan(CustomClassBase):  # type: ignore[misc]
+    """One step, and what its queries see.
+
+    A compiled graph takes it as an input that it can't look into. So nothing that changes from pass to pass is
+    guarded on, and nothing is recompiled for it.
+
+    Args:
+        batch: the rows.
+        step: the forward pass.
+        by_column: without `View.PAGES`, `(num_rows, 1, num_queries, num_columns)`, the mask as `sdpa` wants it; None:
+            causal.
+        window: with `View.PAGES`, tokens that a query sees, itself included; None: all before it.
+        visible: with `View.PAGES`, `(num_rows, num_new, max_tokens)` bool, what each query sees of its row instead;
+            None: as above.
+        queries: which of the new columns ask.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        step: Step,
+        *,
+        by_column: Tensor | None = None,
+        window: int | None = None,
+        visible: BoolMatrix | None = None,
+        queries: slice = slice(None),
+    ) -> None:
+        self.batch = batch
+        self.step = step
+        self.by_column = by_column
+        self.window = window
+        self.visible = visible
+        self._queries = queries
+        self.shape = step.num_rows, 1, len(range(step.num_new)[queries]), step.next_columns.count
+        """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
+        self.attentions: dict[tuple[object, ...], Attention] = {}
+        """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
+        self.made_tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
+        """What `tiles` has returned, by the table, its version, and the other arguments."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all plans.
+        return object, ()
+
+    def __deepcopy__(self, memo: object) -> "Plan":
+        # torch.compile (seen in 2.11) copies examples of its inputs; that of a plan stands for a pass, not for itself.
+        return self
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether no layer has written the new tokens of this pass yet."""
+        return self.batch.step is self.step and self.batch.has_written_nothing
+
+    def of(self, queries: slice) -> "Plan":
+        """The same for some of these queries only."""
+        chosen = range(self.step.num_new)[self._queries][queries]
+        return Plan(
+            self.batch,
+            self.step,
+            by_column=None if self.by_column is None else self.by_column[:, :, queries],
+            window=self.window,
+            visible=self.visible,
+            queries=slice(chosen.start, chosen.stop, chosen.step),
+        )
+
+    def read(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `Batch.write` has returned for these keys and values of a layer in this pass."""
+        pool = self.batch.pool
+        return self.step.read(pool.group_of_layer[layer], pool.open_storage(layer, keys, values), keys, values)
+
+    def tiles(self, table: PageTable, layout: Layout, num_slots: int) -> Tiles:
+        """Block lists over the pages of `table`, made once for all layers of its group.
+
+        They are made anew when rows turn out to be no twins, and when another thread lets the pool grow between two
+        layers, to `num_slots` slots.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        key = (table, table.version, layout, num_slots)
+        if key not in self.made_tiles:
+            tiling = self.batch.tilings[table]
+            if self.visible is not None:
+                self.made_tiles[key] = tiling.dense(self.visible[:, self._queries], layout)
+            else:
+                self.made_tiles[key] = self.step.tiles(tiling, self.window, self._queries, layout)
+        return self.made_tiles[key]
+
+    def segments(self, table: PageTable) -> list[Segment] | None:
+        """The queries row by row, if they come packed.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        return self.step.segments(table, self.window, self._queries)
+
+    def units(self, table: PageTable) -> Units | None:
+        """The pages of `table` that the only query of each row reads; None where queries are more, or have a mask.
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        if self.visible is not None:
+            return None
+        return self.step.units(self.batch.tilings[table], self.window, self._queries)
+
+
+register_custom_class(Plan, typ=_BY_REFERENCE)

@@ -1,0 +1,1 @@
+"""The rows of one cache, and the step that they are in."""

@@ -1,0 +1,404 @@
+"""What callers do to the copies of keys and values that they were handed.
+
+With Transformers' own caches `layer.keys` is what the cache holds, so that code steers, evicts or quantises by
+changing it or by putting another tensor in its place. Here it is a copy. It is kept, so that a change of it is
+noticed, by its version, and goes into the pages before anything else happens to the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hf_paged.batch.columns import Columns
+from hf_paged.batch.gather import token_places
+from hf_paged.errors import OutOfPagesError
+from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.storage import LayerStorage
+
+if TYPE_CHECKING:
+    from hf_paged.batch.sequences import Batch
+
+_NAMES = ("keys", "values")
+_ASSIGNED = -1  # no tensor has this version
+
+
+class Copy:
+    """Keys and values of a layer as a caller sees them.
+
+    Args:
+        columns: the record of the columns that they belong to; with another one they are out of date.
+        keys: `(num_rows, num_kv_heads, num_columns, head_dim)`; None when empty.
+        values: like `keys`.
+    """
+
+    def __init__(self, columns: Columns, keys: Tensor | None, values: Tensor | None) -> None:
+        self.columns = columns
+        self.tensors = [keys, values]
+        self.note_unchanged()
+
+    def note_unchanged(self) -> None:
+        """Note that these are the keys and values that the pages hold."""
+        self._versions = [_version(tensor) for tensor in self.tensors]
+
+    def assign(self, which: int, tensor: Tensor | None) -> None:
+        """Have another tensor for the keys (0) or the values (1)."""
+        self.tensors[which], self._versions[which] = tensor, _ASSIGNED
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether they may not be what the pages hold."""
+        return [_version(tensor) for tensor in self.tensors] != self._versions
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether changes are going to be noticed."""
+        return not any(tensor is None or tensor.is_inference() for tensor in self.tensors)
+
+
+class Edits:
+    """The copies that a cache has handed out since it last changed, by layer."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, Copy] = {}
+
+    def read(self, batch: Batch, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return keys and values of a layer, the same tensors until the cache changes; `(None, None)` when empty.
+
+        Raises:
+            ValueError: if a forward pass is under way that has written the layer.
+        """
+        keys, values = self._copy(batch, layer).tensors
+        return keys, values
+
+    def assign(self, batch: Batch, layer: int, which: int, tensor: Tensor | None) -> None:
+        """Have another tensor for the keys (0) or the values (1) of a layer.
+
+        Raises:
+            ValueError: if it can't be such a tensor, or a forward pass is under way; nothing has changed.
+        """
+        copy = self._copy(batch, layer)
+        if batch.step is not None:
+            raise _changed_in_a_pass(layer)
+        _check(batch.pool.storage(layer), layer, which, tensor)
+        copy.assign(which, tensor)
+
+    def set(self, batch: Batch, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values into a layer; with other rows or columns than now, once all layers have been given them.
+
+        Raises:
+            OutOfPagesError: if there are too few pages; nothing has changed.
+            ValueError: as for `assign`, or if keys and values don't belong together; nothing has changed.
+        """
+        batch.settle()
+        if batch.step is not None:
+            raise _changed_in_a_pass(layer)
+        storage = batch.pool.storage(layer)
+        _check(storage, layer, 0, keys)
+        _check(storage, layer, 1, values)
+        if keys.shape[::2] != values.shape[::2]:
+            raise ValueError(
+                f"Layer {layer} was given values of shape {tuple(values.shape)} for keys of shape {tuple(keys.shape)}."
+            )
+        self._drop_old(batch)
+        num_rows, count = self._shape(batch)
+        if (num_rows, count) == _held_shape(batch) and keys.shape[::2] == (num_rows, _width(batch, layer, count)):
+            batch.absorb()
+            _rewrite(batch, {layer: (keys.detach(), values.detach())})
+            self.copies.pop(layer, None)
+            return
+        copy = self._copy(batch, layer)
+        copy.assign(0, keys)
+        copy.assign(1, values)
+        if not self._misfits(batch, *self._shape(batch)):
+            batch.absorb()
+
+    def check_untouched(self, layer: int) -> None:
+        """Raise ValueError if a layer was changed that the forward pass under way is about to write."""
+        copy = self.copies.get(layer)
+        if copy is not None and copy.is_changed:
+            raise _changed_in_a_pass(layer)
+
+    def count(self, batch: Batch, layer: int) -> int:
+        """Columns of a layer, between two forward passes; of it alone, where not all have been assigned yet."""
+        self._drop_old(batch)
+        num_rows, count = self._shape(batch)
+        if not self._misfits(batch, num_rows, count):
+            return count
+        keys = self.copies[layer].tensors[0] if layer in self.copies else None
+        return batch.columns.count if keys is None or batch.pool.layers[layer].window else keys.shape[2]
+
+    def absorb(self, batch: Batch) -> None:
+        """Let the pages hold what was changed.
+
+        Args:
+            batch: the rows, between two forward passes.
+
+        Raises:
+            OutOfPagesError: if the pool has too few pages for those that somebody else holds, too, or for more
+                columns; nothing has changed.
+            ValueError: if some layers have other columns now, and not all; nothing has changed.
+        """
+        self._drop_old(batch)
+        changed = {layer: copy for layer, copy in self.copies.items() if copy.is_changed}
+        if not changed:
+            return
+        for layer, copy in changed.items():
+            for which, tensor in enumerate(copy.tensors):
+                if tensor is not None:
+                    _check(batch.pool.storage(layer), layer, which, tensor)
+        num_rows, count = self._shape(batch)
+        misfits = self._misfits(batch, num_rows, count)
+        if misfits:
+            raise ValueError(
+                f"Keys or values of {num_rows} rows and {count} columns were assigned to some layers of this cache, "
+                f"but {', '.join(misfits)}. The layers of a PagedCache have their rows and columns in common: assign "
+                "keys and values of every layer, or call cache.reset()."
+            )
+        if (num_rows, count) == _held_shape(batch):
+            _rewrite(batch, {layer: _pair(copy) for layer, copy in changed.items()})
+        else:
+            batch.replace({layer: _pair(self.copies[layer]) for layer in batch.holding_layers}, num_rows, count)
+        for layer, copy in list(self.copies.items()):
+            copy.columns = batch.columns
+            copy.note_unchanged()
+            if not copy.is_watched or _pair(copy)[0].shape[2] != _width(batch, layer, batch.columns.count):
+                del self.copies[layer]
+
+    def truncated(self, batch: Batch, columns: Columns) -> dict[int, Copy]:
+        """Return the copies as they are with the first columns only, `columns`, which `batch` still has to drop."""
+        kept: dict[int, Copy] = {}
+        for layer, copy in self.copies.items():
+            width = _width(batch, layer, columns.count)
+            is_beginning = batch.columns.count - _width(batch, layer, batch.columns.count) == columns.count - width
+            if copy.columns is batch.columns and is_beginning and width:
+                keys, values = _pair(copy)
+                kept[layer] = Copy(columns, keys[:, :, :width], values[:, :, :width])
+        return kept
+
+    def _drop_old(self, batch: Batch) -> None:
+        self.copies = {layer: copy for layer, copy in self.copies.items() if copy.columns is batch.columns}
+
+    def _copy(self, batch: Batch, layer: int) -> Copy:
+        batch.settle()
+        if batch.is_past(layer):
+            raise ValueError(
+                f"Keys or values of layer {layer} were read in the middle of the forward pass that has written them, "
+                "or after one that failed. A PagedCache shows them between two passes: read and change them then; "
+                "after a pass that failed, call cache.roll_back() first."
+            )
+        copy = self.copies.get(layer)
+        if copy is None or copy.columns is not batch.columns:
+            # Inference tensors would have no version.
+            with torch.inference_mode(False), torch.no_grad():
+                copy = Copy(batch.columns, *batch.copied(layer))
+            self.copies[layer] = copy
+        return copy
+
+    def _shape(self, batch: Batch) -> tuple[int, int]:
+        """Rows and columns that the layers are to have: others than now if some layer has others."""
+        num_rows, count = _held_shape(batch)
+        windows = batch.pool.layers
+        for layer in sorted(self.copies, key=lambda layer: windows[layer].window is not None):
+            for tensor in self.copies[layer].tensors:
+                if tensor is not None and tensor.shape[::2] != (num_rows, _width(batch, layer, count)):
+                    return tensor.shape[0], tensor.shape[2]
+        return num_rows, count
+
+    def _misfits(self, batch: Batch, num_rows: int, count: int) -> list[str]:
+        """Say in words which layers don't have these rows and columns."""
+        misfits = []
+        is_new = (num_rows, count) != _held_shape(batch)
+        for layer in batch.holding_layers:
+            copy = self.copies.get(layer)
+            if copy is None:
+                if is_new:
+                    misfits.append(f"layer {layer} has what it had")
+                continue
+            for name, tensor in zip(_NAMES, copy.tensors, strict=True):
+                if tensor is None:
+                    misfits.append(f"layer {layer} has no {name}")
+                elif tensor.shape[0] != num_rows or tensor.shape[2] not in (count, _width(batch, layer, count)):
+                    misfits.append(f"layer {layer} has {name} of {tensor.shape[0]} rows and {tensor.shape[2]} columns")
+        return misfits
+
+
+@dataclass
+class _Change:
+    """What is to be written into the pages of one group of layers.
+
+    Attributes:
+        table: the rows.
+        rows: `(num_tokens,)` row of each token, ascending, where some layer has something new.
+        positions: `(num_tokens,)` its place in the row, ascending within a row.
+        tokens: for each storage the keys and values, each `(num_kv_heads, num_tokens, head_dim)`.
+    """
+
+    table: PageTable
+    rows: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    tokens: list[tuple[LayerStorage, Tensor, Tensor]]
+
+    def shared_pages(self) -> tuple[list[int], list[list[int]]]:
+        """Pages that must be copied first, as somebody holds them too who is not to get the same.
+
+        Returns:
+            The place of each in its row, and the rows that get the same there.
+        """
+        page_size, allocator = self.table.group.page_size, self.table.group.allocator
+        places = self.positions // page_size
+        starts = np.flatnonzero(np.diff(self.rows, prepend=-1) | np.diff(places, prepend=-1))
+        by_page: dict[int, list[slice]] = {}
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(places)], strict=True):
+            page = int(self.table.block_table[self.rows[start], places[start]])
+            by_page.setdefault(page, []).append(slice(start, stop))
+        copied_places, sharing = [], []
+        for page, pieces in by_page.items():
+            parts: list[list[slice]] = []
+            for piece in pieces:
+                alike = next((part for part in parts if self._are_equal(part[0], piece)), None)
+                if alike is None:
+                    parts.append([piece])
+                else:
+                    alike.append(piece)
+            keeps_page = allocator.ref_count(page) == len(pieces)
+            for part in parts[1:] if keeps_page else parts:
+                copied_places.append(int(places[part[0].start]))
+                sharing.append([int(self.rows[piece.start]) for piece in part])
+        return copied_places, sharing
+
+    def write(self) -> None:
+        """Store the tokens, all in pages that only rows which get the same hold."""
+        page_size = self.table.group.page_size
+        pages = self.table.block_table[self.rows, self.positions // page_size].astype(np.int64)
+        slots, index = np.unique(pages * page_size + self.positions % page_size, return_index=True)
+        for storage, keys, values in self.tokens:
+            chosen, targets = (torch.from_numpy(array).to(storage.device) for array in (index, slots))
+            storage.write(keys.index_select(1, chosen), values.index_select(1, chosen), targets)
+
+    def _are_equal(self, piece: slice, other: slice) -> bool:
+        if not np.array_equal(self.positions[piece], self.positions[other]):
+            return False
+        tensors = [tensor for _, *pair in self.tokens for tensor in pair]
+        return all(torch.equal(_bits(tensor[:, piece]), _bits(tensor[:, other])) for tensor in tensors)
+
+
+@torch.no_grad()
+def _rewrite(batch: Batch, edited: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Write padded keys and values of some layers into their pages, as far as they differ.
+
+    Raises:
+        OutOfPagesError: if pages are shared and there are too few to copy them; nothing has changed.
+    """
+    changes = [
+        change
+        for index, table in enumerate(batch.tables)
+        if (layers := {layer: pair for layer, pair in edited.items() if batch.pool.group_of_layer[layer] == index})
+        and (change := _change(batch, table, layers)) is not None
+    ]
+    shared = [change.shared_pages() for change in changes]
+    taken: list[list[int]] = []
+    try:
+        for change, (places, _) in zip(changes, shared, strict=True):
+            taken.append(change.table.group.take(len(places)) if places else [])
+    except OutOfPagesError:
+        for change, pages in zip(changes, taken, strict=False):
+            change.table.group.allocator.release(pages)
+        raise
+    for change, (places, sharing), pages in zip(changes, shared, taken, strict=True):
+        if places:
+            change.table.replace(places, sharing, pages)
+        change.write()
+
+
+def _change(batch: Batch, table: PageTable, edited: dict[int, tuple[Tensor, Tensor]]) -> _Change | None:
+    """Find the tokens of a group's layers that differ from what the pages hold; None if there are none."""
+    first_column = batch.first_column(next(iter(edited)))
+    positions, absent = token_places(table, batch.columns, first_column)
+    rows, columns = np.nonzero(~absent)
+    positions = positions[rows, columns]
+    page_size = table.group.page_size
+    slots = table.block_table[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    token_index = torch.from_numpy(rows * absent.shape[1] + columns)
+    is_new = np.zeros(len(rows), dtype=bool)
+    tokens: list[tuple[LayerStorage, Tensor, Tensor]] = []
+    for layer, pair in edited.items():
+        storage = batch.pool.storage(layer)
+        assert storage is not None
+        index = token_index.to(storage.device)
+        keys, values = (tensor.transpose(0, 1).flatten(1, 2).index_select(1, index) for tensor in pair)
+        held = storage.gather(torch.from_numpy(slots).to(storage.device))
+        for given, other in zip((keys, values), held, strict=True):
+            is_new |= (_bits(given) != _bits(other)).any(dim=2).any(dim=0).cpu().numpy()
+        tokens.append((storage, keys, values))
+    if not is_new.any():
+        return None
+    chosen = torch.from_numpy(np.flatnonzero(is_new))
+    for place, (storage, keys, values) in enumerate(tokens):
+        index = chosen.to(storage.device)
+        tokens[place] = storage, keys.index_select(1, index), values.index_select(1, index)
+    return _Change(table, rows[is_new], positions[is_new], tokens)
+
+
+def _check(storage: LayerStorage | None, layer: int, which: int, tensor: Tensor | None) -> None:
+    """Refuse what can't be the keys (0) or the values (1) of a layer."""
+    name = _NAMES[which]
+    if not isinstance(tensor, Tensor) or tensor.ndim != 4 or 0 in tensor.shape:
+        found = f"a tensor {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else tensor
+        raise ValueError(
+            f"Layer {layer} was given {found} for its {name}. Give a tensor (num_rows, num_kv_heads, num_columns, "
+            "head_dim) that has all of these, or call cache.reset() to have none."
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"Layer {layer} was given {name} that require gradients, but a PagedCache can't be differentiated. "
+            "Change it under torch.no_grad()."
+        )
+    if storage is None:
+        return
+    shape = storage.value_shape if which else storage.key_shape
+    num_heads, head_dim = tensor.shape[1], tensor.shape[3]
+    if ((num_heads, head_dim), tensor.dtype, tensor.device) != (shape, storage.dtype, storage.device):
+        raise ValueError(
+            f"Layer {layer} was given {name} of {num_heads} heads of {head_dim} in {tensor.dtype} on {tensor.device}, "
+            f"but this cache holds {shape[0]} heads of {shape[1]} in {storage.dtype} on {storage.device}. Convert "
+            "them first."
+        )
+
+
+def _changed_in_a_pass(layer: int) -> ValueError:
+    return ValueError(
+        f"Keys or values of layer {layer} were changed while a forward pass was under way, or after one that failed. "
+        "Change them between two passes; after one that failed, call cache.roll_back() first."
+    )
+
+
+def _pair(copy: Copy) -> tuple[Tensor, Tensor]:
+    keys, values = copy.tensors
+    assert keys is not None
+    assert values is not None
+    return keys.detach(), values.detach()
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _held_shape(batch: Batch) -> tuple[int, int]:
+    return batch.num_rows if batch.columns.count else 0, batch.columns.count
+
+
+def _width(batch: Batch, layer: int, count: int) -> int:
+    """Columns that a layer hands out of `count`."""
+    window = batch.pool.layers[layer].window
+    return count if window is None else min(count, window - 1)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes: every dtype can be compared by them, and NaN is what it is."""
+    return tensor.contiguous().view(torch.uint8)

@@ -1,0 +1,176 @@
+"""Which tokens a cache is known to hold.
+
+Transformers hands a cache keys, values and lengths, never the ids that they belong to. So nobody notices that a cache
+holds another prompt than the one that `generate()` is given, and the answer is wrong. But `generate()` marks a cache
+that it was given (`_is_user_defined`) once per call, when its inputs are ready and nothing is computed yet, and asks
+it for mask sizes before every pass. From there the ids are local variables of its functions, further up in the stack:
+reading them patches nothing, and needs nothing from the caller. Where another function makes the passes, or has no
+ids, they are unknown, and nothing is checked.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation import utils as generation
+
+from hf_paged.batch.columns import Columns
+
+_GLOBALS = vars(generation)  # by which its functions are told from others of the same name
+
+# Functions of Transformers that make a pass, and what they call the ids of all columns up to its end.
+_SEQUENCES = {
+    "_prefill": "input_ids",
+    "_sample": "input_ids",
+    "_beam_search": "flat_running_sequences",
+    "_assisted_decoding": "candidate_input_ids",
+}
+
+
+class KnownIds:
+    """The ids of consecutive columns of a cache, as they were given when the columns were computed."""
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None  # `(any, at least _end)`
+        self._rows: list[int] | None = None  # for each row of the cache, which of `_ids` it is; None: the same
+        self._first, self._end = 0, 0  # columns that are known
+        self._pass: tuple[Tensor, int, int] | None = None  # what the pass under way will make known
+
+    def fork(self) -> "KnownIds":
+        """Return a record of its own that says the same."""
+        fork = KnownIds()
+        fork._ids, fork._rows, fork._first, fork._end = self._ids, self._rows, self._first, self._end
+        return fork
+
+    def note(self, ids: Tensor, begin: int, end: int) -> None:
+        """Take note of a pass that was made.
+
+        Args:
+            ids: `(num_rows, at least end)`, of all columns; not to be changed any more.
+            begin: columns before the pass.
+            end: columns after it.
+        """
+        self._first = self._first if self._ids is not None and self._end == begin else begin
+        self._ids, self._rows, self._end = ids, None, end
+
+    def begin_pass(self, batch: object, begin: int, num_new: int) -> None:
+        """Look for the ids of the pass that begins now.
+
+        Args:
+            batch: the rows of the cache.
+            begin: columns before the pass.
+            num_new: new columns.
+        """
+        end, self._pass = begin + num_new, None
+        for frame in _frames():
+            name = _SEQUENCES.get(frame.f_code.co_name)
+            if name is None or frame.f_globals is not _GLOBALS:
+                continue
+            local = frame.f_locals
+            if not _is_given(batch, local.get("model_kwargs")):
+                return
+            ids, is_prompt = local.get(name), frame.f_code.co_name == "_prefill"
+            if not isinstance(ids, Tensor) or ids.ndim != 2:
+                return
+            if is_prompt and (local["model_kwargs"].get("inputs_embeds") is not None or ids.shape[1] < end):
+                return
+            if is_prompt:  # in chunks, maybe; and they are the caller's, who may change them
+                self._pass = ids.clone(), begin, end
+            elif ids.shape[1] == end:
+                self._pass = ids, begin, end
+            return
+
+    def end_pass(self) -> None:
+        """Take note that the pass under way was made."""
+        if self._pass is not None:
+            self.note(*self._pass)
+            self._pass = None
+
+    def abandon_pass(self) -> None:
+        """Take note that the pass under way failed."""
+        self._pass = None
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Let row `i` be what row `indices[i]` was."""
+        if self._ids is not None:
+            self._rows = [index if self._rows is None else self._rows[index] for index in indices]
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` columns."""
+        self._end = min(self._end, count)
+        if self._end <= self._first:
+            self._ids = None
+
+    def check(self, columns: Columns) -> None:
+        """Compare what is known with what `generate()` is about to go on from, which is further up in the stack.
+
+        Args:
+            columns: of the cache.
+
+        Raises:
+            ValueError: if a token is another one, or if the prompt would be computed once more behind the cached one.
+        """
+        call = next((frame for frame in _frames() if _is_generate(frame)), None)
+        if call is None or columns.count == 0:
+            return
+        local = call.f_locals
+        ids, config = local.get("input_ids"), local.get("generation_config")
+        inputs: dict[str, Any] = local.get("model_kwargs") or {}
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or inputs.get("inputs_embeds") is not None:
+            return
+        if getattr(local.get("decoding_method"), "__name__", None) == "_assisted_decoding":
+            raise ValueError(
+                f"The cache holds {columns.count} tokens, but generate() computes the whole prompt once more where it "
+                "is assisted by a draft. Pass an empty cache (cache.reset() makes it one), or leave out the assistant."
+            )
+        mask = inputs.get("attention_mask")
+        num_masked = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+        if num_masked == ids.shape[1]:  # else `generate()` takes them all for new ones
+            self._compare(ids, mask, columns)
+
+    def _compare(self, ids: Tensor, mask: Tensor | None, columns: Columns) -> None:
+        end = min(self._end, columns.count, ids.shape[1])
+        if self._ids is None or end <= self._first:
+            return
+        known = self._ids if self._rows is None else self._ids[self._rows]
+        if len(known) not in (1, len(ids)):
+            return  # which is another mistake
+        compared = slice(self._first, end)
+        differs = known[:, compared].to(ids.device) != ids[:, compared]
+        if columns.real is not None:
+            differs = differs & torch.from_numpy(np.ascontiguousarray(columns.real[:, compared])).to(ids.device)
+        if mask is not None:
+            differs = differs & mask[:, compared].bool().to(ids.device)
+        if not bool(differs.any()):
+            return
+        row, column = (int(index) for index in differs.nonzero()[0])
+        common = self._first + int(differs.any(dim=0).nonzero()[0])
+        held = int(known[row if len(known) > 1 else 0, self._first + column])
+        remedy = f"cache.crop({common - columns.count}) to go on from the {common} columns that both have in common, "
+        raise ValueError(
+            f"The cache holds another prompt: row {row} has token {held} in column {self._first + column}, but "
+            f"input_ids has {int(ids[row, self._first + column])}. Use a new cache for each prompt; or call "
+            f"{remedy if common else ''}cache.reset() to start over, or cache.fork() before prompts part."
+        )
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_generate(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "generate" and frame.f_globals is _GLOBALS
+
+
+def _is_given(batch: object, inputs: Any) -> bool:
+    """Whether a loop of `generate()` uses the cache of these rows, and does not only happen to be under way."""
+    if not isinstance(inputs, dict):
+        return False
+    return any(getattr(inputs.get(name), "_batch", None) is batch for name in ("cache", "past_key_values"))

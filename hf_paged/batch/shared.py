@@ -1,0 +1,127 @@
+"""Keys and values that a model does other things with than to attend to them.
+
+Models whose later layers read what earlier ones were handed keep it in a dictionary, which their caller may get too:
+a small model drafts from it, for one. In pages that would be the whole pool, other requests' tokens included.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_paged.batch.gather import gather_columns
+from hf_paged.batch.step import Step
+from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.storage import LayerStorage
+
+_NOTHING = torch.empty(0)
+_ALIKE = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")}
+
+
+class SharedStates:
+    """What one layer was handed in one forward pass: pages for attention, a padded copy for anybody else.
+
+    Args:
+        step: the forward pass, which has written the layer and reads its pages.
+        table: the rows of the layer's group.
+        storage: of the layer.
+        pages: its keys and values as attention reads them.
+    """
+
+    def __init__(self, step: Step, table: PageTable, storage: LayerStorage, pages: tuple[Tensor, Tensor]) -> None:
+        self._step: Step | None = step
+        self._source = table, storage
+        self._pages = pages
+        self._copies: tuple[Tensor, Tensor] | None = None
+        self._versions: tuple[int, int] | None = None
+
+    def tensors(self) -> tuple["SharedTensor", "SharedTensor"]:
+        """Return keys and values to hand out."""
+        keys, values = (torch.Tensor._make_subclass(SharedTensor, _NOTHING) for _ in range(2))
+        keys.states, keys.which = self, 0
+        values.states, values.which = self, 1
+        return keys, values
+
+    def copies(self) -> tuple[Tensor, Tensor]:
+        """Copy the rows, as of this pass: each `(num_rows, num_kv_heads, num_columns, head_dim)`.
+
+        The columns are those that a query of this pass sees, as other attention functions are handed them.
+        """
+        if self._copies is None:
+            assert self._step is not None
+            table, storage = self._source
+            window = table.group.window
+            first_column = 0 if window is None else max(0, self._step.columns.count + 1 - window)
+            with torch.inference_mode(False), torch.no_grad():
+                keys, values = gather_columns(storage, table, self._step.next_columns, first_column)
+            self._copies, self._versions = (keys, values), (keys._version, values._version)
+        return self._copies
+
+    def part(self) -> None:
+        """Be copies alone: the pages are about to change."""
+        self._pages = self.copies()
+        self._step = None
+        del self._source
+
+    def example(self, which: int) -> Tensor:
+        """Return a tensor of the same dtype, device and number of dimensions as the keys (0) or values (1)."""
+        return self._pages[which]
+
+    def for_attention(self, step: Step | None) -> tuple[Tensor, Tensor]:
+        """Return what an attention function reads: pages in the pass itself, copies otherwise.
+
+        Args:
+            step: the pass that the mask belongs to; None with any other mask.
+
+        Raises:
+            ValueError: if the copies were changed, which the pages don't know.
+        """
+        if step is None or step is not self._step:
+            return self.copies()
+        if self._copies is not None and (self._copies[0]._version, self._copies[1]._version) != self._versions:
+            raise ValueError(
+                "Keys or values that PagedCache.update() returned were changed in place before attention, which reads "
+                'them from pages. Load the model with attn_implementation="sdpa" or "eager"; PagedCache works with '
+                "both."
+            )
+        return self._pages
+
+
+class SharedTensor(Tensor):
+    """Keys or values of a layer: for the attention of `"paged_flex"` its pages, in any other use a padded copy.
+
+    Attributes:
+        states: whose they are.
+        which: 0 for keys, 1 for values.
+    """
+
+    states: SharedStates
+    which: int
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let torch have the copy."""
+        kwargs = kwargs or {}
+        shared = args[0] if args else None
+        if isinstance(shared, SharedTensor) and (func is Tensor.to or func in _ALIKE):
+            example = shared.states.example(shared.which)[:, :, :1]
+            answer = func(example, *args[1:], **kwargs)
+            if func is not Tensor.to:
+                return answer
+            if answer is example:
+                return shared
+        return func(*_copied(args), **_copied(kwargs))
+
+
+def _copied(value: Any) -> Any:
+    match value:
+        case SharedTensor():
+            return value.states.copies()[value.which]
+        case list() | tuple():
+            return type(value)(map(_copied, value))
+        case dict():
+            return {key: _copied(item) for key, item in value.items()}
+    return value

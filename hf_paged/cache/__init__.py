@@ -1,0 +1,1 @@
+"""The Transformers `Cache` over pages."""

@@ -1,0 +1,216 @@
+"""One layer of a cache over pages."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+from hf_paged._torch.dtypes import autocast_dtype
+from hf_paged._torch.dynamo import outside_of_graphs
+from hf_paged.attention.lengths import PastLength, PlannedLength
+from hf_paged.attention.marks import marked
+from hf_paged.attention.mask import NAME
+from hf_paged.batch.sequences import Batch
+from hf_paged.config import LayerSpec
+from hf_paged.pages.storage import holds_pages
+
+
+def layers_over(batch: Batch) -> list[Any]:
+    """Make the layers of a cache, one for each layer of the model, over these rows."""
+    config, specs = batch.pool.config, batch.pool.layers
+    # Layers that store nothing read what others were handed; a newer configuration says which.
+    modes = getattr(config, "kv_sharing_modes", None) or ["store"] * len(specs)
+    is_shared = [mode == "store" and not all(spec.stores for spec in specs) for mode in modes]
+    return [
+        (SharedLayer if shared else PagedLayer)(batch, index, spec)
+        if spec.stores
+        else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
+        for index, (spec, shared) in enumerate(zip(specs, is_shared, strict=True))
+    ]
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a `PagedCache`. Its rows, lengths and pages are those of the cache.
+
+    Args:
+        batch: the rows of the cache.
+        index: which of its layers this is.
+        spec: what the layer stores.
+    """
+
+    is_compileable = True
+    is_croppable = False  # not alone; the cache is
+
+    def __init__(self, batch: Batch, index: int, spec: LayerSpec) -> None:
+        self._batch = batch
+        self.index = index
+        self.is_sliding = spec.window is not None
+
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens that have left a window are kept, so that `crop` can take back what came after."""
+        return self._batch.records_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self._batch.records_past = value
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether there are `keys` and `values`."""
+        return self._batch.pool.storage(self.index) is not None and self.get_seq_length() > 0
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys, `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding; None when empty.
+
+        A padded copy, of the columns that the next query sees. What is changed in it, or in a view of it, goes into
+        the pages before the next forward pass, `crop`, `reorder_cache`, `fork` or the like; pages that other caches or
+        rows hold too are copied first. After that it is out of date, and its changes mean nothing, as with
+        DynamicCache. Until then it is the same tensor at each reading and takes memory; `PagedCache.gather` returns
+        copies that are kept by nobody. A change is noticed by torch's version of the tensor: what goes around it
+        (`tensor.data`, `tensor.numpy()`) is not noticed, nor a change of an inference tensor that was assigned. Say it
+        by `PagedCache.set`, or by assigning the tensor.
+
+        Another tensor may be assigned. One with other rows or columns takes effect once keys and values of all layers
+        have these, and all of its columns are tokens then; the attention mask of the next pass says which of them
+        count.
+
+        Raises:
+            ValueError: for a tensor that can't be keys of this layer, for changes within a forward pass, or if they
+                are read in one that has written them; nothing has changed.
+                By the next use of the cache, if some layers were given other rows or columns than the others.
+            OutOfPagesError: by the next use of the cache, if there are too few pages for what was changed. It is
+                kept, and tried again at the use after that.
+        """
+        return self._batch.edits.read(self._batch, self.index)[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._batch.edits.assign(self._batch, self.index, 0, keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values, like `keys`."""
+        return self._batch.edits.read(self._batch, self.index)[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._batch.edits.assign(self._batch, self.index, 1, values)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the storage for keys and values like these, `(batch, num_kv_heads, any, head_dim)`."""
+        self._batch.pool.open_storage(self.index, key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens into their slots.
+
+        Args:
+            key_states: `(num_rows, num_kv_heads, num_new, head_dim)`, rotary embedding applied.
+            value_states: like `key_states`.
+            *args: ignored.
+            **kwargs: ignored.
+
+        Returns:
+            Keys and values for the attention function: the storage of the layer where the step was planned by
+            `paged_flex`, otherwise `(num_rows, num_kv_heads, num_columns, head_dim)`, from the first column that a
+            query sees.
+
+        Raises:
+            OutOfPagesError: if the tokens don't fit; nothing is written.
+            ValueError: if shapes, dtype or device don't fit, or gradients are wanted; nothing is written.
+        """
+        if key_states.requires_grad or value_states.requires_grad:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "Keys that require gradients were given to a PagedCache, which writes in place and can't be "
+                    "differentiated. Run the model under torch.no_grad() or torch.inference_mode()."
+                )
+            key_states, value_states = key_states.detach(), value_states.detach()
+        if key_states.dtype is not value_states.dtype:
+            dtype = autocast_dtype(key_states)
+            if dtype is not None:
+                key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        if not torch.compiler.is_dynamo_compiling():
+            return self._batch.write(self.index, key_states, value_states)
+        if self._batch.is_written_by_attention:
+            return marked(key_states, self.index, True), marked(value_states, self.index, False)
+        return _write(self._batch, self.index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that the next `query_length` queries see together, and the first of them."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._mask_sizes_between_graphs(query_length)
+        self._batch.begin_pass(self.index)
+        self._batch.known_ids.begin_pass(self._batch, self._batch.columns.count, query_length)
+        first = self._batch.first_column(self.index)
+        length = PlannedLength(self._batch.columns.count - first + query_length, self._batch)
+        # That one's mask function is compiled, and dynamo fails at an `int` that is more than an `int`.
+        return (int(length) if self._batch.pool.config._attn_implementation == "flex_attention" else length), first
+
+    @outside_of_graphs
+    def _mask_sizes_between_graphs(self, query_length: int) -> tuple[int, int]:
+        length, first = self.get_mask_sizes(query_length)
+        # Transformers' own mask functions are traced, and dynamo fails at an `int` that is more than an `int`.
+        return (length if self._batch.pool.config._attn_implementation == NAME else int(length)), first
+
+    def get_seq_length(self) -> int:
+        """Columns before the forward pass under way, padding included."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._batch.columns.count
+        return PastLength(self._batch.count(self.index))
+
+    def get_max_length(self) -> int:
+        """Tokens that fit into the pool; -1 without a bound."""
+        pool = self._batch.pool
+        return -1 if pool.max_pages is None or self.is_sliding else pool.max_pages * pool.page_size
+
+    def offload(self) -> None:
+        """Refuse: pages of all layers stay where the model is."""
+        self._refuse("offload")
+
+    def prefetch(self) -> None:
+        """Refuse, as `offload`."""
+        self._refuse("prefetch")
+
+    def reset(self) -> None:
+        """Refuse: rows belong to the whole cache."""
+        self._refuse("reset")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse: rows belong to the whole cache."""
+        self._refuse("reorder_cache")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("crop")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("batch_select_indices")
+
+    def _refuse(self, method: str) -> None:
+        raise ValueError(
+            f"{method}() was called on layer {self.index} alone, but the layers of a PagedCache share their pages. "
+            "Call it on the cache, if it has it."
+        )
+
+
+class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """A layer of a model that may hand on what `update` returned to other layers, and to its caller."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens into their slots; as `PagedLayer.update`, but pages are for attention only."""
+        step = self._batch.step
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling() or step is None or not holds_pages(keys):
+            return keys, values
+        return self._batch.share(step, self.index, (keys, values))
+
+
+_write = outside_of_graphs(Batch.write)

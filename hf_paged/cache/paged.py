@@ -1,0 +1,412 @@
+"""The Transformers Cache API over pages."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from hf_paged.attention.mask import NAME
+from hf_paged.batch.sequences import Batch
+from hf_paged.cache.layer import PagedLayer, layers_over
+from hf_paged.cache.prefill import prefill
+from hf_paged.config import num_attention_layers, obstacle
+from hf_paged.pages.memory_map import draw
+from hf_paged.pages.pool import PagePool
+from hf_paged.pages.stats import MemoryStats
+
+if TYPE_CHECKING:
+    from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
+
+
+class PagedCache(Cache):
+    """A Transformers cache whose keys and values live in fixed-size pages of one pool.
+
+    Pass it to `model.generate(past_key_values=...)` or to a forward pass. With `attn_implementation="paged_flex"`
+    attention reads the pages in place; with `"sdpa"` or `"eager"` it is handed a copy. Padding is never stored.
+
+    Args:
+        config: the model's configuration.
+        num_pages: at most so many pages, reserved at once. None: the pool grows as needed.
+        page_size: tokens per page: 16, 32, 64, 128 or 256.
+        pool: hold pages of this pool, which other caches may share, instead of one of its own.
+
+    Attributes:
+        pool: where its pages are.
+
+    Raises:
+        ValueError: for arguments that exclude each other, a page size that the kernel can't take, or a model whose
+            layers keep another state than keys and values.
+
+    Source:
+        PagedAttention: Kwon et al., 2023. With FlexAttention: Joshi et al., 2025.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        num_pages: int | None = None,
+        page_size: int | None = None,
+        *,
+        pool: PagePool | None = None,
+    ) -> None:
+        self._hold(_pool_for(config, num_pages, page_size, pool))
+        if self.pool.has_encoder:
+            raise ValueError(
+                "PagedCache holds the keys and values of a decoder's own tokens, but this "
+                f"{self.pool.config.model_type!r} model has an encoder, too, whose keys and values need a cache "
+                "beside it. Use PagedCache.from_model(model), or PagedEncoderDecoderCache, which has both."
+            )
+
+    def _hold(self, pool: PagePool) -> None:
+        self.pool = pool
+        self._batch = Batch(pool)
+        self._was_given = False
+        super().__init__(layers=layers_over(self._batch))
+
+    @classmethod
+    def _of_decoder(
+        cls, config: PreTrainedConfig | None, num_pages: int | None, page_size: int | None, pool: PagePool | None
+    ) -> "PagedCache":
+        """Make a cache that is going to be one part of a cache for an encoder-decoder."""
+        cache = cls.__new__(cls)
+        cache._hold(_pool_for(config, num_pages, page_size, pool))
+        return cache
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, num_pages: int | None = None, page_size: int = 128
+    ) -> "PagedCache | PagedEncoderDecoderCache":
+        """Make a cache for a model.
+
+        Args:
+            model: a decoder, or a model that has one.
+            num_pages: at most so many pages, reserved at once. None: the pool grows as needed.
+            page_size: tokens per page, one of those that the class takes.
+
+        Returns:
+            A `PagedCache`; for a model with an encoder a `PagedEncoderDecoderCache`, which has one.
+
+        Raises:
+            ValueError: if the model can't run the attention that it is set to.
+        """
+        # Made of this class's module, and so imported after it.
+        from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
+
+        config = getattr(model, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(
+                f"from_model() was given a {type(model).__name__}, but it takes a model of Transformers. With a "
+                "configuration alone, use PagedCache(config)."
+            )
+        reason = config.get_text_config(decoder=True)._attn_implementation == NAME and obstacle(model)
+        if reason:
+            raise ValueError(
+                f"{type(model).__name__} is set to attn_implementation={NAME!r}, but {reason}. Load it with "
+                'attn_implementation="eager" or "sdpa"; PagedCache works with both.'
+            )
+        cache = (PagedEncoderDecoderCache if config.is_encoder_decoder else cls)(config, num_pages, page_size)
+        decoder = cache if isinstance(cache, PagedCache) else cache.self_attention_cache
+        decoder._batch.num_layers = num_attention_layers(model, len(decoder.layers))
+        return cache
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(map(str, self.lengths))
+        return (
+            f"{type(self).__name__}({len(self)} layers, page_size={self.pool.page_size}, "
+            f"num_pages={self.pool.num_pages}, lengths=[{lengths}])"
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Give keys, values and window of each layer, as DynamicCache does; changes count, see `PagedLayer.keys`."""
+        for spec, layer in zip(self.pool.layers, self.layers, strict=False):
+            if isinstance(layer, PagedLayer):
+                yield layer.keys, layer.values, None if spec.window is None else torch.tensor(spec.window)
+            else:
+                yield None, None, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
+        return self.fork()
+
+    def __copy__(self) -> "PagedCache":
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A PagedCache can't be pickled or saved: its pages belong to a pool of this process, which other caches "
+            "may share. Save the tokens and compute them again, or save what cache.gather(layer) returns."
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, padding excluded."""
+        lengths: list[int] = self._batch.lengths.tolist()
+        return lengths
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 as long as there are none."""
+        return len(self.lengths) or -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate()` plans each step outside of the forward pass: with `paged_flex` it does."""
+        return bool(self.pool.config._attn_implementation == NAME)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the storage of every layer exists."""
+        return all(self.pool.storage(layer) is not None for layer in self.pool.group_of_layer)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` puts the whole cache back as it was: yes, though no layer alone can be cropped."""
+        return True
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return self._was_given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        # `generate()` sets this on a cache that it was given, once, before it computes anything.
+        self._batch.settle()
+        self._batch.known_ids.check(self._batch.columns)
+        self._was_given = value
+
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compute a prompt, so that `generate()` with the same arguments goes on from there.
+
+        All columns are computed that are not cached yet, but for the last one, with which `generate()` begins. If it
+        fails, nothing has changed. The tokens of all rows follow one another in chunks of `max_tokens`, without any
+        padding; equal rows are computed once. That takes a decoder set to `"paged_flex"`, whose rows and columns are
+        told apart by causality, positions and padding alone. For all other models (set to `"sdpa"` or `"eager"`, with
+        images, hooks, or adapters for each row, for example) the prompt is computed at once and padded, as
+        `generate()` does, and one log line says why.
+
+        What was an input of the prompt alone, such as `pixel_values`, is to be left out of the `generate()` that
+        follows.
+
+        Args:
+            model: a decoder, a model that has one, or a PEFT model of these.
+            input_ids: `(num_rows, num_columns)`, those that are cached included.
+            attention_mask: like `input_ids`, 0 for padding; None for what `generate()` makes of that.
+            max_tokens: tokens that are computed at once; bounds the memory of the activations. None: 1536 on a CPU,
+                4096 elsewhere. Below 128 no chunk is compiled. Padded prompts are not cut.
+            **kwargs: what else the model is given, as to `generate()`: what a processor returned, or `adapter_names`,
+                which a PEFT model with several adapters must be told, be it None.
+
+        Raises:
+            OutOfPagesError: if the prompt does not fit into the pool.
+            ValueError: for arguments that don't fit what is cached, another prompt than the cached one, or a model
+                that has an encoder, other layers than the cache, or columns that are no tokens of `input_ids`.
+        """
+        prefill(model, self, input_ids, attention_mask, max_tokens, kwargs)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new tokens of a layer; called by its attention.
+
+        Args:
+            key_states: `(num_rows, num_kv_heads, num_new, head_dim)`, rotary embedding applied.
+            value_states: like `key_states`.
+            layer_idx: index of the layer.
+            *args: ignored.
+            **kwargs: ignored.
+
+        Returns:
+            Keys and values for the attention function.
+
+        Raises:
+            OutOfPagesError: if the tokens don't fit into the pool; nothing has changed.
+            ValueError: if they don't fit what is cached; nothing has changed.
+        """
+        if layer_idx >= len(self.layers):
+            self._batch.take_back(key_states.shape[2])
+            raise ValueError(
+                f"Layer {layer_idx} was given to a PagedCache that was made for a model of {len(self.layers)} layers. "
+                "Make a PagedCache for this model."
+            )
+        layer: Any = self.layers[layer_idx]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def roll_back(self) -> None:
+        """Forget a forward pass that failed in mid-way; the cache is as it was before.
+
+        A pass that hf-paged itself refuses is forgotten at once. Where anything else fails (a layer, a hook, memory,
+        an interrupt), nothing tells the cache so, and the next pass is refused until this is called.
+        """
+        self._batch.roll_back()
+
+    def reset(self) -> None:
+        """Release all pages; the cache is as new."""
+        self._batch.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last columns.
+
+        Args:
+            tokens_to_remove: 0 or negative, minus the number of columns.
+
+        Raises:
+            ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
+                have left a sliding window; nothing has changed.
+        """
+        self._batch.rest()
+        held = self._batch.columns.count
+        if tokens_to_remove > 0 or held + tokens_to_remove < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "
+                f"below {-held}: minus the number of tokens to remove. To keep n tokens, as a positive number did in "
+                "earlier versions of Transformers, call crop(n - cache.get_seq_length())."
+            )
+        self._batch.truncate(held + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `i` be what row `beam_idx[i]` was; no token is copied.
+
+        Args:
+            beam_idx: `(num_rows,)` int64, indices of rows; as many as the next pass has.
+
+        Raises:
+            ValueError: if a row does not exist; nothing has changed.
+        """
+        self._batch.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows; those that are left out give their pages back.
+
+        Args:
+            indices: `(num_kept,)` int64, in the order wanted, or a bool mask over all rows.
+
+        Raises:
+            ValueError: if a row does not exist, or the mask has another length; nothing has changed.
+        """
+        self._batch.select(self._indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, sharing its pages; the copies of a row follow one another.
+
+        Args:
+            repeats: how often each row is there afterwards.
+        """
+        self._batch.select(np.repeat(np.arange(len(self.lengths)), repeats).tolist())
+
+    def release(self, rows: Sequence[int] | Tensor) -> None:
+        """Give back the pages of rows that are finished, at once.
+
+        The rows stay in the batch and `generate()` may go on filling them up, but they store nothing and attend to
+        nothing any more; what the model computes for them means nothing. The other rows are not affected.
+
+        Args:
+            rows: their indices, or a bool mask over all rows.
+
+        Raises:
+            ValueError: if a row does not exist, or the mask has another length; nothing has changed.
+        """
+        self._batch.release(self._indices(rows))
+
+    def activate_past_recording(self) -> None:
+        """Keep what leaves a sliding window until the next `crop`, so that `crop` can be exact.
+
+        Assisted decoding calls this by itself.
+        """
+        self._batch.records_past = True
+
+    def fork(self) -> "PagedCache":
+        """Return a cache of its own that holds the same tokens and shares every page until one of them writes."""
+        fork = PagedCache._of_decoder(None, None, None, self.pool)
+        fork._batch.become_fork_of(self._batch)
+        return fork
+
+    def _indices(self, rows: Sequence[int] | Tensor) -> list[int]:
+        given = torch.as_tensor(rows)
+        if given.dtype == torch.bool:
+            if self.lengths and len(given) != len(self.lengths):
+                raise ValueError(
+                    f"A mask over {len(given)} rows was given, but this cache holds {len(self.lengths)} rows."
+                )
+            given = given.nonzero().flatten()
+        indices: list[int] = given.tolist()
+        return indices
+
+    # Looking in
+
+    def gather(self, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+        """Copy a layer into the layout of DynamicCache; `(None, None)` when empty.
+
+        Returns:
+            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
+            with a sliding window begin at the first column that the next query sees. Changes of them have no effect,
+            see `set`.
+        """
+        return self._batch.gather(layer_idx)
+
+    def set(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values into a layer.
+
+        Pages that other caches or rows hold too are copied first. Keys and values with other rows or columns than the
+        cache has take effect once all layers have been given these, see `PagedLayer.keys`.
+
+        Args:
+            layer_idx: a layer that stores keys and values.
+            keys: `(num_rows, num_kv_heads, num_columns, head_dim)`, rotary embedding applied, laid out as `gather`
+                returns them. What stands in columns of padding is left out.
+            values: like `keys`; the head size may differ.
+
+        Raises:
+            OutOfPagesError: if there are too few pages; nothing has changed.
+            ValueError: if the layer can't hold these, or a forward pass is under way; nothing has changed.
+        """
+        if layer_idx not in self.pool.group_of_layer:
+            raise ValueError(
+                f"Layer {layer_idx} stores no keys and values; those that do: {sorted(self.pool.group_of_layer)}."
+            )
+        self._batch.edits.set(self._batch, layer_idx, keys, values)
+
+    def stats(self) -> MemoryStats:
+        """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
+        self._batch.tidy()
+        return self.pool.account([[table] for table in self._batch.tables])
+
+    def memory_map(self, width: int = 64) -> str:
+        """Draw the pages of each group of layers, and list the pages of each row.
+
+        Args:
+            width: pages to a line.
+        """
+        self._batch.settle()
+        return draw(self._batch.tables, width)
+
+
+def _pool_for(
+    config: PreTrainedConfig | None, num_pages: int | None, page_size: int | None, pool: PagePool | None
+) -> PagePool:
+    """Make a pool for a configuration, unless there is one."""
+    if (config is None) == (pool is None):
+        raise ValueError("PagedCache needs either a model's config or a pool, not both and not neither.")
+    if pool is None:
+        assert config is not None
+        return PagePool(config, num_pages, 128 if page_size is None else page_size)
+    if not isinstance(pool, PagePool):
+        raise ValueError(
+            f"pool was given a {type(pool).__name__}, but it takes a PagePool; another cache's is cache.pool."
+        )
+    if num_pages is not None or page_size is not None:
+        raise ValueError(
+            f"num_pages={num_pages} and page_size={page_size} were asked for beside a pool, which has "
+            f"{pool.num_pages} pages of {pool.page_size} tokens. Give them to PagePool instead."
+        )
+    return pool

@@ -1,0 +1,336 @@
+"""Prefill: a prompt computed without its padding, in chunks of bounded size, where no more than that is wanted of it.
+
+`generate()` itself prepares the prompt, as it would do before its first pass. What it then would give the model says,
+with the model, whether rows and columns are told apart by causality, positions and padding alone: these can be told of
+packed rows, too. Otherwise the first pass of `generate()` is made as it is, and its last column taken back.
+"""
+
+import copy
+import inspect
+import logging
+from functools import cache as once
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from hf_paged._torch.host_memory import give_back_freed
+from hf_paged._transformers import CACHE
+from hf_paged.batch.packed import Chunk, NotPackable, PackedBatch
+from hf_paged.batch.sequences import Batch
+from hf_paged.cache.layer import layers_over
+from hf_paged.cache.packable import check_model, check_prompt
+from hf_paged.compile.api import MIN_TOKENS, Filling, compiled_filling
+from hf_paged.config import layer_specs
+from hf_paged.errors import OutOfPagesError
+
+if TYPE_CHECKING:
+    from hf_paged.cache.paged import PagedCache
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 0.05  # of the largest score: above what rounding makes in 16 bit, far below what other positions make
+_CHUNK_ON_CPU, _CHUNK = 1536, 4096  # tokens at a time; a GPU takes as long for a few hundred
+
+_SETTINGS = vars(GenerationConfig())  # type: ignore[no-untyped-call]
+_OF_GENERATE = {*_SETTINGS, *inspect.signature(GenerationMixin.generate).parameters} - {"kwargs"}
+
+
+def usual_chunk(device: torch.device) -> int:
+    """Tokens at a time where nobody says how many."""
+    return _CHUNK_ON_CPU if device.type == "cpu" else _CHUNK
+
+
+def prefill(
+    model: PreTrainedModel,
+    cache: "PagedCache",
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_tokens: int | None,
+    inputs: dict[str, Any],
+) -> None:
+    """Compute all columns but the last one; if that fails, nothing has changed.
+
+    Args:
+        model: a decoder, or a model that has one.
+        cache: what to fill.
+        input_ids: `(num_rows, num_columns)`, those that are cached included.
+        attention_mask: like `input_ids`, 0 for padding; None for what `generate()` makes of that.
+        max_tokens: tokens of a chunk; None for as many as keep the device busy.
+        inputs: what else `generate()` is to give the model.
+
+    Raises:
+        OutOfPagesError: if the pool has too few pages.
+        ValueError: for arguments that don't fit the cache, or a model that can't be prefilled.
+    """
+    batch = cache._batch
+    if max_tokens is None:
+        max_tokens = usual_chunk(input_ids.device)
+    _check_fits(model, batch)
+    _check_arguments(model, inputs)
+    batch.rest()
+    _check_ids(input_ids, attention_mask, max_tokens, batch.columns.count)
+    num_columns = input_ids.shape[1]
+    if num_columns == batch.columns.count + 1:
+        return
+    filled = cache.fork()
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    was_called, scores = False, None
+
+    def compute(
+        generating: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **inputs: Any,
+    ) -> Tensor:
+        nonlocal was_called, scores
+        was_called = True
+        try:
+            _compute_packed(generating, batch, filled._batch, input_ids, inputs, max_tokens)
+        except NotPackable as reason:
+            _say(type(generating).__name__, str(reason))
+            scores = _compute_padded(generating, batch, filled._batch, input_ids, generation_config, inputs)
+        return input_ids
+
+    given: Any = model
+    generate = partial(given.generate, input_ids, attention_mask=attention_mask)
+    settings = _settings(model, num_columns)
+    try:
+        generate(generation_config=settings, custom_generate=compute, **{CACHE: filled}, **inputs)
+        if not was_called:
+            raise ValueError(
+                f"{type(model).__name__} generates in a way of its own. Leave out cache.prefill(): generate() "
+                "computes the prompts of this model by itself."
+            )
+        if scores is not None and not inputs:  # images, for one, are not given again
+            check = partial(_check_going_on, scores)
+            trial = filled.fork()
+            try:
+                generate(generation_config=settings, custom_generate=check, **{CACHE: trial})
+                is_tried = True
+            except OutOfPagesError:
+                is_tried = False
+            finally:
+                trial._batch.clear()
+            if not is_tried:  # in the pages that there are; equal rows then no longer share their last one
+                filled._batch.records_past = True
+                generate(generation_config=settings, custom_generate=check, **{CACHE: filled})
+                filled._batch.truncate(num_columns - 1, keeps_past=batch.records_past)
+        batch.exchange(filled._batch)
+    finally:
+        filled._batch.clear()
+
+
+def _check_going_on(
+    scores: Tensor,
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **inputs: Any,
+) -> Tensor:
+    """Compare what the last column gives by itself, over a prefilled cache, with what it gave with all others.
+
+    A model that is not packed may make positions, or anything else, of the columns of a pass alone.
+    """
+    found = model._prefill(input_ids, generation_config, inputs).logits[:, -1]  # type: ignore[operator]
+    if (found - scores).abs().max() > _TOLERANCE * scores.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} gives the last token of this prompt other scores if the tokens before it are "
+            "cached, so its prompts can't be prefilled. Leave out cache.prefill(): generate() computes them by itself."
+        )
+    return input_ids
+
+
+def _compute_packed(
+    model: PreTrainedModel,
+    batch: Batch,
+    filled: Batch,
+    input_ids: Tensor,
+    inputs: dict[str, Any],
+    max_tokens: int,
+) -> None:
+    """Compute the prompt packed, and let `filled`, a fork of `batch`, hold it."""
+    decoder = check_model(model)
+    num_cached, num_columns = batch.columns.count, input_ids.shape[1]
+    check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
+    attention_mask = inputs.get("attention_mask")
+    ids = input_ids[:, num_cached:-1]
+    filled.clear()  # or else its pages would be copied, as shared ones
+    packed = PackedBatch(batch)
+    try:
+        packed.pack(ids, None if attention_mask is None else attention_mask[:, :-1], max_tokens)
+        _check_rotary(decoder, packed.longest)
+        cache = Cache(layers=layers_over(packed))
+        num_tokens = packed.num_tokens
+        for first in range(0, num_tokens, max_tokens):
+            num_queries = min(max_tokens, num_tokens - first)
+            fill = compiled_filling(decoder) if _is_compiled(num_queries, max_tokens) else None
+            if fill is not None:
+                num_queries = max(num_queries, MIN_TOKENS)
+            chunk = packed.begin(first, num_queries)
+            _run(model, fill, cache, chunk, num_queries, input_ids.device)
+            packed.end()
+            num_freed = num_queries if first + max_tokens < num_tokens else num_tokens
+            if input_ids.device.type == "cpu" and num_freed >= _CHUNK_ON_CPU:
+                give_back_freed()  # what activations leave in C's heap while the pages fill up
+        packed.unpack()
+        packed.known_ids.note(input_ids.clone(), num_cached, num_columns - 1)
+        filled.exchange(packed)
+    finally:
+        packed.clear()
+
+
+def _compute_padded(
+    model: PreTrainedModel,
+    batch: Batch,
+    filled: Batch,
+    input_ids: Tensor,
+    generation_config: Any,
+    inputs: dict[str, Any],
+) -> Tensor | None:
+    """Let `generate()` make its first pass over `filled`, a fork of `batch`, and take the last column back.
+
+    Returns:
+        `(num_rows, vocab_size)` scores of the last column; None if there are none.
+    """
+    num_columns = input_ids.shape[1]
+    filled.become_fork_of(batch)
+    filled.supersede(batch)
+    filled.records_past = True
+    scores = getattr(model._prefill(input_ids, generation_config, inputs), "logits", None)  # type: ignore[operator]
+    filled.rest()
+    if filled.columns.count != num_columns:
+        raise ValueError(
+            f"{type(model).__name__} was given {num_columns} ids, after which the cache held {filled.columns.count} "
+            "columns, so that generate() could not go on from there. Leave out cache.prefill(): generate() computes "
+            "this prompt by itself."
+        )
+    filled.truncate(num_columns - 1, keeps_past=batch.records_past)
+    return None if scores is None else scores[:, -1]
+
+
+@once
+def _say(name: str, reason: str) -> None:
+    logger.warning("prefill() computes the prompt of %s at once and padded, as generate() does: %s.", name, reason)
+
+
+def _settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
+    """The settings of the model, but for what is asked of `generate()` beside its first pass."""
+    settings: Any = copy.deepcopy(model.generation_config)
+    if settings.max_new_tokens is None:
+        settings.max_length = num_columns + 1
+    settings.min_length = 0
+    settings.num_beams = settings.num_return_sequences = 1
+    settings.do_sample = settings.return_dict_in_generate = settings.output_attentions = False
+    settings.output_hidden_states = settings.output_scores = settings.output_logits = False
+    settings.use_cache = True
+    return settings  # type: ignore[no-any-return]
+
+
+def _is_compiled(num_tokens: int, max_tokens: int) -> bool:
+    """Whether a chunk is for a compiled model, filled up if a few tokens are missing. Many would cost too much."""
+    return max_tokens >= MIN_TOKENS and 4 * num_tokens >= 3 * MIN_TOKENS
+
+
+@torch.no_grad()
+def _run(
+    model: PreTrainedModel,
+    fill: Filling | None,
+    cache: Cache,
+    chunk: Chunk,
+    num_queries: int,
+    device: torch.device,
+) -> None:
+    """Let the decoder, compiled or not, compute a chunk, filled up with tokens of no row to `num_queries`."""
+    ids, positions = torch.zeros((2, 1, num_queries), dtype=torch.int64)
+    ids[0, : len(chunk.ids)] = torch.from_numpy(chunk.ids)
+    positions[0, : len(chunk.ids)] = torch.from_numpy(chunk.places)
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+    if fill is not None:
+        for tensor in (inputs["input_ids"], inputs["position_ids"]):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        # Outside of the graph, as generate() does.
+        arguments: dict[str, Any] = {CACHE: cache, "attention_mask": None, "position_ids": inputs["position_ids"]}
+        shape = torch.empty((1, num_queries, 0), dtype=model.dtype, device=device)
+        inputs["attention_mask"] = create_masks_for_generate(config=model.config, inputs_embeds=shape, **arguments)
+    run = fill or model.get_decoder()  # type: ignore[no-untyped-call]
+    run(**inputs, **{CACHE: cache}, use_cache=True)
+
+
+def encoder_refused(model: PreTrainedModel) -> ValueError:
+    """Say that the prompts of a model with an encoder aren't prefilled."""
+    return ValueError(
+        f"{type(model).__name__} has an encoder, so its rows can't be prefilled. Leave out cache.prefill(): "
+        "generate() computes the prompts of this model by itself."
+    )
+
+
+def _check_fits(model: PreTrainedModel, batch: Batch) -> None:
+    if model.config.is_encoder_decoder:
+        raise encoder_refused(model)
+    if layer_specs(model.config.get_text_config(decoder=True)) != batch.pool.layers:
+        raise ValueError(
+            f"{type(model).__name__} has other layers than the model that this cache was made for. Make a new "
+            "PagedCache for this model."
+        )
+
+
+def _check_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    wrong = sorted(({"cache", "past_key_values"} | _OF_GENERATE).intersection(inputs))
+    if wrong:
+        raise ValueError(
+            f"prefill() was given {', '.join(wrong)}, but it only takes what the model is to be given. Pass that to "
+            "generate() instead."
+        )
+    adapters: dict[str, Any] = {} if isinstance(model, PreTrainedModel) else getattr(model, "peft_config", {})
+    if len(adapters) > 1 and "adapter_names" not in inputs:
+        raise ValueError(
+            f"{type(model).__name__} has several adapters: {', '.join(adapters)}. Pass the adapter_names that "
+            "generate() will be given, or adapter_names=None for the active adapter in all rows."
+        )
+
+
+def _check_ids(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int, num_cached: int) -> None:
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} was asked for; a chunk needs at least one token.")
+    if input_ids.ndim != 2:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}, but prefill() needs (num_rows, num_columns), as "
+            "generate() does."
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}. Pass "
+            "both for all columns, those that are cached included."
+        )
+    if input_ids.shape[1] <= num_cached:
+        raise ValueError(
+            f"The cache holds {num_cached} tokens, but input_ids has {input_ids.shape[1]}, so no token is left to "
+            "compute. Pass the whole conversation so far plus at least one new token, or call cache.crop(-n) to take "
+            "tokens away."
+        )
+
+
+def _check_rotary(decoder: torch.nn.Module, longest: int) -> None:
+    """Refuse rotary embeddings that depend on the longest row of a pass, where chunks would differ from the whole."""
+    for module in decoder.modules():
+        kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
+        parameters = getattr(config, "rope_parameters", None)
+        if not isinstance(kinds, dict):  # one for each type of layer
+            kinds, parameters = {None: kinds}, {None: parameters}
+        for name, kind in kinds.items():
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                limit: Any = getattr(module, "original_max_seq_len", 0)
+                limit = (parameters or {})[name].get("original_max_position_embeddings", limit)
+                if longest > limit:
+                    raise NotPackable(
+                        f"a row is longer than the {limit} tokens from which on the rotary embedding ({kind!r}) "
+                        "depends on the longest row of each pass"
+                    )

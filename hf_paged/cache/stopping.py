@@ -1,0 +1,64 @@
+"""Rows that have reached their end give their pages back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
+from hf_paged.cache.paged import PagedCache
+
+
+class ReleaseFinished(StoppingCriteria):
+    """Releases each row of a cache as soon as it is finished, while `generate()` goes on with the others.
+
+    `generate()` fills finished rows up with padding until the last row is done. Without this they go on growing. Pass
+    it in `stopping_criteria`; it stops nothing by itself.
+
+    Args:
+        cache: the cache that is given to `generate()`.
+        eos_token_id: the token, or tokens, that end a row, as in the generation configuration.
+        criteria: further criteria that end a row, those that are given to `generate()`.
+
+    Raises:
+        ValueError: if neither a token nor a criterion says when a row is finished.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache | PagedEncoderDecoderCache,
+        eos_token_id: int | list[int] | None = None,
+        criteria: list[StoppingCriteria] | None = None,
+    ) -> None:
+        if eos_token_id is None and not criteria:
+            raise ValueError(
+                "ReleaseFinished was given neither eos_token_id nor criteria, so no row would ever be finished. Pass "
+                "eos_token_id=model.generation_config.eos_token_id."
+            )
+        self._cache = cache
+        self._eos_token_ids = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.int64).view(-1)
+        self._criteria = StoppingCriteriaList(criteria or [])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Release the rows that end with this token; all False.
+
+        Args:
+            input_ids: `(num_rows, num_columns)`.
+            scores: of the last token.
+            **kwargs: for the criteria.
+
+        Raises:
+            ValueError: if these are not the rows of the cache, as with beams.
+        """
+        num_rows = len(input_ids)
+        if num_rows != self._cache.batch_size:
+            raise ValueError(
+                f"ReleaseFinished was asked about {num_rows} rows, but its cache holds {self._cache.batch_size}. Give "
+                "it the cache that is passed to generate(), and use it for greedy decoding and sampling only."
+            )
+        is_finished = torch.isin(input_ids[:, -1], self._eos_token_ids.to(input_ids.device))
+        if self._criteria:
+            is_finished = is_finished | self._criteria(input_ids, scores, **kwargs)
+        self._cache.release(is_finished)
+        return torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)

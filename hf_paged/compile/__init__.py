@@ -1,0 +1,1 @@
+"""Compiled steps: what `compiled(model)` does."""

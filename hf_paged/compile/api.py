@@ -1,0 +1,249 @@
+"""Compiled decoding and compiled prefill."""
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
+
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from transformers import CompileConfig, PreTrainedModel
+
+from hf_paged._torch.dynamo import guard_hooks, with_own_code
+from hf_paged._torch.host_memory import give_back_freed
+from hf_paged._torch.inductor import switched_off
+from hf_paged.compile import linear
+from hf_paged.compile.cpu_replay import compile_step
+from hf_paged.compile.cuda_graph import StepGraphs
+from hf_paged.compile.ops import WithoutUnusedAttention, unmark
+from hf_paged.compile.weights import gather_weights
+
+logger = logging.getLogger(__name__)
+
+Filling = Callable[..., None]
+
+MIN_TOKENS = linear.MANY_ROWS  # of what `compiled_filling` returns
+
+
+@dataclass
+class _Use:
+    """Contexts that have the same `generation_config`.
+
+    Attributes:
+        settings: the `generation_config`.
+        before: its `compile_config` before the first of them.
+        count: how many there are.
+    """
+
+    settings: Any
+    before: CompileConfig | None
+    count: int = 0
+
+
+_lock = threading.Lock()
+_active: WeakKeyDictionary[torch.nn.Module, tuple[Filling, int]] = WeakKeyDictionary()
+_configured: dict[int, _Use] = {}
+_fillings: WeakKeyDictionary[torch.nn.Module, Filling] = WeakKeyDictionary()
+
+
+class _Context(AbstractContextManager[PreTrainedModel]):
+    """What `compiled` returns: a context, and nothing that could be taken for a model."""
+
+    def __init__(self, context: AbstractContextManager[PreTrainedModel]) -> None:
+        self._context = context
+
+    def __enter__(self) -> PreTrainedModel:
+        return self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._context.__exit__(*error)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise self._misuse("was called like a model")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self._misuse(f"was asked for its {name!r}")
+
+    def _misuse(self, what: str) -> AttributeError:
+        return AttributeError(
+            f"What compiled(model) returned {what}, but it is a context. Write `with compiled(model): "
+            "model.generate(...)`."
+        )
+
+
+def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+    """Let `generate()` decode in compiled graphs within this context, and `PagedCache.prefill` compute in them.
+
+    It sets the model's `generation_config.compile_config`, which Transformers looks at, and nothing else: a
+    `generation_config` of your own that is handed to `generate()` must have the same. One graph serves one row,
+    another one any other number of rows, and a third one prompts; none depends on lengths, pages or caches. From
+    Transformers 5.24 on assisted decoding has one, too, for any number of drafted tokens. Compiling
+    takes about half a minute for each on the first use on a machine, and some seconds in each process after that; a
+    log message tells. The linear layers are compiled to read the weights as they are, without a second copy in
+    another layout. What changes about the model meanwhile, such as a hook, an adapter or a weight, counts from the
+    next step on. On a CPU the weights are moved once, together into memory with huge pages, where all of them are
+    read faster: parameters remain the same objects with the same values, and stay there after the context; but like
+    `model.to`, the first context must not begin while another thread runs the model. Contexts nest, and threads may
+    enter and leave them in any order: the model is as it was when the last one is left. On a GPU each step is also
+    recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
+
+    Where torch's own switches turn `torch.compile` off, the model runs uncompiled; a log message tells.
+
+    Args:
+        model: a decoder with `attn_implementation="paged_flex"`.
+
+    Returns:
+        A context, which gives the model.
+
+    Raises:
+        ValueError: if the model is in training mode, can't be compiled as one graph, or changes its keys between cache
+            and attention.
+    """
+    return _Context(_compiled(model))
+
+
+@contextmanager
+def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    _check(model)
+    reason = switched_off()
+    if reason is not None:
+        logger.warning("%s, so %s runs uncompiled within compiled().", reason, type(model).__name__)
+        yield model
+        return
+    gather_weights(model)
+    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    settings: Any = model.generation_config
+    with _lock:
+        _begin(decoder, settings)
+    try:
+        with _explained(model):
+            yield model
+    finally:
+        with _lock:
+            _end(decoder, settings)
+
+
+def _check(model: Any) -> None:
+    name = type(model).__name__
+    if model.training:
+        raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
+    if getattr(model, "generation_config", None) is None:
+        raise ValueError(
+            f"compiled() was given a {name}, which has no generate(). Pass a model for generation, such as one of "
+            "AutoModelForCausalLM; of one that is wrapped, as by DistributedDataParallel, the model inside."
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            f"This {name} has hooks of accelerate, which move tensors between the layers (device_map, offloading), "
+            "so its steps can't be compiled as one graph. Load it on one device, or leave out compiled()."
+        )
+
+
+def _begin(decoder: torch.nn.Module, settings: Any) -> None:
+    if decoder in _active:
+        fill, count = _active[decoder]
+    else:
+        # Dynamo keeps graphs with the code, so what was compiled in an earlier context is found again.
+        own = _fillings.setdefault(decoder, with_own_code(_fill))
+        run = torch.compile(own, backend=_prompt_backend, fullgraph=True, dynamic=False)
+        fill, count = partial(_call, run, decoder), 0
+    _active[decoder] = fill, count + 1
+    use = _configured.setdefault(id(settings), _Use(settings, settings.compile_config))
+    use.count += 1
+    settings.compile_config = _config()
+
+
+def _end(decoder: torch.nn.Module, settings: Any) -> None:
+    fill, count = _active.pop(decoder)
+    if count > 1:
+        _active[decoder] = fill, count - 1
+    use = _configured[id(settings)]
+    use.count -= 1
+    if use.count == 0:
+        settings.compile_config = use.before
+        del _configured[id(settings)]
+
+
+@contextmanager
+def _explained(model: torch.nn.Module) -> Iterator[None]:
+    """Say what to do where torch fails at compiling this model."""
+    try:
+        yield
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        if not _passed_through(error.__traceback__, model):
+            raise
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise ValueError(
+            f"torch.compile can't make one graph of a step of {type(model).__name__}, as compiled() wants it to. "
+            f"Leave out compiled(): the same cache works uncompiled. What torch says: {reason}"
+        ) from error
+
+
+def _passed_through(traceback: TracebackType | None, model: torch.nn.Module) -> bool:
+    """Whether an error came out of a method of this model, or of what computes its prompts."""
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_locals.get("self") is model or frame.f_code is _call.__code__:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def compiled_filling(decoder: torch.nn.Module) -> Filling | None:
+    """A compiled forward pass of a model without its head that fills the cache, no more; None outside of `compiled`.
+
+    It takes `MIN_TOKENS` or more. Where dynamo is told that their number varies, one graph serves all numbers. Nothing
+    is computed for the output alone: of the last layer, that is all but keys and values.
+    """
+    with _lock:
+        fill, _ = _active.get(decoder, (None, 0))
+    return fill
+
+
+def _fill(decoder: torch.nn.Module, **inputs: Any) -> None:
+    decoder(**inputs)
+
+
+def _call(run: Callable[..., None], decoder: torch.nn.Module, **inputs: Any) -> None:
+    run(decoder, **inputs)
+
+
+def _config() -> CompileConfig:
+    config: Any = CompileConfig(fullgraph=True, backend=_backend)
+    config.mode = None  # inductor's, whose CUDA graphs know nothing of pages
+    config._compile_all_devices = True
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not in torch 2.11
+        # Of all models in a process dynamo would keep eight graphs together, and then fail: all have the same code.
+        config.isolate_recompiles = True
+    return config  # type: ignore[no-any-return]
+
+
+def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = False) -> Any:
+    reason = unmark(graph.graph)
+    if reason is not None:
+        return partial(_refuse, reason)
+    logger.warning("Compiling a model for hf_paged: about half a minute the first time, some seconds later on.")
+    begin = time.perf_counter()
+    guard_hooks()
+    with torch._inductor.config.patch(post_grad_custom_post_pass=WithoutUnusedAttention()):
+        result = linear.backend(graph, inputs, for_one_row=compile_step, has_many_rows=is_prompt)
+    give_back_freed()
+    logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
+    devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+    return StepGraphs(result) if len(devices) == 1 and devices.pop().type == "cuda" else result
+
+
+def _refuse(reason: str, *inputs: Any) -> Any:
+    # When the graph is called, as torch would wrap what is raised while it is made.
+    raise ValueError(reason)
+
+
+def _prompt_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    return _backend(graph, inputs, is_prompt=True)

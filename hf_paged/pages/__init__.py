@@ -1,0 +1,1 @@
+"""Pages: who holds them, where they are, and which row has which."""

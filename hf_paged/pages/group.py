@@ -1,0 +1,246 @@
+"""The pages of the layers that keep the same tokens."""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hf_paged.errors import OutOfPagesError
+from hf_paged.pages.allocator import PageAllocator
+from hf_paged.pages.storage import LayerStorage
+
+_FIRST_PAGES = 16  # a group that grows starts with as many
+# On CPU the system backs only what was touched. Elsewhere what is reserved is taken, so a pool grows in small steps.
+_GROWTH_ON_CPU, _GROWTH = 2.0, 1.25
+
+
+class PageHolder(Protocol):
+    """Rows that hold pages."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row."""
+
+    def held_pages(self) -> Iterator[tuple[int, int, int]]:
+        """Each page of each row: its id, its place in the row, and how many of its slots the row uses."""
+
+
+class PageGroup:
+    """Key and value storage in pages, for layers with one window; what a page id means is the group's own affair.
+
+    Args:
+        layers: indices of the layers.
+        window: tokens that a query of these layers sees, itself included; None without a bound.
+        num_pages: pages that exist at once.
+        max_pages: pages that it may grow to; None without a bound.
+        page_size: tokens per page.
+        watermark: pages that new rows leave free for the rows that are already running.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        window: int | None,
+        num_pages: int,
+        max_pages: int | None,
+        page_size: int,
+        watermark: int,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.window = window
+        self.max_pages = max_pages
+        self.page_size = page_size
+        self.num_copied_pages = 0
+        """Pages that `copy_pages` has copied, ever."""
+        self.allocator = PageAllocator(num_pages, watermark)
+        self._first_pages = num_pages
+        self._holders: WeakSet[PageHolder] = WeakSet()
+        self._storages: dict[int, LayerStorage] = {}
+        self._prepared: dict[int, LayerStorage] = {}  # of layers before their first key, in case they are like others
+        # The place of a page in its row. Rows that share a page have it at the same place, so one entry is enough.
+        self._page_index = torch.from_numpy(np.zeros(max(1, num_pages), dtype=np.int32))
+        self._page_index_on: dict[torch.device, Tensor] = {}
+        self._sink_page: int | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that exist, held or free."""
+        return self.allocator.num_pages
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in these layers; 0 until the first key says how large it is."""
+        return sum(storage.token_bytes for storage in self._storages.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the storage."""
+        return sum(s.num_pages * self.page_size * s.token_bytes for s in self._storages.values())
+
+    def register(self, holder: PageHolder) -> None:
+        """Count in what `holder` holds, as long as it lives."""
+        with self._lock:
+            self._holders.add(holder)
+
+    def holders(self) -> list[PageHolder]:
+        """Everyone who holds pages."""
+        with self._lock:
+            return list(self._holders)
+
+    def storage(self, layer: int) -> LayerStorage | None:
+        """Storage of a layer; None before its first key."""
+        return self._storages.get(layer)
+
+    def storages(self) -> list[LayerStorage]:
+        """Storage of all layers that have one."""
+        return list(self._storages.values())
+
+    def staying_in_place(self) -> AbstractContextManager[Any]:
+        """A context in which no other thread lets the pages grow, or drops some, and so moves them."""
+        return self._lock
+
+    def open_storage(self, layer: int, keys: Tensor, values: Tensor) -> LayerStorage:
+        """Return the storage of a layer, made on the first call for keys and values like these."""
+        with self._lock:
+            storage = self._storages.get(layer)
+            if storage is None:
+                self._make_room(keys.device)
+                storage = self._prepared.pop(layer, None)
+                if storage is None or storage.num_pages != max(1, self.num_pages) or not storage.fits(keys, values):
+                    storage = LayerStorage(keys, values, self.num_pages, self.page_size)
+                    self._prepare_others(layer, keys, values)
+                self._storages = self._storages | {layer: storage}  # not in place: other threads may go through it
+            return storage
+
+    def _make_room(self, device: torch.device) -> None:
+        """Let the pages grow while there is nothing to be copied, on a CPU, where it costs nothing.
+
+        The pages of a first prompt are just as many as it needs, and the token after it would move all of them.
+        """
+        if not self._storages and device.type == "cpu" and self.num_pages != self.max_pages:
+            self._grow(max(self.num_pages, self._bounded(math.ceil(_GROWTH_ON_CPU * self.allocator.num_active))))
+
+    def _prepare_others(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Make storage for all layers when the first one is opened, on a CPU, where it takes no memory yet.
+
+        Between two layers, whose weights push it out of the processor's caches, making it takes several times as long.
+        """
+        if not self._storages and keys.device.type == "cpu":
+            others = (other for other in self.layers if other != layer)
+            self._prepared = {other: LayerStorage(keys, values, self.num_pages, self.page_size) for other in others}
+
+    def take(self, count: int, *, admit: bool = False) -> list[int]:
+        """Take free pages, growing if there are too few and it is allowed.
+
+        Args:
+            count: pages to take, each with one holder afterwards.
+            admit: the pages are for rows that hold nothing yet.
+
+        Raises:
+            OutOfPagesError: if there are fewer and may not be more; nothing is taken.
+        """
+        if self.num_pages == self.max_pages:
+            return self.allocator.allocate(count, admit=admit)
+        with self._lock:
+            try:
+                return self.allocator.allocate(count, admit=admit)
+            except OutOfPagesError:
+                missing = count + self.allocator.watermark - self.allocator.num_free
+                wanted = max(math.ceil(self._growth * self.num_pages), self.num_pages + missing, _FIRST_PAGES)
+                self._grow(self._bounded(wanted))
+                return self.allocator.allocate(count, admit=admit)
+
+    def place(self, pages: Sequence[int], indices: Sequence[int]) -> None:
+        """Note that each page is the page number `index` of its row."""
+        with self._lock:
+            self._page_index.numpy()[pages] = indices
+            for device, mirror in self._page_index_on.items():
+                mirror[torch.tensor(pages, device=device)] = torch.tensor(indices, dtype=torch.int32, device=device)
+
+    def page_index(self, device: torch.device) -> Tensor:
+        """`(num_pages,)` int32: the place of every held page in its row."""
+        with self._lock:  # not in the middle of a growth
+            if device.type == "cpu":
+                return self._page_index
+            if device not in self._page_index_on:
+                with torch.inference_mode(False):  # it must be writable outside of inference mode too
+                    self._page_index_on[device] = self._page_index.clone().to(device)
+            return self._page_index_on[device]
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole pages in every layer."""
+        self.num_copied_pages += len(sources)
+        for storage in self._storages.values():
+            storage.copy_pages(
+                torch.tensor(sources, device=storage.device), torch.tensor(targets, device=storage.device)
+            )
+
+    def clear_values(self, pages: Sequence[int]) -> None:
+        """Zero the values of pages that won't be filled at once.
+
+        A masked slot has weight 0, but what is left in it takes part all the same, and 0 times NaN is NaN.
+        """
+        for storage in self._storages.values():
+            storage.clear_values(torch.tensor(pages, dtype=torch.int64, device=storage.device))
+
+    def sink_page(self) -> int:
+        """A page whose values are 0, held from now on: the token that attention sinks give a score to.
+
+        Raises:
+            OutOfPagesError: if there is no page for it.
+        """
+        with self._lock:
+            if self._sink_page is None:
+                (self._sink_page,) = self.take(1)
+                self.place([self._sink_page], [-1])
+                self.clear_values([self._sink_page])
+            return self._sink_page
+
+    def trim(self) -> None:
+        """Drop the free pages behind the last held one, except those that were reserved at once."""
+        with self._lock:
+            self._resize(self.allocator.shrink(self._first_pages))
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every page is free or held, once, by exactly its holders."""
+        counts: dict[int, int] = {} if self._sink_page is None else {self._sink_page: 1}
+        for holder in self.holders():
+            for page, index, _ in holder.held_pages():
+                counts[page] = counts.get(page, 0) + 1
+                if self._page_index[page] != index:
+                    raise RuntimeError(f"Page {page} is page {index} of a row, not {int(self._page_index[page])}.")
+        self.allocator.check_integrity(counts)
+        for layer, storage in self._storages.items():
+            if storage.num_pages < self.num_pages:
+                raise RuntimeError(f"Layer {layer} has {storage.num_pages} pages of {self.num_pages}.")
+
+    @property
+    def _growth(self) -> float:
+        on_cpu = all(storage.device.type == "cpu" for storage in self._storages.values())
+        return _GROWTH_ON_CPU if on_cpu else _GROWTH
+
+    def _bounded(self, num_pages: int) -> int:
+        return num_pages if self.max_pages is None else min(num_pages, self.max_pages)
+
+    def _grow(self, num_pages: int) -> None:
+        # The allocator comes last: pages are handed out only when every layer has them.
+        self._resize(num_pages)
+        self.allocator.grow(num_pages)
+
+    def _resize(self, num_pages: int) -> None:
+        for storage in self._storages.values():
+            if storage.num_pages != max(1, num_pages):
+                storage.resize(num_pages)
+        page_index = np.zeros(max(1, num_pages), dtype=np.int32)
+        kept = min(len(page_index), len(self._page_index))
+        page_index[:kept] = self._page_index.numpy()[:kept]
+        self._page_index = torch.from_numpy(page_index)
+        self._page_index_on.clear()

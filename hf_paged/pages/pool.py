@@ -1,0 +1,136 @@
+"""The pages of all layers, which several caches may share."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from hf_paged._torch.surroundings import check_dense, check_surroundings
+from hf_paged.config import check_config, check_count, check_page_size, layer_specs
+from hf_paged.pages.group import PageGroup, PageHolder
+from hf_paged.pages.stats import MemoryStats
+from hf_paged.pages.storage import LayerStorage, disagreement
+
+
+class PagePool:
+    """Key and value storage of every layer in pages of one size, allocated when the first key shows its device.
+
+    Caches, forks, beams and threads hold pages of one pool. The pool is safe to share between threads; a single
+    cache is not. Layers with different windows keep different tokens, so each kind is a group with pages of its own.
+
+    Args:
+        config: the model's configuration; says how many layers store keys and values.
+        num_pages: at most so many pages in each group. Layers without a window reserve theirs at once; those with one
+            need few and grow. None: all grow without a bound.
+        page_size: tokens per page: 16, 32, 64, 128 or 256. Small pages waste less memory, large ones are faster.
+        watermark: pages that new rows leave free for the rows that are already running.
+
+    Raises:
+        ValueError: for a page size that the kernel can't take, or a model whose layers keep another state.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, num_pages: int | None = None, page_size: int = 128, watermark: int = 0
+    ) -> None:
+        num_pages = None if num_pages is None else check_count("num_pages", num_pages, least=1)
+        watermark = check_count("watermark", watermark, least=0)
+        self.config = check_config(config).get_text_config(decoder=True)
+        self.has_encoder = bool(config.is_encoder_decoder)
+        """Whether the decoder also attends to an encoder, whose keys and values are not in these pages."""
+        self.page_size = check_page_size(page_size)
+        self.layers = layer_specs(config)
+        self.max_pages = num_pages
+        by_window: dict[int | None, list[int]] = {}
+        for index, spec in enumerate(self.layers):
+            if spec.stores:
+                by_window.setdefault(spec.window, []).append(index)
+        self.groups = [
+            PageGroup(
+                layers, window, num_pages if num_pages and window is None else 0, num_pages, page_size, watermark
+            )
+            for window, layers in by_window.items()
+        ]
+        self.group_of_layer = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+        """Index of the group of each layer that stores keys and values."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that exist in all groups, held or free."""
+        return sum(group.num_pages for group in self.groups)
+
+    def storage(self, layer: int) -> LayerStorage | None:
+        """Storage of a layer; None before its first key."""
+        return self.groups[self.group_of_layer[layer]].storage(layer)
+
+    def open_storage(self, layer: int, keys: Tensor, values: Tensor) -> LayerStorage:
+        """Return the storage of a layer, made on the first call for keys and values like these.
+
+        Raises:
+            ValueError: if keys and values aren't dense or don't belong together, or head counts, head sizes, dtype or
+                device differ from what the layer holds.
+        """
+        check_dense(keys)
+        check_dense(values)
+        storage = self.storage(layer)
+        if storage is not None and storage.fits(keys, values):
+            return storage
+        if storage is None:
+            check_surroundings()
+        difference = disagreement(keys, values)
+        if storage is None and difference is None:
+            storage = self.groups[self.group_of_layer[layer]].open_storage(layer, keys, values)
+        if storage is None or (difference := difference or storage.mismatch(keys, values)) is not None:
+            raise ValueError(
+                f"Layer {layer} was given {difference}. One pool serves one model on one device in one dtype: "
+                "make a new PagedCache for this model."
+            )
+        return storage
+
+    def trim(self) -> None:
+        """Give memory back: drop the free pages behind the last held one. What was reserved at once stays."""
+        for group in self.groups:
+            group.trim()
+
+    def stats(self) -> MemoryStats:
+        """Account for the pages and bytes of every cache on this pool."""
+        return self.account([group.holders() for group in self.groups])
+
+    def account(self, holders: Sequence[Sequence[PageHolder]]) -> MemoryStats:
+        """Account for what `holders`, given for each group, hold."""
+        num_active = num_shared = active_bytes = live_bytes = shared_bytes = num_unique = 0
+        for group, members in zip(self.groups, holders, strict=True):
+            used: dict[int, int] = {}
+            num_stored = 0
+            for holder in members:
+                for page, _, num_tokens in holder.held_pages():
+                    used[page] = max(num_tokens, used.get(page, 0))
+                    num_stored += num_tokens
+            num_distinct = sum(used.values())
+            num_active += len(used)
+            num_shared += sum(group.allocator.ref_count(page) > 1 for page in used)
+            num_unique = max(num_unique, num_distinct)
+            active_bytes += len(used) * self.page_size * group.token_bytes
+            live_bytes += num_distinct * group.token_bytes
+            shared_bytes += (num_stored - num_distinct) * group.token_bytes
+        num_free = sum(group.allocator.num_free for group in self.groups)
+        return MemoryStats(
+            num_pages=self.num_pages,
+            num_free_pages=num_free,
+            num_cached_pages=self.num_pages - num_free - sum(group.allocator.num_active for group in self.groups),
+            num_active_pages=num_active,
+            num_shared_pages=num_shared,
+            num_copied_pages=sum(group.num_copied_pages for group in self.groups),
+            num_tokens=sum(int(holder.lengths.sum()) for holder in holders[0]) if holders else 0,
+            num_unique_tokens=num_unique,
+            page_size=self.page_size,
+            token_bytes=sum(group.token_bytes for group in self.groups),
+            active_bytes=active_bytes,
+            live_bytes=live_bytes,
+            shared_bytes=shared_bytes,
+            reserved_bytes=sum(group.reserved_bytes for group in self.groups),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every page is free or held, once, by exactly its holders."""
+        for group in self.groups:
+            group.check_integrity()

@@ -1,0 +1,273 @@
+"""Other ways to decode, and all of them by name."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._inductor.config
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StaticCache
+from typing_extensions import override
+
+from hf_paged._transformers import CACHE
+from hf_paged.attention.mask import NAME
+from hf_paged.cache.paged import PagedCache
+from hf_paged.compile.api import compiled
+from hf_paged.tools.bench.contender import Contender
+
+_MAX_GRAPHS = 64
+
+
+def inductor_flags() -> AbstractContextManager[Any]:
+    """The settings that a compiled contender is compiled under: constant weights, and the fastest GEMM of several."""
+    flags: AbstractContextManager[Any] = torch._inductor.config.patch(
+        freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"
+    )
+    return flags
+
+
+class WithoutCudnn(Contender):
+    """The same as the reference, but without cuDNN's attention, which torch prefers on some GPUs."""
+
+    name = "dynamic-no-cudnn"
+
+    @override
+    def flags(self) -> AbstractContextManager[Any]:
+        others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        flags: AbstractContextManager[Any] = sdpa_kernel(others)
+        return flags
+
+
+class Static(Contender):
+    """StaticCache of just the columns that are used, and `sdpa`."""
+
+    name = "static"
+
+    @override
+    def new_cache(self, max_length: int) -> Cache | None:
+        return StaticCache(config=self.model.config, max_cache_len=max_length)
+
+
+class StaticCompiled(Static):
+    """StaticCache, decoding compiled, the prompt not: as `generate()` does it."""
+
+    name = "static-compiled"
+
+    @override
+    def open(self) -> None:
+        super().open()
+        # A graph for each length of the cache: what it costs to compile is not in the time of a step.
+        mode = "reduce-overhead" if self._is_on_gpu else None  # with CUDA graphs, as generate() does
+        self._compiled = torch.compile(self.model.forward, mode=mode, dynamic=False)
+        self._caches: dict[int, StaticCache] = {}
+
+    @override
+    def new_cache(self, max_length: int) -> Cache | None:
+        # A frozen graph holds the tensors of the cache that it was compiled with, and reads no other.
+        cache = self._caches.setdefault(max_length, StaticCache(config=self.model.config, max_cache_len=max_length))
+        cache.reset()  # type: ignore[no-untyped-call]
+        return cache
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self._caches = {}
+
+    @override
+    def flags(self) -> AbstractContextManager[Any]:
+        flags = ExitStack()
+        # Beyond the limit it would run uncompiled without a word.
+        flags.enter_context(torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS))
+        if not self._is_on_gpu:
+            flags.enter_context(inductor_flags())
+        return flags
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return bool(self.model.device.type == "cuda")
+
+    @override
+    def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
+        if ids.shape[1] > 1:
+            return super().compute(ids, past, **arguments)
+        logits: Tensor = self._compiled(input_ids=ids, **{CACHE: self.cache}, use_cache=True, **arguments).logits
+        return logits
+
+
+class Flex(Contender):
+    """DynamicCache and the `flex_attention` that comes with Transformers."""
+
+    name = "flex"
+    attention = "flex_attention"
+
+
+class NoCache(Contender):
+    """All tokens computed again for every new one."""
+
+    name = "no-cache"
+
+    @override
+    def new_cache(self, max_length: int) -> Cache | None:
+        return None
+
+    @override
+    def begin(self, max_length: int, mask: Tensor | None = None) -> None:
+        super().begin(max_length, mask)
+        self._ids: Tensor | None = None
+
+    @override
+    def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
+        self._ids = ids if self._ids is None else torch.cat([self._ids, ids], dim=1)
+        logits: Tensor = self.model(
+            input_ids=self._ids, use_cache=False, logits_to_keep=1, **self.padding(first=0)
+        ).logits
+        return logits
+
+
+class Paged(Contender):
+    """PagedCache and `paged_flex`; prompts are computed with their padding."""
+
+    name = "paged"
+    attention = NAME
+
+    @override
+    def new_cache(self, max_length: int) -> Cache | None:
+        return PagedCache.from_model(self.model, page_size=self.page_size)
+
+
+class PagedRagged(Paged):
+    """The same, but prompts with padding are packed without it by `PagedCache.prefill`."""
+
+    name = "paged-ragged"
+
+    @override
+    def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
+        if past == 0 and ids.shape[1] > 1 and arguments:
+            cache: Any = self.cache
+            cache.prefill(self.model, ids, attention_mask=arguments["attention_mask"])
+            past, ids = ids.shape[1] - 1, ids[:, -1:]
+            arguments["position_ids"] = arguments["position_ids"][:, -1:]
+        return self.decode(ids, past, **arguments)
+
+    def decode(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
+        """Run what is not prefilled packed, as `compute`."""
+        return super().compute(ids, past, **arguments)
+
+
+class PagedCompiled(PagedRagged):
+    """The same, compiled by `hf_paged.compiled`."""
+
+    name = "paged-compiled"
+
+    @override
+    def open(self) -> None:
+        super().open()
+        self._opened.enter_context(compiled(self.model))
+
+    @override
+    def decode(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
+        if ids.shape[1] > 1:
+            return super().decode(ids, past, **arguments)
+        # As generate() does it: the mask is made outside of the graph.
+        positions = arguments.pop("position_ids", torch.tensor([[past]], device=ids.device)).contiguous()
+        model: Any = self.model
+        inputs = model.prepare_inputs_for_generation(
+            ids, **{CACHE: self.cache}, use_cache=True, position_ids=positions, **arguments
+        )
+        logits: Tensor = model.get_compiled_call(model.generation_config.compile_config)(**inputs).logits
+        return logits
+
+
+class GenerateBatch(Contender):
+    """Transformers' continuous batching, which only runs as a whole.
+
+    `feed` runs everything, and `step` gives the times that were noted: the k-th token of a batch is there when every
+    row has its k-th token.
+    """
+
+    name = "generate_batch"
+    max_batch_tokens = 512
+
+    @override
+    def new_cache(self, max_length: int) -> Cache | None:
+        return None
+
+    @override
+    def begin(self, max_length: int, mask: Tensor | None = None) -> None:
+        super().begin(max_length, mask)
+        self._steps: list[tuple[list[int], float]] = []
+
+    @override
+    def feed(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> float:
+        if self.tokens:
+            raise ValueError("generate_batch keeps nothing of the last turn, so it can't be given more of a prompt.")
+        keep = torch.ones_like(ids) if self._mask is None else self._mask[:, : ids.shape[1]]
+        rows = [row[kept.bool()].tolist() for row, kept in zip(ids, keep, strict=True)]
+        page_size = ContinuousBatchingConfig().page_size
+        # No token is the end: every row is to have all of its tokens.
+        greedy = GenerationConfig(do_sample=False, max_new_tokens=num_new_tokens, eos_token_id=-1)  # type: ignore[no-untyped-call]
+        model: Any = self.model
+        start = time.perf_counter()
+        outputs = model.generate_batch(
+            rows,
+            generation_config=greedy,
+            # Left to itself it takes nine tenths of the memory.
+            continuous_batching_config=ContinuousBatchingConfig(
+                num_blocks=sum(-(-(len(row) + num_new_tokens) // page_size) for row in rows) + len(rows),
+                max_batch_tokens=self.max_batch_tokens,
+            ),
+            record_timestamps=True,
+        )
+        if len(outputs) != len(rows) or any(output.error is not None for output in outputs.values()):
+            raise RuntimeError(f"generate_batch failed: {[output.error for output in outputs.values()]}")
+        times = [max(moments) for moments in zip(*(output.timestamps for output in outputs.values()), strict=True)]
+        tokens = [list(step) for step in zip(*(output.generated_tokens for output in outputs.values()), strict=True)]
+        seconds = [after - before for before, after in zip([start, *times], times, strict=False)]
+        self._steps = list(zip(tokens, seconds, strict=True))
+        return self.step()
+
+    @override
+    def step(self) -> float:
+        tokens, seconds = self._steps.pop(0)
+        self.tokens.append(tokens)
+        return seconds
+
+
+CONTENDERS: dict[str, type[Contender]] = {
+    kind.name: kind
+    for kind in (
+        Contender,
+        WithoutCudnn,
+        Static,
+        StaticCompiled,
+        Flex,
+        GenerateBatch,
+        NoCache,
+        Paged,
+        PagedRagged,
+        PagedCompiled,
+    )
+}
+"""By name."""
+
+
+@contextmanager
+def line_up(model: PreTrainedModel, names: Sequence[str], page_size: int) -> Iterator[list[Contender]]:
+    """Make contenders for one model.
+
+    Raises:
+        ValueError: for a name that is none of `CONTENDERS`.
+    """
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        raise ValueError(f"Baselines {unknown} were asked for; there are {', '.join(CONTENDERS)}.")
+    contenders = [CONTENDERS[name](model, page_size) for name in names]
+    try:
+        yield contenders
+    finally:
+        for contender in contenders:
+            contender.close()

@@ -1,0 +1,62 @@
+"""`hf-paged reproduce`: the paper's evaluation, and a page about it."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_paged.tools.reproduction.page import make_page
+from hf_paged.tools.reproduction.stage import STAGES, Stage
+
+_NEEDED = ("matplotlib", "tqdm")
+
+
+def add(subcommands: Any) -> None:
+    """Add `reproduce`."""
+    names = [stage.name for stage in STAGES]
+    parser = subcommands.add_parser(
+        "reproduce",
+        help="run the evaluation of the paper again, and write a page about it",
+        description="Run the evaluation of the paper again, in about half an hour on 2 cores, and write "
+        "FOLDER/reproduction.md from the figures in FOLDER/results/reproduction.",
+        epilog=f"stages: {', '.join(names)}",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--full", action="store_true", help="at the full size, which takes hours")
+    parser.add_argument("--stages", type=_stages, default=STAGES, metavar="NAME,...", help="see below (default: all)")
+    parser.add_argument("--page-only", action="store_true", help="run nothing, make the page from what there is")
+    parser.add_argument("--folder", type=Path, default=Path("reproduction"), help="(default: %(default)s)")
+    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the stages one after the other, and write the page after each.
+
+    Raises:
+        ValueError: if a stage failed; the page then is about the others.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'reproduce needs {" and ".join(missing)}. Run: pip install "hf-paged[bench,demo,eval]"')
+    results: Path = arguments.folder / "results" / "reproduction"
+    results.mkdir(parents=True, exist_ok=True)
+    page: Path = arguments.folder / "reproduction.md"
+    failed = []
+    for number, stage in enumerate(() if arguments.page_only else arguments.stages, 1):
+        print(f"\n[{number}/{len(arguments.stages)}] {stage.name}", flush=True)
+        if stage.run(results, arguments.full, arguments.num_threads):
+            failed.append(stage.name)
+        page.write_text(make_page(results, arguments.folder), encoding="utf-8")
+    page.write_text(make_page(results, arguments.folder), encoding="utf-8")
+    print(f"\nThe page is {page}.", file=sys.stderr)
+    if failed:
+        raise ValueError(f"These stages failed, and are not on the page anew: {', '.join(failed)}.")
+
+
+def _stages(text: str) -> tuple[Stage, ...]:
+    by_name = {stage.name: stage for stage in STAGES}
+    unknown = [name for name in text.split(",") if name not in by_name]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"stages {unknown} were asked for; there are {', '.join(by_name)}")
+    return tuple(by_name[name] for name in text.split(","))

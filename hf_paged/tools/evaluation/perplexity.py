@@ -1,0 +1,268 @@
+"""Perplexity, computed through caches that are compared with one another."""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_paged.config import check_page_size
+from hf_paged.tools.evaluation.fingerprint import fingerprint
+from hf_paged.tools.evaluation.journal import Journal
+from hf_paged.tools.evaluation.processes import Processes
+from hf_paged.tools.evaluation.record import Record, Score
+from hf_paged.tools.evaluation.scoring import score
+from hf_paged.tools.evaluation.windows import Window, windows_of
+from hf_paged.tools.lab.candidate import Candidate, candidates
+from hf_paged.tools.lab.memory import token_bytes
+from hf_paged.tools.lab.progress import progress
+
+Batch = list[Window]
+
+
+@dataclass(frozen=True)
+class CacheFigures:
+    """What came out with one cache.
+
+    Attributes:
+        cache: its name.
+        perplexity: exp of the mean negative log-likelihood per scored token.
+        difference: of the perplexity from that of the reference, absolute.
+        relative_difference: the same as a share of the reference's.
+        standard_error: of the relative difference, what the scatter of the tokens' differences leaves open. A
+            difference within two of it is as good as none: rounding in 16 bit takes every token another way.
+        max_logit_difference: the largest difference of a logit from the reference's, over all scored tokens.
+        kl: mean Kullback-Leibler divergence of the cache's predictions from the reference's per scored token, nats.
+        agreement: share of the scored tokens for which both find the same token the likeliest.
+        tokens_per_s: through the forward passes.
+        kv_bytes: keys and values held at most.
+        text_perplexities: perplexity of each text, by its index; texts of which no token was scored are left out.
+    """
+
+    cache: str
+    perplexity: float
+    difference: float
+    relative_difference: float
+    standard_error: float
+    max_logit_difference: float
+    kl: float
+    agreement: float
+    tokens_per_s: float
+    kv_bytes: int
+    text_perplexities: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What came out with all caches.
+
+    Attributes:
+        num_tokens: that were scored.
+        num_windows: that they were scored in.
+        max_length: tokens of the longest window.
+        minimum_bytes: keys and values of the tokens that a batch holds at most, each stored once.
+        figures: of each cache, the reference first.
+    """
+
+    num_tokens: int
+    num_windows: int
+    max_length: int
+    minimum_bytes: int
+    figures: tuple[CacheFigures, ...]
+
+    def __getitem__(self, cache: str) -> CacheFigures:
+        """The figures of a cache, by its name."""
+        return {figures.cache: figures for figures in self.figures}[cache]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON has them."""
+        return asdict(self)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    caches: Sequence[str] = ("dynamic", "paged"),
+    page_size: int = 128,
+    max_length: int | None = None,
+    stride: int | None = None,
+    chunk_size: int = 256,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+    journal: str | Path | None = None,
+) -> Perplexity:
+    """Compute the perplexity of texts through caches, all in one run.
+
+    Each text is tokenized with the special tokens that the tokenizer adds, and cut into windows. The first token of a
+    window has nothing before it and is never scored, be it a beginning-of-sequence token or not; a window scores all
+    others that no window before has scored. So with `stride < max_length` only the first token of a text is left out.
+
+    Each window is run through a new cache, chunk after chunk over the keys and values of those before, so that all
+    but the first chunk depend on what the cache gives back. `chunk_size=1` is decoding. The caches take turns chunk
+    by chunk. Before the first batch, its first tokens are run once to compile what has to be.
+
+    Started by `accelerate launch` or `torchrun`, the processes share the batches, and all return the same. The
+    figures, times aside, are the same to the last bit however often the run was interrupted and however many processes
+    work, as long as each has as many threads.
+
+    Args:
+        model: a causal LM; is not changed.
+        tokenizer: of the model.
+        texts: documents. No window goes across two of them.
+        caches: names out of `hf_paged.tools.lab.candidate.CANDIDATES`; the first is the reference.
+        page_size: tokens per page of the paged cache.
+        max_length: tokens in a window at most, 2 or more; None: as many as the model has positions.
+        stride: tokens from the beginning of one window to that of the next, 1 to `max_length`; None: `max_length`.
+        chunk_size: tokens of a window that are run at once.
+        batch_size: windows that are run at once, padded on the right.
+        max_tokens: tokens to score; None: all.
+        journal: a path. Each process appends its finished batches to `journal.0`, `journal.1` and so on; a later call
+            with the same arguments reads all of these and computes the remaining batches only. None: keep nothing.
+
+    Raises:
+        ValueError: for arguments that can't be, texts without a token to score, or a journal of another run; nothing
+            was computed.
+        ModuleNotFoundError: if several processes were launched, and accelerate is not installed.
+    """
+    max_length = _checked_length(model, max_length)
+    stride = max_length if stride is None else stride
+    _check(texts, caches, stride, max_length, chunk_size, batch_size, max_tokens)
+    contenders = candidates(model, caches, check_page_size(page_size))
+    for contender in contenders:
+        contender.model.eval()  # type: ignore[no-untyped-call]
+    windows = list(windows_of(tokenizer, texts, max_length, stride, max_tokens))
+    if not windows:
+        raise ValueError("There is no token to score: no text has two tokens. Give longer texts.")
+    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    kept = None
+    if journal is not None:
+        settings = {
+            "caches": caches,
+            "page_size": page_size,
+            "max_length": max_length,
+            "stride": stride,
+            "chunk_size": chunk_size,
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+        }
+        kept = Journal(journal, fingerprint(model, windows, **settings))
+    records = _all_records(contenders, batches, chunk_size, kept, Processes(model.device))
+    return _summarize(caches, batches, records, token_bytes(model))
+
+
+def _checked_length(model: PreTrainedModel, max_length: int | None) -> int:
+    config = model.config.get_text_config(decoder=True)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if max_length is None and positions is None:
+        raise ValueError(
+            f"max_length is to be the model's, but the configuration of {type(model).__name__} has no "
+            "max_position_embeddings. Give max_length."
+        )
+    length = positions if max_length is None else max_length
+    assert length is not None
+    if length < 2 or (positions is not None and length > positions):
+        raise ValueError(
+            f"max_length={length} was asked for; a window has 2 tokens or more, and the model has "
+            f"{positions} positions."
+        )
+    return length
+
+
+def _check(
+    texts: Iterable[str],
+    caches: Sequence[str],
+    stride: int,
+    max_length: int,
+    chunk_size: int,
+    batch_size: int,
+    max_tokens: int | None,
+) -> None:
+    if isinstance(texts, str):
+        raise ValueError("texts is one string, whose letters would be texts of their own. Give a list of strings.")
+    if not caches or len(set(caches)) < len(caches):
+        raise ValueError(f"caches={list(caches)} were asked for; name at least one, and none twice.")
+    if not 1 <= stride <= max_length:
+        raise ValueError(
+            f"stride={stride} was asked for with windows of {max_length} tokens; give 1 to {max_length}, so that no "
+            "token is left out."
+        )
+    for name, value in {"chunk_size": chunk_size, "batch_size": batch_size, "max_tokens": max_tokens}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} was asked for; it must be at least 1.")
+
+
+def _all_records(
+    contenders: Sequence[Candidate],
+    batches: Sequence[Batch],
+    chunk_size: int,
+    journal: Journal | None,
+    processes: Processes,
+) -> list[Record]:
+    """The records of all batches, in their order: those in the journal, and those computed by all processes."""
+    known = [] if journal is None else processes.from_main(journal.read)
+    finished = {record.batch for record in known}
+    remaining = [index for index in range(len(batches)) if index not in finished]
+    own = remaining[processes.index :: processes.count]
+    new = []
+    with nullcontext() if journal is None else journal.writer(processes.index) as writer:
+        if own:
+            score(contenders, [window.first(2 * chunk_size + 2) for window in batches[own[0]]], chunk_size)
+        for index in progress(own, "perplexity") if processes.is_main else own:
+            new.append(Record(index, score(contenders, batches[index], chunk_size)))
+            if writer is not None:
+                writer.append(new[-1])
+    return sorted([*known, *processes.gather(new)], key=lambda record: record.batch)
+
+
+def _summarize(
+    caches: Sequence[str], batches: Sequence[Batch], records: Sequence[Record], token_bytes: int
+) -> Perplexity:
+    windows = [window for batch in batches for window in batch]
+    figures: list[CacheFigures] = []
+    for name in caches:
+        own = [record.scores[name] for record in records]
+        figures.append(_figures(name, windows, own, figures[0].perplexity if figures else None))
+    return Perplexity(
+        num_tokens=sum(window.num_scored for window in windows),
+        num_windows=len(windows),
+        max_length=max(len(window.token_ids) for window in windows),
+        minimum_bytes=token_bytes * max(sum(window.num_inputs for window in batch) for batch in batches),
+        figures=tuple(figures),
+    )
+
+
+def _standard_error(scores: Sequence[Score], mean: float, num_tokens: int) -> float:
+    """Of the mean difference of the NLL per token, which is the relative difference of the perplexity."""
+    variance = math.fsum(score.squared_difference for score in scores) / num_tokens - mean**2
+    return math.sqrt(max(0.0, variance) / num_tokens)
+
+
+def _figures(name: str, windows: Sequence[Window], scores: Sequence[Score], reference: float | None) -> CacheFigures:
+    sums = [nll for score in scores for nll in score.nll]
+    num_tokens = sum(window.num_scored for window in windows)
+    own = math.exp(math.fsum(sums) / num_tokens)
+    difference = 0.0 if reference is None else abs(own - reference)
+    by_text: dict[int, list[tuple[float, int]]] = {}
+    for window, nll in zip(windows, sums, strict=True):
+        by_text.setdefault(window.text, []).append((nll, window.num_scored))
+    return CacheFigures(
+        cache=name,
+        perplexity=own,
+        difference=difference,
+        relative_difference=0.0 if reference is None else difference / reference,
+        standard_error=_standard_error(scores, 0.0 if reference is None else math.log(own / reference), num_tokens),
+        max_logit_difference=max(score.max_logit_difference for score in scores),
+        kl=math.fsum(score.kl for score in scores) / num_tokens,
+        agreement=sum(score.num_agreeing for score in scores) / num_tokens,
+        tokens_per_s=sum(window.num_inputs for window in windows) / math.fsum(score.seconds for score in scores),
+        kv_bytes=max(score.kv_bytes for score in scores),
+        text_perplexities={
+            text: math.exp(math.fsum(nll for nll, _ in parts) / sum(count for _, count in parts))
+            for text, parts in by_text.items()
+        },
+    )

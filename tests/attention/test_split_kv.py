@@ -1,0 +1,190 @@
+"""Decoding on a CPU: which pages are read, and that they give what softmax over the tokens of each row gives."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hf_paged._torch import inductor
+from hf_paged.attention.backends.kv_splits import DecodeUnits
+from hf_paged.attention.backends.split_kv import flash_decoding
+
+PAGE = 16
+
+
+class Table:
+    """As much of a page table as units are made from."""
+
+    def __init__(self, block_table, page_size=PAGE):
+        self.group = SimpleNamespace(page_size=page_size)
+        self.block_table = np.array(block_table, dtype=np.int32)
+        self.version = 0
+
+
+def filled(table, limits, firsts=None):
+    return DecodeUnits(table).fill(np.array(limits), None if firsts is None else np.array(firsts))
+
+
+def expected_output(query, keys, values, table, limits, firsts, scale, softcap=None, sinks=None):
+    """Token by token."""
+    group = query.shape[1] // keys.shape[1]
+    outputs = []
+    for row, (first, limit) in enumerate(zip(firsts, limits, strict=True)):
+        tokens = np.arange(first, limit)
+        page_size = table.group.page_size
+        pages = table.block_table[row, tokens // page_size].astype(np.int64)
+        slots = torch.from_numpy(pages * page_size + tokens % page_size)
+        row_keys, row_values = (tensor[0, :, slots].repeat_interleave(group, 0) for tensor in (keys, values))
+        scores = (query[row].float() @ row_keys.float().transpose(1, 2)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.view(-1, 1, 1).float()], -1)
+        weights = torch.softmax(scores, -1)[..., : len(tokens)]
+        outputs.append((weights @ row_values.float()).transpose(0, 1))
+    return torch.stack(outputs)
+
+
+def attention_of(
+    table, limits, firsts=None, heads=(2, 3), dims=(16, 16), dtype=torch.float32, num_pages=12, **options
+):
+    """Output of the kernel, and what it should be."""
+    num_kv_heads, group = heads
+    query = torch.randn(len(limits), num_kv_heads * group, 1, dims[0]).to(dtype)
+    num_slots = num_pages * table.group.page_size
+    keys = torch.randn(1, num_kv_heads, num_slots, dims[0]).to(dtype)
+    values = torch.randn(1, num_kv_heads, num_slots, dims[1]).to(dtype)
+    sinks = torch.randn(num_kv_heads * group) if options.pop("has_sinks", False) else None
+    softcap = options.pop("softcap", None)
+    units = filled(table, limits, firsts)
+    attend = flash_decoding(query, keys, values, units, 0.3, softcap, sinks is not None)
+    output = attend(query, keys, values, sinks)
+    firsts = [0] * len(limits) if firsts is None else firsts
+    return output, expected_output(query, keys, values, table, limits, firsts, 0.3, softcap, sinks)
+
+
+THREE_ROWS = [[7, 1, 2, 0], [1, 9, 0, 0], [3, 4, 5, 6]]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_units_are_in_the_order_of_memory():
+    units = filled(Table(THREE_ROWS), [33, 20, 64])
+    assert units.pieces.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert units.counts.tolist() == [3, 2, 4]
+    for row, count in enumerate(units.counts.tolist()):
+        own = units.by_row[:count, row]
+        assert units.rows[own].tolist() == [row] * count
+        assert units.pieces[own].tolist() == THREE_ROWS[row][:count]
+        assert units.limits[own].tolist()[:-1] == [PAGE] * (count - 1)
+    assert [int(units.limits[units.by_row[count - 1, row]]) for row, count in enumerate([3, 2, 4])] == [1, 4, 16]
+
+
+def test_units_are_made_anew_only_for_other_pieces():
+    table = Table(THREE_ROWS)
+    decode = DecodeUnits(table)
+    first = decode.fill(np.array([33, 20, 50]), None)
+    assert decode.fill(np.array([34, 21, 51]), None) is first
+    assert int(first.limits[first.by_row[2, 0]]) == 2
+    assert decode.fill(np.array([34, 33, 51]), None) is not first
+    table.block_table[1] = [3, 4, 5, 0]
+    table.version += 1
+    assert decode.fill(np.array([34, 33, 51]), None).pieces.tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7]
+
+
+def test_of_a_large_page_the_pieces_that_are_filled_are_read():
+    units = filled(Table([[5, 2], [3, 0]], page_size=128), [130, 65], [40, 0])
+    assert units.size == 32
+    assert units.pieces.tolist() == [8, 12, 13, 14, 21, 22, 23]
+    assert units.rows.tolist() == [0, 1, 1, 1, 0, 0, 0]
+    assert units.firsts.tolist() == [0, 0, 0, 0, 8, 0, 0]
+    assert units.limits.tolist() == [2, 32, 32, 1, 32, 32, 32]
+    assert units.counts.tolist() == [4, 3]
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 256])
+@pytest.mark.parametrize("window", [None, 40])
+def test_pages_of_any_size(page_size, window):
+    limits = [3 * page_size - 5, 1, 2 * page_size]
+    firsts = None if window is None else [max(0, limit - window) for limit in limits]
+    output, expected = attention_of(Table(THREE_ROWS, page_size), limits, firsts)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limits", [[1, 1, 1], [16, 17, 15], [33, 20, 64], [64, 1, 32]])
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 18, 40])
+def test_page_edges_and_windows(limits, window):
+    firsts = None if window is None else [max(0, limit - window) for limit in limits]
+    output, expected = attention_of(Table(THREE_ROWS), limits, firsts)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 16, 17, 64])
+def test_one_row(limit):
+    output, expected = attention_of(Table(THREE_ROWS[:1]), [limit])
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (1, 8), (2, 7)])
+@pytest.mark.parametrize("dims", [(16, 16), (64, 40), (24, 80)])
+def test_any_heads_and_head_sizes(heads, dims):
+    output, expected = attention_of(Table(THREE_ROWS), [33, 20, 64], heads=heads, dims=dims)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_computed_in_32(dtype):
+    output, expected = attention_of(Table(THREE_ROWS), [33, 20, 64], dtype=dtype)
+    assert output.dtype is dtype
+    assert torch.equal(output, expected.to(dtype)) or (output - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 2.0}, {"has_sinks": True}, {"softcap": 2.0, "has_sinks": True}], ids=str
+)
+def test_softcap_and_sinks(options):
+    output, expected = attention_of(Table(THREE_ROWS), [33, 20, 64], **options)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_a_row_that_sees_nothing_gives_0(has_sinks):
+    output, expected = attention_of(Table(THREE_ROWS), [33, 0, 64], has_sinks=has_sinks)
+    assert (output[1] == 0).all()
+    torch.testing.assert_close(output[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spoilt", [7, 3])
+def test_what_is_not_a_number_stays_in_its_row(spoilt):
+    table = Table(THREE_ROWS)
+    query, keys, values = torch.randn(3, 6, 1, 16), torch.randn(1, 2, 160, 16), torch.randn(1, 2, 160, 16)
+    values[:, :, spoilt * PAGE : (spoilt + 1) * PAGE] = torch.nan
+    keys[:, :, spoilt * PAGE : (spoilt + 1) * PAGE] = torch.inf
+    units = filled(table, [33, 20, 64])
+    output = flash_decoding(query, keys, values, units, 0.3)(query, keys, values, None)
+    assert [bool(row.isfinite().all()) for row in output] == [spoilt not in row for row in THREE_ROWS]
+
+
+def test_extreme_scores():
+    table = Table(THREE_ROWS)
+    query, keys, values = torch.randn(3, 6, 1, 16), torch.randn(1, 2, 160, 16), torch.randn(1, 2, 160, 16)
+    keys *= 1e4
+    limits = [33, 20, 64]
+    output = flash_decoding(query, keys, values, filled(table, limits), 0.3)(query, keys, values, None)
+    expected = expected_output(query, keys, values, table, limits, [0] * 3, 0.3)
+    torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_lengths_rows_and_pools_of_other_sizes_need_no_other_kernel():
+    attention_of(Table(THREE_ROWS), [33, 20, 64])
+    compiled = inductor.num_specializations()
+    for num_rows in (2, 5, 40):
+        for limit in (1, 16, 50, 64):
+            table = Table(np.arange(num_rows * 4).reshape(num_rows, 4))
+            output, expected = attention_of(table, [limit] * num_rows, num_pages=4 * num_rows + 1)
+            torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert inductor.num_specializations() == compiled

@@ -1,0 +1,202 @@
+"""`hf-paged ppl`, alone and started by `accelerate launch`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_paged.tools.cli import main
+from hf_paged.tools.evaluation.journal import Writer, files
+from hf_paged.tools.evaluation.processes import Processes
+from tests.models import letter_tokenizer, letters, tiny_llama
+
+SETTINGS = ["--page-size", "16", "--max-length", "24", "--chunk-size", "7", "--batch-size", "2", "--num-threads", "1"]
+NUM_BATCHES = 5
+INTERRUPTED = """
+from hf_paged.tools.cli import main
+from hf_paged.tools.evaluation.journal import Writer
+
+append = Writer.append
+
+def once(self, record):
+    append(self, record)
+    raise KeyboardInterrupt
+
+Writer.append = once
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Arguments for a tiny model and a text of its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    (folder / "letters.txt").write_text(letters(9 * 24 + 5))
+    return ["ppl", str(folder), "--dataset", str(folder / "letters.txt"), *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def expected(asked, tmp_path_factory):
+    """Figures of one process, times aside."""
+    path = tmp_path_factory.mktemp("alone") / "figures.json"
+    assert run_alone([*asked, "--json", str(path)]) == 0
+    return figures_in(path)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "figures.json"
+
+
+def run_alone(arguments):
+    num_threads = torch.get_num_threads()
+    try:
+        return main(arguments)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def launch(command, num_processes=2):
+    """Start processes on free ports, as a user would."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
+    settings = ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [*launcher, *settings, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def figures_in(path):
+    figures = json.loads(path.read_text())["figures"]
+    for row in figures["figures"]:
+        del row["tokens_per_s"]
+    return figures
+
+
+def interrupt_after(monkeypatch, count):
+    append = Writer.append
+    left = [None] * count
+
+    def limited(self, record):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        append(self, record)
+
+    monkeypatch.setattr(Writer, "append", limited)
+
+
+# Alone
+
+
+def test_a_table_and_a_sentence_are_printed_and_figures_written(asked, path, capsys):
+    arguments = [*asked, "--caches", "static,paged", "--max-tokens", "100", "--json", str(path)]
+    assert run_alone(arguments) == 0
+    results = json.loads(path.read_text())
+    assert results["command"] == " ".join(["hf-paged", *arguments])
+    assert results["settings"]["caches"] == ["static", "paged"]
+    assert results["settings"]["dataset"].endswith("letters.txt")
+    assert results["num_processes"] == 1
+    assert {"machine", "versions", "commit", "num_threads"} <= set(results)
+    static, paged = results["figures"]["figures"]
+    assert results["figures"]["num_tokens"] == 100
+    assert (static["cache"], paged["cache"]) == ("static", "paged")
+    assert paged["relative_difference"] < 1e-6
+    printed = capsys.readouterr().out
+    assert "100 tokens scored in 5 windows of at most 24." in printed
+    assert "cache   perplexity  difference  relative_difference" in printed
+    assert f"The perplexity of paged ({paged['perplexity']:.6f}) differs from that of static" in printed
+    assert files(f"{path}.journal") == []
+
+
+def test_an_interrupted_run_goes_on_only_if_it_is_told_to(asked, expected, path, capsys):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_after(monkeypatch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_alone([*asked, "--json", str(path)])
+    (journal,) = files(f"{path}.journal")
+    assert len(journal.read_text().splitlines()) == 1 + 2
+    assert run_alone([*asked, "--json", str(path)]) == 2
+    assert f"{journal} was left by a run that did not get to its end" in capsys.readouterr().err
+    assert run_alone([*asked, "--json", str(path), "--resume", "--batch-size", "1"]) == 2
+    assert "differs in batch_size (2, now 1)" in capsys.readouterr().err
+    assert run_alone([*asked, "--json", str(path), "--resume"]) == 0
+    assert figures_in(path) == expected
+    assert not journal.exists()
+
+
+def test_resuming_what_never_began_begins(asked, expected, path):
+    assert run_alone([*asked, "--json", str(path), "--resume"]) == 0
+    assert figures_in(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume"], "--resume was asked for without --json FILE"),
+        (
+            ["--json", "no/such/folder/figures.json"],
+            "--json no/such/folder/figures.json was asked for, but there is no folder",
+        ),
+        (["--dataset", "missing.txt"], "The file missing.txt was asked for"),
+        (["--caches", "pages"], r"Caches ['pages'] were asked for"),
+        (["--dtype", "float31"], "dtype='float31' was asked for"),
+    ],
+)
+def test_a_mistake_is_said_without_a_traceback(asked, arguments, message, capsys):
+    assert run_alone([*asked, *arguments]) == 2
+    assert f"hf-paged: {message}" in capsys.readouterr().err
+
+
+# Several processes
+
+
+def test_two_processes_give_the_figures_of_one_to_the_last_bit(asked, expected, path):
+    finished = launch(["-m", "hf_paged", *asked, "--json", str(path)])
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert figures_in(path) == expected
+    assert json.loads(path.read_text())["num_processes"] == 2
+    assert finished.stdout.count("differs from that of dynamic") == 1
+    assert files(f"{path}.journal") == []
+
+
+def test_what_two_processes_began_one_finishes(asked, expected, path, tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    assert launch([str(script), *asked, "--json", str(path)]).returncode != 0
+    left = files(f"{path}.journal")
+    assert sum(len(file.read_text().splitlines()) - 1 for file in left) in (1, 2)
+    assert run_alone([*asked, "--json", str(path), "--resume"]) == 0
+    assert figures_in(path) == expected
+
+
+def test_a_mistake_that_only_the_main_process_sees_ends_all(asked, path):
+    Path(f"{path}.journal.0").write_text("left\n")
+    finished = launch(["-m", "hf_paged", *asked, "--json", str(path)])
+    assert finished.returncode != 0
+    assert finished.stderr.count("did not get to its end. Go on from there") == 2
+
+
+def test_one_process_needs_no_others():
+    alone = Processes(torch.device("cpu"))
+    assert (alone.index, alone.count, alone.is_main) == (0, 1, True)
+    assert alone.gather([1, 2]) == [1, 2]
+    assert alone.from_main(lambda: 3) == 3
+
+
+def test_several_processes_without_accelerate_are_told_what_to_install(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "hf-paged\[eval\]"'):
+        Processes(torch.device("cpu"))
