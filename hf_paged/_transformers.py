@@ -1,8 +1,114 @@
-"""What differs between the supported versions of Transformers."""
+"""What Transformers does not document, or what differs between its versions: names, and what configurations say."""
 
+import copy
 import inspect
+import sys
+from dataclasses import dataclass
 
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import create_causal_mask
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The argument in which models and mask functions take a cache; 5.24 renamed it, and warns of the old name."""
+
+_WINDOWED = ("sliding_attention", "chunked_attention")
+_STORING = ("full_attention", *_WINDOWED)
+
+_WINDOWED_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer as the cache sees it.
+
+    Attributes:
+        kind: the layer type as Transformers names it, or `"dummy"` for a layer that stores nothing of its own.
+        window: tokens that a query sees, itself included; None without a bound.
+    """
+
+    kind: str
+    window: int | None = None
+
+    @property
+    def stores(self) -> bool:
+        """Whether the layer stores keys and values."""
+        return self.kind != "dummy"
+
+
+def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
+    """Read the layers of a decoder from its configuration.
+
+    Raises:
+        ValueError: if there are none, or a layer keeps something else than the keys and values of each token.
+    """
+    decoder = _of_decoder(config)
+    if not isinstance(getattr(decoder, "num_hidden_layers", None), int):
+        raise ValueError(
+            f"The configuration of this {config.model_type!r} model says nothing of a decoder's layers "
+            "(num_hidden_layers). Pass that of the part that generates, or use Transformers' DynamicCache."
+        )
+    kinds, arguments = get_layer_types_and_kwargs(decoder)
+    of_images = getattr(decoder, "cross_attention_layers", None)
+    if of_images:
+        raise ValueError(
+            f"PagedCache stores the keys and values of tokens, but layers {list(of_images)} of this "
+            f"{config.model_type!r} model keep those of its images instead. Use Transformers' "
+            "DynamicCache(config=model.config)."
+        )
+    for index, kind in enumerate(kinds):
+        if kind not in _STORING and kind != "dummy":
+            raise ValueError(
+                f"PagedCache stores keys and values, but layer {index} of this {config.model_type!r} model is a "
+                f"{kind!r} layer, which keeps another state. Use Transformers' DynamicCache(config=model.config)."
+            )
+    return [
+        LayerSpec(kind, argument.get("sliding_window") if kind in _WINDOWED else None)
+        for kind, argument in zip(kinds, arguments, strict=True)
+    ]
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Say why the steps of a model, or of the decoder that it is made of, can't be planned; None if they can."""
+    parts = (model, model.get_decoder())  # type: ignore[no-untyped-call]
+    for part in parts:
+        if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
+            return "it computes attention by itself instead of through Transformers' attention interface"
+    # `generate()` makes the masks of a planned step from the configuration. These models make others.
+    decoder = parts[-1]
+    config = getattr(decoder, "config", model.config.get_text_config(decoder=True))
+    if getattr(config, "is_decoder", True) is False and "config.is_decoder" in inspect.getsource(type(decoder)):
+        return "its attention is bidirectional (is_decoder=False in its configuration)"
+    names = [*vars(sys.modules[type(decoder).__module__]), *vars(type(model)), *vars(type(decoder))]
+    has_windows = any(spec.window is not None for spec in layer_specs(model.config))
+    if has_windows and not any(name in _WINDOWED_MASKS for name in names):
+        return "it makes no mask for the sliding window that its configuration has"
+    return None
+
+
+def num_decoder_layers(config: PreTrainedConfig) -> int | None:
+    """Layers of the decoder whose mask is made with this configuration; None where it counts those of an encoder."""
+    return None if config.is_encoder_decoder or _counts_encoder(config) else int(config.num_hidden_layers)
+
+
+def _of_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The decoder's part; also of a decoder that is used by itself and whose family has an encoder, as BART."""
+    config = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder or not _counts_encoder(config):
+        return config
+    config = copy.copy(config)
+    config.is_encoder_decoder = True
+    return config.get_text_config(decoder=True)
+
+
+def _counts_encoder(config: PreTrainedConfig) -> bool:
+    return "encoder" in config.attribute_map.get("num_hidden_layers", "")
+
+
+def num_attention_layers(model: torch.nn.Module, num_layers: int) -> int:
+    """Layers that a decoder has, of the `num_layers` that its configuration counts: those behind may be cut off."""
+    get_decoder = getattr(model, "get_decoder", None)
+    modules = (model if get_decoder is None else get_decoder()).modules()
+    indices = [index for module in modules if isinstance(index := getattr(module, "layer_idx", None), int)]
+    return min(num_layers, max(indices) + 1) if indices else num_layers

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from hf_paged import PagedCache, PagePool
 from hf_paged.batch.step import View
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 2, 2, 8
 EDGES = (1, 15, 16, 17, 33)
@@ -156,7 +156,7 @@ def forward(cache, layers: Layers, mask: Sequence[Sequence[int]] | None = None) 
     num_rows, _, num_new, _ = layers[0][0].shape
     kv_length, _ = cache.get_mask_sizes(num_new, 0)
     if mask is not None:
-        step = kv_length.batch.plan(num_rows, num_new, torch.tensor(mask))  # as the mask function does
+        step = kv_length.sequences.reserve(num_rows, num_new, torch.tensor(mask))  # as the mask function does
         step.view = View.DENSE  # to be compared with
     return [cache.update(keys, values, layer) for layer, (keys, values) in enumerate(layers)]
 
@@ -186,9 +186,9 @@ def assert_same(cache: PagedCache, reference: ReferenceCache) -> None:
             assert torch.equal(found, expected)
 
 
-def table_of(cache: PagedCache, group: int = 0) -> PageTable:
+def table_of(cache: PagedCache, group: int = 0) -> BlockTable:
     """The block tables of a cache for one group of layers."""
-    return cache._batch.tables[group]
+    return cache._sequences.tables[group]
 
 
 def count_holders(*tables) -> dict[int, int]:
@@ -209,14 +209,14 @@ def open_pool(num_pages: int | None = None, watermark: int = 0) -> PagePool:
     return pool
 
 
-def write_ids(table: PageTable, row: int, first: int, ids: Sequence[int]) -> None:
+def write_ids(table: BlockTable, row: int, first: int, ids: Sequence[int]) -> None:
     """Write numbers into the slots of a row from position `first` on, marked with their layer."""
     for layer in range(NUM_LAYERS):
         keys = torch.tensor([[[number, layer] for number in ids]], dtype=torch.float32)
         table.group.storage(layer).write(keys, -keys, _slots(table, row, first, len(ids)))
 
 
-def append_ids(table: PageTable, new: Sequence[Sequence[int]]) -> None:
+def append_ids(table: BlockTable, new: Sequence[Sequence[int]]) -> None:
     """Append numbers to each row as a forward pass appends tokens."""
     counts = np.array([len(ids) for ids in new], dtype=np.int64)
     starts = table.lengths.tolist()
@@ -227,7 +227,7 @@ def append_ids(table: PageTable, new: Sequence[Sequence[int]]) -> None:
     table.commit(counts)
 
 
-def read_ids(table: PageTable) -> list[list[int]]:
+def read_ids(table: BlockTable) -> list[list[int]]:
     """Read back what `append_ids` wrote; every layer must say the same."""
     rows = []
     for row in range(table.num_rows):
@@ -243,7 +243,7 @@ def read_ids(table: PageTable) -> list[list[int]]:
     return rows
 
 
-def _slots(table: PageTable, row: int, first: int, count: int) -> Tensor:
+def _slots(table: BlockTable, row: int, first: int, count: int) -> Tensor:
     pages, page_size = table.row_pages(row), table.group.page_size
     positions = range(first, first + count)
     return torch.tensor([pages[at // page_size] * page_size + at % page_size for at in positions], dtype=torch.int64)
@@ -251,7 +251,7 @@ def _slots(table: PageTable, row: int, first: int, count: int) -> Tensor:
 
 def numbered_table(pool, *lengths):
     """A table whose row `i` holds the numbers from `1000 * i` on."""
-    table = PageTable(pool.groups[0])
+    table = BlockTable(pool.groups[0])
     table.open_rows(len(lengths))
     append_ids(table, rows_of(*lengths))
     return table

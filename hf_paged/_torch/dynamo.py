@@ -1,4 +1,4 @@
-"""What functions are to `torch.compile`."""
+"""What functions and tensors are to dynamo."""
 
 import itertools
 import types
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch._dynamo.guards import GuardBuilder
 from torch._guards import TracingContext
 
@@ -57,3 +58,16 @@ def without_graph(run: Any) -> Any:
             vars(function).pop(name, None)
         function = getattr(function, "_torchdynamo_orig_callable", None)
     return run
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return what `torch.autocast` would have attention computed in, where this tensor is; None if it is off."""
+    device = tensor.device.type
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile before torch 2.13 can't look into what is called
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)

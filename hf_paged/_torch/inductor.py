@@ -19,7 +19,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_paged._torch.dynamo import outside_of_graphs, with_own_code
-from hf_paged._torch.wrapper_replay import Launches, record
+from hf_paged._torch.wrapper_replay import WrapperReplay, capture
 
 logger = logging.getLogger(__name__)
 
@@ -31,32 +31,32 @@ class Kernel:
     Attributes:
         run: takes a list of inputs.
         inputs_of: makes that list of the function's arguments: the tensors in another order, and sizes of them.
-        places: where in the list the queries, keys, values and sinks are; -1 for sinks without a place.
+        argument_indices: where in the list the queries, keys, values and sinks are; -1 for sinks without a index.
     """
 
     run: Callable[[list[Any]], Sequence[Tensor]]
     inputs_of: Callable[..., list[Any]]
-    places: tuple[int, int, int, int]
+    argument_indices: tuple[int, int, int, int]
 
     def bound_to(self, arguments: Sequence[Tensor | None]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """Return what attends with other queries, keys, values and sinks of the same sizes, in one thread."""
         inputs = self.inputs_of(*arguments)
-        places = [place for place in self.places if place >= 0]
-        launches: Launches | None = None
-        is_recorded = False
+        argument_indices = [index for index in self.argument_indices if index >= 0]
+        replay: WrapperReplay | None = None
+        is_captured = False
 
         def attend(*tensors: Tensor) -> Tensor:
-            nonlocal launches, is_recorded
-            used = tensors[: len(places)]
-            if launches is not None:
-                return launches.repeat(*used)[0]
+            nonlocal replay, is_captured
+            used = tensors[: len(argument_indices)]
+            if replay is not None:
+                return replay.replay(*used)[0]
             filled = inputs.copy()
-            for place, tensor in zip(places, used, strict=True):
-                filled[place] = tensor
-            if is_recorded:
+            for index, tensor in zip(argument_indices, used, strict=True):
+                filled[index] = tensor
+            if is_captured:
                 return self.run(filled)[0]
-            (output,), launches = record(self.run, filled, used)
-            is_recorded = True
+            (output,), replay = capture(self.run, filled, used)
+            is_captured = True
             return output
 
         return attend

@@ -1,7 +1,7 @@
-"""What a function that inductor made for a CPU does, recorded once and repeated with other tensors.
+"""What a function that inductor made for a CPU does, captured once and replayed with other tensors.
 
 Around its loops, which are C++, inductor puts a function in Python that makes their buffers and views of them. What is
-repeated is the loops alone, with the same buffers and new tensors for the results, and operations that are named.
+replayed is the loops alone, with the same buffers and new tensors for the results, and operations that are named.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,34 +20,32 @@ _HARMLESS = _DTYPES | {
 }  # fmt: skip
 
 Run = Callable[[list[Any]], Sequence[Tensor]]
-Launch = tuple[Callable[..., Tensor | None], list[Any], Tensor | None]
+Call = tuple[Callable[..., Tensor | None], list[Any], Tensor | None]
 
 
-class Launches:
+class WrapperReplay:
     """The loops of one call and the buffers that it made. For one thread at a time, since the buffers are shared.
 
     Args:
-        launches: each a function, what it is called with, and where what it returns goes, if it returns something.
+        calls: each a function, what it is called with, and where what it returns goes, if it returns something.
         results: what the call returned.
-        places: where the changing inputs are, and behind them the results: a list of arguments, the index in it, and
+        uses: where the changing inputs are, and behind them the results: a list of arguments, the index in it, and
             the number of the input or result.
     """
 
-    def __init__(
-        self, launches: list[Launch], results: Sequence[Tensor], places: list[tuple[list[Any], int, int]]
-    ) -> None:
-        self._launches = launches
+    def __init__(self, calls: list[Call], results: Sequence[Tensor], uses: list[tuple[list[Any], int, int]]) -> None:
+        self._calls = calls
         self._results = [(result.shape, result.stride(), result.dtype) for result in results]
-        self._places = places
+        self._uses = uses
         self.release()
 
-    def repeat(self, *changing: Any) -> list[Tensor]:
+    def replay(self, *changing: Any) -> list[Tensor]:
         """Return the results for other inputs of the same sizes and strides."""
         results = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
         filled = *changing, *results
-        for arguments, index, number in self._places:
+        for arguments, index, number in self._uses:
             arguments[index] = filled[number]
-        for function, arguments, target in self._launches:
+        for function, arguments, target in self._calls:
             if target is None:
                 function(*arguments)
             else:
@@ -56,19 +54,19 @@ class Launches:
 
     def release(self) -> None:
         """Hold none of the inputs and results any more."""
-        for arguments, index, _ in self._places:
+        for arguments, index, _ in self._uses:
             arguments[index] = None
 
 
-def record(
+def capture(
     run: Run, inputs: list[Any], changing: Sequence[Any], operations: Mapping[str, Callable[..., Tensor]] | None = None
-) -> tuple[Sequence[Tensor], Launches | None]:
+) -> tuple[Sequence[Tensor], WrapperReplay | None]:
     """Call what inductor compiled, and take down what it does.
 
     Args:
         run: takes a list of inputs, which it may clear, and returns tensors.
         inputs: for it.
-        changing: those of the inputs that will be others when it is repeated.
+        changing: those of the inputs that will be others when it is replayed.
         operations: by their names in `torch.ops.hf_paged`: what may be called besides loops, and gives a tensor of the
             same size for the same sizes.
 
@@ -81,37 +79,37 @@ def record(
     loops = {name for name in names if name.startswith(_PREFIX)}
     if not isinstance(function, FunctionType) or names - loops - _HARMLESS - set(operations):
         return run(inputs), None
-    launches: list[Launch] = []
+    calls: list[Call] = []
 
-    def recorded(step: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-        def launch(*arguments: Any) -> Tensor | None:
+    def captured(step: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def call(*arguments: Any) -> Tensor | None:
             output = step(*arguments)
             if output is not None:
                 with torch.inference_mode(False):  # or it could not be written to outside of that mode
                     output = output.clone()
-            launches.append((step, list(arguments), output))
+            calls.append((step, list(arguments), output))
             return output
 
-        return launch
+        return call
 
-    calls = {name: SimpleNamespace(default=recorded(operation)) for name, operation in operations.items()}
+    operations_by_name = {name: SimpleNamespace(default=captured(operation)) for name, operation in operations.items()}
     dtypes = {name: getattr(torch, name) for name in _DTYPES}
-    scope = function.__globals__ | {name: recorded(function.__globals__[name]) for name in loops}
-    scope["torch"] = SimpleNamespace(ops=SimpleNamespace(hf_paged=SimpleNamespace(**calls)), **dtypes)
+    scope = function.__globals__ | {name: captured(function.__globals__[name]) for name in loops}
+    scope["torch"] = SimpleNamespace(ops=SimpleNamespace(hf_paged=SimpleNamespace(**operations_by_name)), **dtypes)
     results = FunctionType(function.__code__, scope)(run.__self__, inputs)  # type: ignore[attr-defined]
-    places = _places(launches, [*changing, *results], len(changing))
-    return results, None if places is None else Launches(launches, results, places)
+    uses = _uses(calls, [*changing, *results], len(changing))
+    return results, None if uses is None else WrapperReplay(calls, results, uses)
 
 
-def _places(launches: list[Launch], values: list[Any], num_inputs: int) -> list[tuple[list[Any], int, int]] | None:
+def _uses(calls: list[Call], values: list[Any], num_inputs: int) -> list[tuple[list[Any], int, int]] | None:
     """Where these are handed to what is called.
 
     Returns:
-        As for `Launches`; None if there is only a part of one, or nothing of a result.
+        As for `WrapperReplay`; None if there is only a part of one, or nothing of a result.
     """
     found = []
     addresses = {value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)}
-    for _, arguments, _ in launches:
+    for _, arguments, _ in calls:
         for index, argument in enumerate(arguments):
             numbers = [number for number, value in enumerate(values) if value is argument]
             if not numbers:

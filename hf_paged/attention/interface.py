@@ -8,19 +8,19 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_paged._torch.dtypes import autocast_dtype
+from hf_paged._torch.dynamo import autocast_dtype
 from hf_paged.attention.backends import flex as kernel
 from hf_paged.attention.backends.block_lists import Layout
 from hf_paged.attention.backends.flex import Attention
 from hf_paged.attention.backends.reference import blockwise_attention
-from hf_paged.attention.backends.split_kv import flash_decoding
-from hf_paged.attention.backends.varlen_sdpa import segmented_attention
+from hf_paged.attention.backends.split_kv import split_kv_attention
+from hf_paged.attention.backends.varlen_sdpa import varlen_attention
 from hf_paged.attention.marks import is_marked, layer_of, note_output, output_of
 from hf_paged.attention.mask import NAME, PagedMask, paged_flex_mask
-from hf_paged.attention.metadata import Plan
+from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.shared import SharedTensor
 from hf_paged.batch.step import View
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import holds_pages
 
 _NOTHING = nullcontext()
@@ -68,7 +68,7 @@ def paged_flex_attention(
         ValueError: for what the kernel can't do.
     """
     if type(key) is SharedTensor and type(value) is SharedTensor:
-        step = attention_mask.plan.step if isinstance(attention_mask, PagedMask) else None
+        step = attention_mask.metadata.step if isinstance(attention_mask, PagedMask) else None
         key, value = key.states.for_attention(step)
     if dropout > 0:
         raise _refused(
@@ -101,7 +101,7 @@ def paged_flex_attention(
             )
         return _attend_to_columns(query, key, value, attention_mask, is_causal, scale, softcap, s_aux), None
     is_traced = torch.compiler.is_dynamo_compiling()
-    if not is_traced and getattr(module, "training", False) and attention_mask.plan.is_unwritten:
+    if not is_traced and getattr(module, "training", False) and attention_mask.metadata.is_unwritten:
         raise ValueError(
             "Attention was computed in training mode over keys that were not given to the PagedCache. Transformers "
             "takes the cache away from layers with gradient checkpointing there, and every later token would be "
@@ -109,29 +109,31 @@ def paged_flex_attention(
         )
     if query.dtype is not key.dtype and autocast_dtype(query) is not None:
         query = query.to(key.dtype)
-    plan, layer = attention_mask.plan, getattr(module, "layer_idx", -1)
+    metadata, layer = attention_mask.metadata, getattr(module, "layer_idx", -1)
     options = (is_causal, scale, softcap, s_aux)
     source = layer_of(key, value)
     if source is not None:
         # In a graph; or between two that parted behind the update.
-        output: Tensor = torch.ops.hf_paged.write_and_attend(plan, query, key, value, source, *options, output_of(key))
+        output: Tensor = torch.ops.hf_paged.write_and_attend(
+            metadata, query, key, value, source, *options, output_of(key)
+        )
         note_output(key, output)
     elif is_traced:
-        output = torch.ops.hf_paged.attend_to_others(plan, query, key, value, layer, *options)
+        output = torch.ops.hf_paged.attend_to_others(metadata, query, key, value, layer, *options)
     else:
-        output = attend(plan, query, key, value, layer, *options)
+        output = attend(metadata, query, key, value, layer, *options)
     return output, None
 
 
 def _refused(mask: Tensor | PagedMask | None, message: str) -> ValueError:
     """Give up the pass of a mask; an error that says why."""
     if isinstance(mask, PagedMask):
-        mask.plan.batch.roll_back(mask.plan.step)
+        mask.metadata.sequences.roll_back(mask.metadata.step)
     return ValueError(message)
 
 
 def attend(
-    plan: Plan,
+    metadata: AttentionMetadata,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -146,14 +148,14 @@ def attend(
     If it fails, so does the pass, of which nothing is left.
     """
     try:
-        return _attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks)
+        return _attend(metadata, query, key, value, layer, is_causal, scale, softcap, sinks)
     except BaseException:
-        plan.batch.roll_back(plan.step)
+        metadata.sequences.roll_back(metadata.step)
         raise
 
 
 def _attend(
-    plan: Plan,
+    metadata: AttentionMetadata,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -163,8 +165,8 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    step = plan.step
-    num_rows, _, num_queries, _ = plan.shape
+    step = metadata.step
+    num_rows, _, num_queries, _ = metadata.shape
     if (query.shape[0], query.shape[2]) != (num_rows, num_queries) or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"Queries of shape {tuple(query.shape)} don't fit a step of {num_rows} rows and {num_queries} new "
@@ -176,34 +178,34 @@ def _attend(
             "the model in one dtype."
         )
     if step.view is not View.PAGES:
-        return _attend_to_columns(query, key, value, plan.by_column, is_causal, scale, softcap, sinks)
+        return _attend_to_columns(query, key, value, metadata.by_column, is_causal, scale, softcap, sinks)
     if query.is_meta:
         return query.new_empty((num_rows, num_queries, query.shape[1], value.shape[3]))
-    table, storage = step.source_of(key, plan.batch.pool.group_of_layer.get(layer))
+    table, storage = step.source_of(key, metadata.sequences.pool.group_of_layer.get(layer))
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
-    attention = plan.attentions.get((table, table.version, *shapes))
+    attention = metadata.attentions.get((table, table.version, *shapes))
     if attention is None:
         if avoids_tiles(query.device):
-            attention = _without_tiles(plan, table, query, key, value, scale, softcap, sinks)
+            attention = _without_tiles(metadata, table, query, key, value, scale, softcap, sinks)
         if attention is None:
             sink_page = None if sinks is None else table.group.sink_page()
             if sink_page is not None and storage is not None:
                 key, value = storage.tensors  # taking the page may have let the storage grow
                 shapes = (query.shape, key.shape, value.shape, *shapes[3:])
             layout = Layout(
-                group=query.shape[1] // key.shape[1],
+                gqa_ratio=query.shape[1] // key.shape[1],
                 max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
                 device=query.device,
                 lists_full=kernel.lists_full_pages(query.device),
                 sink_page=sink_page,
             )
-            tiles = plan.tiles(table, layout, key.shape[2])
+            block_lists = metadata.block_lists(table, layout, key.shape[2])
             has_sinks = sink_page is not None
             attention = kernel.paged_attention(
-                query, key, value, tiles, table.group.page_size, scale, softcap, has_sinks
+                query, key, value, block_lists, table.group.page_size, scale, softcap, has_sinks
             )
-        plan.attentions[table, table.version, *shapes] = attention
+        metadata.attentions[table, table.version, *shapes] = attention
     with profiled("paged_attention"):
         return attention(query, key, value, sinks)
 
@@ -218,14 +220,14 @@ def profiled(name: str) -> AbstractContextManager[object]:
 def avoids_tiles(device: torch.device) -> bool:
     """Whether packed queries, and single ones, have ways of their own instead of FlexAttention's tiles.
 
-    On a CPU these are faster. On a GPU a packed chunk has many segments, each of which would be several launches.
+    On a CPU these are faster. On a GPU a packed chunk has many rows, each of which would be several launches.
     """
     return device.type == "cpu"
 
 
 def _without_tiles(
-    plan: Plan,
-    table: PageTable,
+    metadata: AttentionMetadata,
+    table: BlockTable,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -233,12 +235,12 @@ def _without_tiles(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Attention | None:
-    segments = plan.segments(table)
-    if segments is not None:
-        return segmented_attention(query, value, segments, scale, softcap, sinks is not None)
-    units = plan.units(table)
-    if units is not None:
-        return flash_decoding(query, key, value, units, scale, softcap, sinks is not None)
+    varlen_rows = metadata.varlen_rows(table)
+    if varlen_rows is not None:
+        return varlen_attention(query, value, varlen_rows, scale, softcap, sinks is not None)
+    splits = metadata.splits(table)
+    if splits is not None:
+        return split_kv_attention(query, key, value, splits, scale, softcap, sinks is not None)
     return None
 
 

@@ -17,12 +17,56 @@ from transformers.masking_utils import (
 )
 
 from hf_paged._torch.dynamo import outside_of_graphs
-from hf_paged.attention.lengths import PlannedLength
-from hf_paged.attention.metadata import Plan
+from hf_paged._transformers import num_decoder_layers
+from hf_paged.attention.metadata import AttentionMetadata
+from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.step import View
-from hf_paged.config import num_decoder_layers
 
 NAME = "paged_flex"
+
+
+# Transformers passes the length of a cache on as an `int`; neither the mask function nor the slicing of the prompt
+# ever sees the cache itself. An `int` with a memory is the way to reach it that patches nothing.
+
+
+class PlannedLength(int):
+    """What `get_mask_sizes` returns as key/value length: it carries the rows to the mask function."""
+
+    sequences: Sequences
+
+    def __new__(cls, value: int, sequences: Sequences) -> "PlannedLength":
+        """Make `value` carry `sequences`."""
+        length = super().__new__(cls, value)
+        length.sequences = sequences
+        return length
+
+
+class PastLength(int):
+    """What `get_seq_length` returns: it notices when `generate()` is given fewer tokens than are cached.
+
+    `generate()` keeps the part of the prompt that is not cached with `input_ids[:, -(num_ids - past_length):]`, which
+    silently takes the wrong tokens when `num_ids <= past_length`.
+    """
+
+    def __rsub__(self, other: int) -> "_Remainder":
+        """Subtract from a length, remembering both."""
+        remainder = _Remainder(int(other) - int(self))
+        remainder.num_ids, remainder.num_cached = int(other), int(self)
+        return remainder
+
+
+class _Remainder(int):
+    num_ids: int
+    num_cached: int
+
+    def __neg__(self) -> int:
+        if self <= 0:
+            raise ValueError(
+                f"The cache holds {self.num_cached} tokens, but input_ids has {self.num_ids}, so no token is left to "
+                "compute. Pass the whole conversation so far plus at least one new token, or call cache.crop(-n) to "
+                "take tokens away, or cache.reset() to start over."
+            )
+        return -int(self)
 
 
 class PagedMask(BlockMask):
@@ -32,14 +76,14 @@ class PagedMask(BlockMask):
     function says how many query heads share a key/value head.
 
     Args:
-        plan: of the forward pass.
+        metadata: of the forward pass.
     """
 
     ndim = 4
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self._shape = plan.shape
+    def __init__(self, metadata: AttentionMetadata) -> None:
+        self.metadata = metadata
+        self._shape = metadata.shape
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +101,7 @@ class PagedMask(BlockMask):
             case (rows, heads, slice() as queries, *columns) if all(
                 other == whole for other in (rows, heads, *columns)
             ):
-                return PagedMask(self.plan.of(queries))
+                return PagedMask(self.metadata.of(queries))
         raise ValueError(
             f"A mask of attn_implementation={NAME!r} was indexed with {index}, but only some of the queries can be "
             "taken out of it, as in mask[:, :, -1:]."
@@ -176,20 +220,24 @@ def _planned(
     dense = partial(
         _dense, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config
     )
-    batch = kv_length.batch
-    step = batch.plan(batch_size, q_length, attention_mask, None if config is None else num_decoder_layers(config))
+    sequences = kv_length.sequences
+    step = sequences.reserve(
+        batch_size, q_length, attention_mask, None if config is None else num_decoder_layers(config)
+    )
     if step.view is not View.PAGES:
         # Contiguous keys and values, those that are new if they are all there is: SDPA reads them faster.
-        return PagedMask(Plan(batch, step, by_column=dense(**kwargs | {"allow_is_bidirectional_skip": False})))
+        return PagedMask(
+            AttentionMetadata(sequences, step, by_column=dense(**kwargs | {"allow_is_bidirectional_skip": False}))
+        )
     if step.past_is_visible:
         if mask_function is causal_mask_function:
-            return PagedMask(Plan(batch, step))
+            return PagedMask(AttentionMetadata(sequences, step))
         window = _window_of(mask_function)
         if window is not None:
-            return PagedMask(Plan(batch, step, window=window))
+            return PagedMask(AttentionMetadata(sequences, step, window=window))
     mask = dense(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     assert mask is not None  # both ways to skip it are closed
-    return PagedMask(Plan(batch, step, visible=step.by_token(mask, kv_offset)))
+    return PagedMask(AttentionMetadata(sequences, step, visible=step.by_token(mask, kv_offset)))
 
 
 def _window_of(mask_function: Callable[..., Any]) -> int | None:

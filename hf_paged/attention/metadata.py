@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from hf_paged.attention.backends.block_lists import Layout, Tiles
+from hf_paged.attention.backends.block_lists import BlockLists, Layout
 from hf_paged.attention.backends.flex import Attention
-from hf_paged.attention.backends.kv_splits import Units
-from hf_paged.attention.backends.varlen_sdpa import Segment
-from hf_paged.batch.columns import BoolMatrix
-from hf_paged.batch.sequences import Batch
+from hf_paged.attention.backends.kv_splits import KVSplits
+from hf_paged.attention.backends.varlen_sdpa import VarlenRow
+from hf_paged.batch.padding import BoolMatrix
+from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.step import Step
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 
 try:
     from torch._custom_class_base import CustomClassBase  # type: ignore[import-not-found]
@@ -23,14 +23,14 @@ except ImportError:  # their names before torch 2.14, which warns of them
     _BY_REFERENCE = "reference"
 
 
-class Plan(CustomClassBase):  # type: ignore[misc]
+class AttentionMetadata(CustomClassBase):  # type: ignore[misc]
     """One step, and what its queries see.
 
     A compiled graph takes it as an input that it can't look into. So nothing that changes from pass to pass is
     guarded on, and nothing is recompiled for it.
 
     Args:
-        batch: the rows.
+        sequences: the rows.
         step: the forward pass.
         by_column: without `View.PAGES`, `(num_rows, 1, num_queries, num_columns)`, the mask as `sdpa` wants it; None:
             causal.
@@ -42,7 +42,7 @@ class Plan(CustomClassBase):  # type: ignore[misc]
 
     def __init__(
         self,
-        batch: Batch,
+        sequences: Sequences,
         step: Step,
         *,
         by_column: Tensor | None = None,
@@ -50,7 +50,7 @@ class Plan(CustomClassBase):  # type: ignore[misc]
         visible: BoolMatrix | None = None,
         queries: slice = slice(None),
     ) -> None:
-        self.batch = batch
+        self.sequences = sequences
         self.step = step
         self.by_column = by_column
         self.window = window
@@ -60,27 +60,27 @@ class Plan(CustomClassBase):  # type: ignore[misc]
         """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
         self.attentions: dict[tuple[object, ...], Attention] = {}
         """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
-        self.made_tiles: dict[tuple[PageTable, int, Layout, int], Tiles] = {}
-        """What `tiles` has returned, by the table, its version, and the other arguments."""
+        self.made_block_lists: dict[tuple[BlockTable, int, Layout, int], BlockLists] = {}
+        """What `block_lists` has returned, by the table, its version, and the other arguments."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all plans.
         return object, ()
 
-    def __deepcopy__(self, memo: object) -> "Plan":
+    def __deepcopy__(self, memo: object) -> "AttentionMetadata":
         # torch.compile (seen in 2.11) copies examples of its inputs; that of a plan stands for a pass, not for itself.
         return self
 
     @property
     def is_unwritten(self) -> bool:
         """Whether no layer has written the new tokens of this pass yet."""
-        return self.batch.step is self.step and self.batch.has_written_nothing
+        return self.sequences.step is self.step and self.sequences.has_written_nothing
 
-    def of(self, queries: slice) -> "Plan":
+    def of(self, queries: slice) -> "AttentionMetadata":
         """The same for some of these queries only."""
         chosen = range(self.step.num_new)[self._queries][queries]
-        return Plan(
-            self.batch,
+        return AttentionMetadata(
+            self.sequences,
             self.step,
             by_column=None if self.by_column is None else self.by_column[:, :, queries],
             window=self.window,
@@ -89,37 +89,37 @@ class Plan(CustomClassBase):  # type: ignore[misc]
         )
 
     def read(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `Batch.write` has returned for these keys and values of a layer in this pass."""
-        pool = self.batch.pool
+        """Return what `Sequences.write` has returned for these keys and values of a layer in this pass."""
+        pool = self.sequences.pool
         return self.step.read(pool.group_of_layer[layer], pool.open_storage(layer, keys, values), keys, values)
 
-    def tiles(self, table: PageTable, layout: Layout, num_slots: int) -> Tiles:
+    def block_lists(self, table: BlockTable, layout: Layout, num_slots: int) -> BlockLists:
         """Block lists over the pages of `table`, made once for all layers of its group.
 
-        They are made anew when rows turn out to be no twins, and when another thread lets the pool grow between two
-        layers, to `num_slots` slots.
+        They are made anew when rows turn out to be no duplicates, and when another thread lets the pool grow between
+        two layers, to `num_slots` slots.
 
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
         key = (table, table.version, layout, num_slots)
-        if key not in self.made_tiles:
-            tiling = self.batch.tilings[table]
+        if key not in self.made_block_lists:
+            builder = self.sequences.builders[table]
             if self.visible is not None:
-                self.made_tiles[key] = tiling.dense(self.visible[:, self._queries], layout)
+                self.made_block_lists[key] = builder.dense(self.visible[:, self._queries], layout)
             else:
-                self.made_tiles[key] = self.step.tiles(tiling, self.window, self._queries, layout)
-        return self.made_tiles[key]
+                self.made_block_lists[key] = self.step.block_lists(builder, self.window, self._queries, layout)
+        return self.made_block_lists[key]
 
-    def segments(self, table: PageTable) -> list[Segment] | None:
+    def varlen_rows(self, table: BlockTable) -> list[VarlenRow] | None:
         """The queries row by row, if they come packed.
 
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
-        return self.step.segments(table, self.window, self._queries)
+        return self.step.varlen_rows(table, self.window, self._queries)
 
-    def units(self, table: PageTable) -> Units | None:
+    def splits(self, table: BlockTable) -> KVSplits | None:
         """The pages of `table` that the only query of each row reads; None where queries are more, or have a mask.
 
         Raises:
@@ -127,7 +127,7 @@ class Plan(CustomClassBase):  # type: ignore[misc]
         """
         if self.visible is not None:
             return None
-        return self.step.units(self.batch.tilings[table], self.window, self._queries)
+        return self.step.splits(self.sequences.builders[table], self.window, self._queries)
 
 
-register_custom_class(Plan, typ=_BY_REFERENCE)
+register_custom_class(AttentionMetadata, typ=_BY_REFERENCE)

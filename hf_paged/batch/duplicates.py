@@ -2,7 +2,7 @@
 
 `generate()` repeats a prompt for every beam and every returned sequence before it is computed, and neither the cache
 nor the mask function sees which tokens it is made of. But equal tokens have equal keys: rows whose first layer is
-given the same keys are twins until a later layer tells them apart.
+given the same keys are duplicates until a later layer tells them apart.
 """
 
 import numpy as np
@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hf_paged.batch.columns import BoolMatrix
-from hf_paged.pages.block_table import PageTable
+from hf_paged.batch.padding import BoolMatrix
+from hf_paged.pages.block_table import BlockTable
 
-Leaders = npt.NDArray[np.int64]
-"""`(num_rows,)` for each row the first row that it is a twin of; itself if there is none."""
+Originals = npt.NDArray[np.int64]
+"""`(num_rows,)` for each row the first row that it is a duplicate of; itself if there is none."""
 
 
-def possible_twins(tables: list[PageTable], num_new: int, new: BoolMatrix | None) -> Leaders | None:
+def possible_duplicates(tables: list[BlockTable], num_new: int, new: BoolMatrix | None) -> Originals | None:
     """Find rows that hold the same pages and get tokens in the same columns; None if there are none.
 
     Args:
@@ -29,54 +29,54 @@ def possible_twins(tables: list[PageTable], num_new: int, new: BoolMatrix | None
     if num_new == 1 or num_rows == 1:
         return None
     seen: dict[object, int] = {}
-    leaders = np.arange(num_rows)
+    originals = np.arange(num_rows)
     for row in range(num_rows):
         if new is not None and not new[row].any():
             continue
         held = [(int(table.lengths[row]), tuple(table.row_pages(row))) for table in tables]
-        leaders[row] = seen.setdefault((b"" if new is None else new[row].tobytes(), *held), row)
-    return None if len(seen) == num_rows else leaders
+        originals[row] = seen.setdefault((b"" if new is None else new[row].tobytes(), *held), row)
+    return None if len(seen) == num_rows else originals
 
 
-def confirmed_twins(leaders: Leaders, keys: Tensor, values: Tensor) -> Leaders | None:
-    """Keep those twins whose keys and values are the same, bit for bit; None if there are none.
+def confirmed_duplicates(originals: Originals, keys: Tensor, values: Tensor) -> Originals | None:
+    """Keep those duplicates whose keys and values are the same, bit for bit; None if there are none.
 
     Args:
-        leaders: possible twins.
+        originals: possible duplicates.
         keys: `(num_rows, num_kv_heads, num_new, head_dim)`, or anything else that is to be the same.
         values: like `keys`.
     """
     found: dict[int, list[int]] = {}
-    confirmed = np.arange(len(leaders))
-    for row, leader in enumerate(leaders.tolist()):
-        candidates = found.setdefault(leader, [])
+    confirmed = np.arange(len(originals))
+    for row, original in enumerate(originals.tolist()):
+        candidates = found.setdefault(original, [])
         confirmed[row] = next((other for other in candidates if _are_equal(row, other, keys, values)), row)
         if confirmed[row] == row:
             candidates.append(row)
-    return None if (confirmed == np.arange(len(leaders))).all() else confirmed
+    return None if (confirmed == np.arange(len(originals))).all() else confirmed
 
 
-def equal_rows(tables: list[PageTable], tokens: npt.NDArray[np.int64], new: BoolMatrix | None) -> Leaders:
+def equal_rows(tables: list[BlockTable], tokens: npt.NDArray[np.int64], new: BoolMatrix | None) -> Originals:
     """Find rows that hold the same pages and get the same tokens, where these are known.
 
     Args:
         tables: the rows, in each group.
         tokens: `(num_rows, num_new)`, 0 for padding.
-        new: as for `possible_twins`.
+        new: as for `possible_duplicates`.
     """
-    leaders = possible_twins(tables, tokens.shape[1], new)
-    if leaders is not None:
+    originals = possible_duplicates(tables, tokens.shape[1], new)
+    if originals is not None:
         given = torch.from_numpy(tokens)
-        leaders = confirmed_twins(leaders, given, given)
-    return np.arange(len(tokens)) if leaders is None else leaders
+        originals = confirmed_duplicates(originals, given, given)
+    return np.arange(len(tokens)) if originals is None else originals
 
 
-def parted_twins(leaders: Leaders, keys: Tensor, values: Tensor) -> list[int]:
-    """Return the rows that are not what their leader is in this layer, arguments as for `confirmed_twins`."""
+def parted_duplicates(originals: Originals, keys: Tensor, values: Tensor) -> list[int]:
+    """Return the rows that are not what their leader is in this layer, arguments as for `confirmed_duplicates`."""
     return [
         row
-        for row, leader in enumerate(leaders.tolist())
-        if row != leader and not _are_equal(row, leader, keys, values)
+        for row, original in enumerate(originals.tolist())
+        if row != original and not _are_equal(row, original, keys, values)
     ]
 
 

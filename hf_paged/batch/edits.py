@@ -15,14 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hf_paged.batch.columns import Columns
-from hf_paged.batch.gather import token_places
+from hf_paged.batch.padding import Columns, token_places
 from hf_paged.errors import OutOfPagesError
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage
 
 if TYPE_CHECKING:
-    from hf_paged.batch.sequences import Batch
+    from hf_paged.batch.sequences import Sequences
 
 _NAMES = ("keys", "values")
 _ASSIGNED = -1  # no tensor has this version
@@ -67,56 +66,59 @@ class Edits:
     def __init__(self) -> None:
         self.copies: dict[int, Copy] = {}
 
-    def read(self, batch: Batch, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    def read(self, sequences: Sequences, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Return keys and values of a layer, the same tensors until the cache changes; `(None, None)` when empty.
 
         Raises:
             ValueError: if a forward pass is under way that has written the layer.
         """
-        keys, values = self._copy(batch, layer).tensors
+        keys, values = self._copy(sequences, layer).tensors
         return keys, values
 
-    def assign(self, batch: Batch, layer: int, which: int, tensor: Tensor | None) -> None:
+    def assign(self, sequences: Sequences, layer: int, which: int, tensor: Tensor | None) -> None:
         """Have another tensor for the keys (0) or the values (1) of a layer.
 
         Raises:
             ValueError: if it can't be such a tensor, or a forward pass is under way; nothing has changed.
         """
-        copy = self._copy(batch, layer)
-        if batch.step is not None:
+        copy = self._copy(sequences, layer)
+        if sequences.step is not None:
             raise _changed_in_a_pass(layer)
-        _check(batch.pool.storage(layer), layer, which, tensor)
+        _check(sequences.pool.storage(layer), layer, which, tensor)
         copy.assign(which, tensor)
 
-    def set(self, batch: Batch, layer: int, keys: Tensor, values: Tensor) -> None:
+    def set(self, sequences: Sequences, layer: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values into a layer; with other rows or columns than now, once all layers have been given them.
 
         Raises:
             OutOfPagesError: if there are too few pages; nothing has changed.
             ValueError: as for `assign`, or if keys and values don't belong together; nothing has changed.
         """
-        batch.settle()
-        if batch.step is not None:
+        sequences.settle()
+        if sequences.step is not None:
             raise _changed_in_a_pass(layer)
-        storage = batch.pool.storage(layer)
+        storage = sequences.pool.storage(layer)
         _check(storage, layer, 0, keys)
         _check(storage, layer, 1, values)
         if keys.shape[::2] != values.shape[::2]:
             raise ValueError(
                 f"Layer {layer} was given values of shape {tuple(values.shape)} for keys of shape {tuple(keys.shape)}."
             )
-        self._drop_old(batch)
-        num_rows, count = self._shape(batch)
-        if (num_rows, count) == _held_shape(batch) and keys.shape[::2] == (num_rows, _width(batch, layer, count)):
-            batch.absorb()
-            _rewrite(batch, {layer: (keys.detach(), values.detach())})
+        self._drop_old(sequences)
+        num_rows, count = self._shape(sequences)
+        if (num_rows, count) == _held_shape(sequences) and keys.shape[::2] == (
+            num_rows,
+            _width(sequences, layer, count),
+        ):
+            sequences.absorb()
+            _rewrite(sequences, {layer: (keys.detach(), values.detach())})
             self.copies.pop(layer, None)
             return
-        copy = self._copy(batch, layer)
+        copy = self._copy(sequences, layer)
         copy.assign(0, keys)
         copy.assign(1, values)
-        if not self._misfits(batch, *self._shape(batch)):
-            batch.absorb()
+        if not self._misfits(sequences, *self._shape(sequences)):
+            sequences.absorb()
 
     def check_untouched(self, layer: int) -> None:
         """Raise ValueError if a layer was changed that the forward pass under way is about to write."""
@@ -124,97 +126,101 @@ class Edits:
         if copy is not None and copy.is_changed:
             raise _changed_in_a_pass(layer)
 
-    def count(self, batch: Batch, layer: int) -> int:
+    def count(self, sequences: Sequences, layer: int) -> int:
         """Columns of a layer, between two forward passes; of it alone, where not all have been assigned yet."""
-        self._drop_old(batch)
-        num_rows, count = self._shape(batch)
-        if not self._misfits(batch, num_rows, count):
+        self._drop_old(sequences)
+        num_rows, count = self._shape(sequences)
+        if not self._misfits(sequences, num_rows, count):
             return count
         keys = self.copies[layer].tensors[0] if layer in self.copies else None
-        return batch.columns.count if keys is None or batch.pool.layers[layer].window else keys.shape[2]
+        return sequences.columns.count if keys is None or sequences.pool.layers[layer].window else keys.shape[2]
 
-    def absorb(self, batch: Batch) -> None:
+    def absorb(self, sequences: Sequences) -> None:
         """Let the pages hold what was changed.
 
         Args:
-            batch: the rows, between two forward passes.
+            sequences: the rows, between two forward passes.
 
         Raises:
             OutOfPagesError: if the pool has too few pages for those that somebody else holds, too, or for more
                 columns; nothing has changed.
             ValueError: if some layers have other columns now, and not all; nothing has changed.
         """
-        self._drop_old(batch)
+        self._drop_old(sequences)
         changed = {layer: copy for layer, copy in self.copies.items() if copy.is_changed}
         if not changed:
             return
         for layer, copy in changed.items():
             for which, tensor in enumerate(copy.tensors):
                 if tensor is not None:
-                    _check(batch.pool.storage(layer), layer, which, tensor)
-        num_rows, count = self._shape(batch)
-        misfits = self._misfits(batch, num_rows, count)
+                    _check(sequences.pool.storage(layer), layer, which, tensor)
+        num_rows, count = self._shape(sequences)
+        misfits = self._misfits(sequences, num_rows, count)
         if misfits:
             raise ValueError(
                 f"Keys or values of {num_rows} rows and {count} columns were assigned to some layers of this cache, "
                 f"but {', '.join(misfits)}. The layers of a PagedCache have their rows and columns in common: assign "
                 "keys and values of every layer, or call cache.reset()."
             )
-        if (num_rows, count) == _held_shape(batch):
-            _rewrite(batch, {layer: _pair(copy) for layer, copy in changed.items()})
+        if (num_rows, count) == _held_shape(sequences):
+            _rewrite(sequences, {layer: _pair(copy) for layer, copy in changed.items()})
         else:
-            batch.replace({layer: _pair(self.copies[layer]) for layer in batch.holding_layers}, num_rows, count)
+            sequences.replace(
+                {layer: _pair(self.copies[layer]) for layer in sequences.holding_layers}, num_rows, count
+            )
         for layer, copy in list(self.copies.items()):
-            copy.columns = batch.columns
+            copy.columns = sequences.columns
             copy.note_unchanged()
-            if not copy.is_watched or _pair(copy)[0].shape[2] != _width(batch, layer, batch.columns.count):
+            if not copy.is_watched or _pair(copy)[0].shape[2] != _width(sequences, layer, sequences.columns.count):
                 del self.copies[layer]
 
-    def truncated(self, batch: Batch, columns: Columns) -> dict[int, Copy]:
-        """Return the copies as they are with the first columns only, `columns`, which `batch` still has to drop."""
+    def truncated(self, sequences: Sequences, columns: Columns) -> dict[int, Copy]:
+        """Return the copies with the first columns only, `columns`, which `sequences` still has to drop."""
         kept: dict[int, Copy] = {}
         for layer, copy in self.copies.items():
-            width = _width(batch, layer, columns.count)
-            is_beginning = batch.columns.count - _width(batch, layer, batch.columns.count) == columns.count - width
-            if copy.columns is batch.columns and is_beginning and width:
+            width = _width(sequences, layer, columns.count)
+            is_beginning = (
+                sequences.columns.count - _width(sequences, layer, sequences.columns.count) == columns.count - width
+            )
+            if copy.columns is sequences.columns and is_beginning and width:
                 keys, values = _pair(copy)
                 kept[layer] = Copy(columns, keys[:, :, :width], values[:, :, :width])
         return kept
 
-    def _drop_old(self, batch: Batch) -> None:
-        self.copies = {layer: copy for layer, copy in self.copies.items() if copy.columns is batch.columns}
+    def _drop_old(self, sequences: Sequences) -> None:
+        self.copies = {layer: copy for layer, copy in self.copies.items() if copy.columns is sequences.columns}
 
-    def _copy(self, batch: Batch, layer: int) -> Copy:
-        batch.settle()
-        if batch.is_past(layer):
+    def _copy(self, sequences: Sequences, layer: int) -> Copy:
+        sequences.settle()
+        if sequences.is_past(layer):
             raise ValueError(
                 f"Keys or values of layer {layer} were read in the middle of the forward pass that has written them, "
                 "or after one that failed. A PagedCache shows them between two passes: read and change them then; "
                 "after a pass that failed, call cache.roll_back() first."
             )
         copy = self.copies.get(layer)
-        if copy is None or copy.columns is not batch.columns:
+        if copy is None or copy.columns is not sequences.columns:
             # Inference tensors would have no version.
             with torch.inference_mode(False), torch.no_grad():
-                copy = Copy(batch.columns, *batch.copied(layer))
+                copy = Copy(sequences.columns, *sequences.copied(layer))
             self.copies[layer] = copy
         return copy
 
-    def _shape(self, batch: Batch) -> tuple[int, int]:
+    def _shape(self, sequences: Sequences) -> tuple[int, int]:
         """Rows and columns that the layers are to have: others than now if some layer has others."""
-        num_rows, count = _held_shape(batch)
-        windows = batch.pool.layers
+        num_rows, count = _held_shape(sequences)
+        windows = sequences.pool.layers
         for layer in sorted(self.copies, key=lambda layer: windows[layer].window is not None):
             for tensor in self.copies[layer].tensors:
-                if tensor is not None and tensor.shape[::2] != (num_rows, _width(batch, layer, count)):
+                if tensor is not None and tensor.shape[::2] != (num_rows, _width(sequences, layer, count)):
                     return tensor.shape[0], tensor.shape[2]
         return num_rows, count
 
-    def _misfits(self, batch: Batch, num_rows: int, count: int) -> list[str]:
+    def _misfits(self, sequences: Sequences, num_rows: int, count: int) -> list[str]:
         """Say in words which layers don't have these rows and columns."""
         misfits = []
-        is_new = (num_rows, count) != _held_shape(batch)
-        for layer in batch.holding_layers:
+        is_new = (num_rows, count) != _held_shape(sequences)
+        for layer in sequences.holding_layers:
             copy = self.copies.get(layer)
             if copy is None:
                 if is_new:
@@ -223,7 +229,7 @@ class Edits:
             for name, tensor in zip(_NAMES, copy.tensors, strict=True):
                 if tensor is None:
                     misfits.append(f"layer {layer} has no {name}")
-                elif tensor.shape[0] != num_rows or tensor.shape[2] not in (count, _width(batch, layer, count)):
+                elif tensor.shape[0] != num_rows or tensor.shape[2] not in (count, _width(sequences, layer, count)):
                     misfits.append(f"layer {layer} has {name} of {tensor.shape[0]} rows and {tensor.shape[2]} columns")
         return misfits
 
@@ -239,7 +245,7 @@ class _Change:
         tokens: for each storage the keys and values, each `(num_kv_heads, num_tokens, head_dim)`.
     """
 
-    table: PageTable
+    table: BlockTable
     rows: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     tokens: list[tuple[LayerStorage, Tensor, Tensor]]
@@ -289,7 +295,7 @@ class _Change:
 
 
 @torch.no_grad()
-def _rewrite(batch: Batch, edited: dict[int, tuple[Tensor, Tensor]]) -> None:
+def _rewrite(sequences: Sequences, edited: dict[int, tuple[Tensor, Tensor]]) -> None:
     """Write padded keys and values of some layers into their pages, as far as they differ.
 
     Raises:
@@ -297,9 +303,9 @@ def _rewrite(batch: Batch, edited: dict[int, tuple[Tensor, Tensor]]) -> None:
     """
     changes = [
         change
-        for index, table in enumerate(batch.tables)
-        if (layers := {layer: pair for layer, pair in edited.items() if batch.pool.group_of_layer[layer] == index})
-        and (change := _change(batch, table, layers)) is not None
+        for index, table in enumerate(sequences.tables)
+        if (layers := {layer: pair for layer, pair in edited.items() if sequences.pool.group_of_layer[layer] == index})
+        and (change := _change(sequences, table, layers)) is not None
     ]
     shared = [change.shared_pages() for change in changes]
     taken: list[list[int]] = []
@@ -316,10 +322,10 @@ def _rewrite(batch: Batch, edited: dict[int, tuple[Tensor, Tensor]]) -> None:
         change.write()
 
 
-def _change(batch: Batch, table: PageTable, edited: dict[int, tuple[Tensor, Tensor]]) -> _Change | None:
+def _change(sequences: Sequences, table: BlockTable, edited: dict[int, tuple[Tensor, Tensor]]) -> _Change | None:
     """Find the tokens of a group's layers that differ from what the pages hold; None if there are none."""
-    first_column = batch.first_column(next(iter(edited)))
-    positions, absent = token_places(table, batch.columns, first_column)
+    first_column = sequences.first_column(next(iter(edited)))
+    positions, absent = token_places(table, sequences.columns, first_column)
     rows, columns = np.nonzero(~absent)
     positions = positions[rows, columns]
     page_size = table.group.page_size
@@ -328,7 +334,7 @@ def _change(batch: Batch, table: PageTable, edited: dict[int, tuple[Tensor, Tens
     is_new = np.zeros(len(rows), dtype=bool)
     tokens: list[tuple[LayerStorage, Tensor, Tensor]] = []
     for layer, pair in edited.items():
-        storage = batch.pool.storage(layer)
+        storage = sequences.pool.storage(layer)
         assert storage is not None
         index = token_index.to(storage.device)
         keys, values = (tensor.transpose(0, 1).flatten(1, 2).index_select(1, index) for tensor in pair)
@@ -389,13 +395,13 @@ def _version(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _held_shape(batch: Batch) -> tuple[int, int]:
-    return batch.num_rows if batch.columns.count else 0, batch.columns.count
+def _held_shape(sequences: Sequences) -> tuple[int, int]:
+    return sequences.num_rows if sequences.columns.count else 0, sequences.columns.count
 
 
-def _width(batch: Batch, layer: int, count: int) -> int:
+def _width(sequences: Sequences, layer: int, count: int) -> int:
     """Columns that a layer hands out of `count`."""
-    window = batch.pool.layers[layer].window
+    window = sequences.pool.layers[layer].window
     return count if window is None else min(count, window - 1)
 
 

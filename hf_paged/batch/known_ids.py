@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.generation import utils as generation
 
-from hf_paged.batch.columns import Columns
+from hf_paged.batch.padding import Columns
 
 _GLOBALS = vars(generation)  # by which its functions are told from others of the same name
 
@@ -57,11 +57,11 @@ class KnownIds:
         self._first = self._first if self._ids is not None and self._end == begin else begin
         self._ids, self._rows, self._end = ids, None, end
 
-    def begin_pass(self, batch: object, begin: int, num_new: int) -> None:
+    def begin_pass(self, sequences: object, begin: int, num_new: int) -> None:
         """Look for the ids of the pass that begins now.
 
         Args:
-            batch: the rows of the cache.
+            sequences: the rows of the cache.
             begin: columns before the pass.
             num_new: new columns.
         """
@@ -71,7 +71,7 @@ class KnownIds:
             if name is None or frame.f_globals is not _GLOBALS:
                 continue
             local = frame.f_locals
-            if not _is_given(batch, local.get("model_kwargs")):
+            if not _is_given(sequences, local.get("model_kwargs")):
                 return
             ids, is_prompt = local.get(name), frame.f_code.co_name == "_prefill"
             if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -169,8 +169,8 @@ def _is_generate(frame: FrameType) -> bool:
     return frame.f_code.co_name == "generate" and frame.f_globals is _GLOBALS
 
 
-def _is_given(batch: object, inputs: Any) -> bool:
+def _is_given(sequences: object, inputs: Any) -> bool:
     """Whether a loop of `generate()` uses the cache of these rows, and does not only happen to be under way."""
     if not isinstance(inputs, dict):
         return False
-    return any(getattr(inputs.get(name), "_batch", None) is batch for name in ("cache", "past_key_values"))
+    return any(getattr(inputs.get(name), "_sequences", None) is sequences for name in ("cache", "past_key_values"))

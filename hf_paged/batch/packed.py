@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from hf_paged.attention.backends.block_lists import Layout, Tiles
-from hf_paged.attention.backends.tiling import Tiling
-from hf_paged.attention.backends.varlen_sdpa import Segment, segments_of
-from hf_paged.batch.columns import BoolMatrix, Columns, Counts
+from hf_paged.attention.backends.block_list_builder import BlockListBuilder
+from hf_paged.attention.backends.block_lists import BlockLists, Layout
+from hf_paged.attention.backends.varlen_sdpa import VarlenRow, varlen_rows_of
 from hf_paged.batch.duplicates import equal_rows
-from hf_paged.batch.sequences import Batch
+from hf_paged.batch.padding import BoolMatrix, Columns, Counts
+from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.step import Placement, Step, View
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 
 _OWN_WAY = "it makes a pass of its own while it is given a packed one"
 
@@ -60,7 +60,7 @@ class Packing:
         self._begins = self._ends - counts
         places = self._place(rows, np.arange(len(rows)))
         self._tokens = Chunk(ids[rows, new_columns], rows, columns.count + new_columns, places)
-        self._firsts: dict[int, Counts] = {}
+        self._kv_start: dict[int, Counts] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -83,14 +83,14 @@ class Packing:
         columns = np.full(num_rows, self.next_columns.count)
         is_under_way = upcoming < self._ends
         columns[is_under_way] = self._tokens.columns[upcoming[is_under_way]]
-        return self.firsts(window, np.arange(num_rows), columns)
+        return self.kv_start(window, np.arange(num_rows), columns)
 
-    def firsts(self, window: int, rows: Counts, columns: Counts) -> Counts:
+    def kv_start(self, window: int, rows: Counts, columns: Counts) -> Counts:
         """Tokens of each of `rows` that a query in each of `columns` no longer sees through a window."""
-        if window not in self._firsts:
+        if window not in self._kv_start:
             every = np.arange(self.next_columns.count + 1)
-            self._firsts[window] = self.next_columns.num_tokens_before(every + 1 - window, len(self._ends))
-        return np.asarray(self._firsts[window][rows, columns])
+            self._kv_start[window] = self.next_columns.num_tokens_before(every + 1 - window, len(self._ends))
+        return np.asarray(self._kv_start[window][rows, columns])
 
     def _place(self, rows: Counts, tokens: Counts) -> Counts:
         return np.asarray(self._lengths[rows] + tokens - self._begins[rows])
@@ -108,7 +108,7 @@ class PackedStep(Step):
     """
 
     def __init__(
-        self, tables: list[PageTable], columns: Columns, packing: Packing, chunk: Chunk, num_queries: int
+        self, tables: list[BlockTable], columns: Columns, packing: Packing, chunk: Chunk, num_queries: int
     ) -> None:
         super().__init__(View.PAGES, columns, columns, (1, num_queries), True)
         self.counts = np.bincount(chunk.rows, minlength=tables[0].num_rows)
@@ -120,8 +120,8 @@ class PackedStep(Step):
         """See `Step`."""
         return (self.num_rows, self.num_new) == (num_rows, num_new) and new is None
 
-    def settle_twins(self, keys: Tensor, values: Tensor) -> None:
-        """See `Step`. Twins were found by their tokens and are not among the rows."""
+    def settle_duplicates(self, keys: Tensor, values: Tensor) -> None:
+        """See `Step`. Duplicates were found by their tokens and are not among the rows."""
 
     def stored(self, placement: Placement) -> tuple[Counts, Counts, Counts | None]:
         """See `Step`."""
@@ -129,40 +129,40 @@ class PackedStep(Step):
         num_tokens = len(chunk.rows)
         return chunk.rows, chunk.places, None if num_tokens == self.num_new else np.arange(num_tokens)
 
-    def tiles(self, tiling: Tiling, window: int | None, queries: slice, layout: Layout) -> Tiles:
+    def block_lists(self, builder: BlockListBuilder, window: int | None, queries: slice, layout: Layout) -> BlockLists:
         """See `Step`."""
-        return tiling.packed(*self._seen(window, queries), len(range(self.num_new)[queries]), layout)
+        return builder.packed(*self._seen(window, queries), len(range(self.num_new)[queries]), layout)
 
-    def segments(self, table: PageTable, window: int | None, queries: slice) -> list[Segment]:
+    def varlen_rows(self, table: BlockTable, window: int | None, queries: slice) -> list[VarlenRow]:
         """See `Step`."""
-        return segments_of(table, *self._seen(window, queries))
+        return varlen_rows_of(table, *self._seen(window, queries))
 
     def _seen(self, window: int | None, queries: slice) -> tuple[Counts, Counts, Counts | None]:
         """For each query that belongs to a row its row, and the tokens of that up to which and from which it sees."""
         chosen = np.arange(self.num_new)[queries]
         real = chosen[chosen < len(self._chunk.rows)]
         rows, columns = self._chunk.rows[real], self._chunk.columns[real]
-        firsts = None if window is None else self._packing.firsts(window, rows, columns)
-        return rows, self._chunk.places[real] + 1, firsts
+        kv_start = None if window is None else self._packing.kv_start(window, rows, columns)
+        return rows, self._chunk.places[real] + 1, kv_start
 
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
         """Refuse: a mask over the columns of a packed chunk says nothing about its rows."""
         raise NotPackable("it asks for another mask than a causal one or a causal one with a window")
 
 
-class PackedBatch(Batch):
+class PackedSequences(Sequences):
     """The rows of a cache, while new tokens of theirs are computed packed.
 
     They are a fork, so that the cache is as it was if that fails. A row stands for all rows that get the same tokens.
 
     Args:
-        batch: of the cache, which must not write as long as this does.
+        sequences: of the cache, which must not write as long as this does.
     """
 
-    def __init__(self, batch: Batch) -> None:
-        super().__init__(batch.pool)
-        self.become_fork_of(batch)
-        self.supersede(batch)
+    def __init__(self, sequences: Sequences) -> None:
+        super().__init__(sequences.pool)
+        self.become_fork_of(sequences)
+        self.supersede(sequences)
         self._packing: Packing
         self._next_columns: Columns
         self._followed: Counts  # for each row of the cache, which row here stands for it
@@ -197,16 +197,16 @@ class PackedBatch(Batch):
         self._next_columns = columns.extended(new, num_rows, num_new)
         is_new = np.ones((num_rows, num_new), dtype=bool) if new is None else new
         tokens = np.where(is_new, ids.cpu().numpy(), 0)
-        leaders, self._followed = np.unique(equal_rows(self.tables, tokens, new), return_inverse=True)
+        originals, self._followed = np.unique(equal_rows(self.tables, tokens, new), return_inverse=True)
         for table in self.tables:
-            table.select(leaders.tolist())
-        self.columns = columns.selected(leaders.tolist())
+            table.select(originals.tolist())
+        self.columns = columns.selected(originals.tolist())
         self._packing = Packing(
             columns,
-            self._next_columns.selected(leaders.tolist()),
+            self._next_columns.selected(originals.tolist()),
             self.tables[0].lengths.copy(),
-            tokens[leaders],
-            is_new[leaders],
+            tokens[originals],
+            is_new[originals],
         )
         self._reserve(max_tokens)
 
@@ -257,7 +257,9 @@ class PackedBatch(Batch):
         self.columns = self._next_columns
         self.tidy()
 
-    def plan(self, num_rows: int, num_new: int, attention_mask: Tensor | None, num_layers: int | None = None) -> Step:
+    def reserve(
+        self, num_rows: int, num_new: int, attention_mask: Tensor | None, num_layers: int | None = None
+    ) -> Step:
         """Return the pass that has begun.
 
         Raises:
@@ -282,7 +284,7 @@ class PackedBatch(Batch):
     ) -> Step:
         raise NotPackable(_OWN_WAY)
 
-    def _drops(self, table: PageTable) -> bool:
+    def _drops(self, table: BlockTable) -> bool:
         return table.group.window is not None and not self._records_past
 
     def _reserve(self, max_tokens: int) -> None:
@@ -299,7 +301,7 @@ class PackedBatch(Batch):
                     [page for row, num_held in enumerate(held) for page in table.row_pages(row)[num_held:]]
                 )
 
-    def _peak(self, table: PageTable, max_tokens: int) -> int:
+    def _peak(self, table: BlockTable, max_tokens: int) -> int:
         """Pages that a table will hold at once, beside those that it holds now."""
         packing, page_size, window = self._packing, self.pool.page_size, table.group.window
         assert window is not None

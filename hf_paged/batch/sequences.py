@@ -11,22 +11,21 @@ from torch.nn.functional import pad
 
 from hf_paged._torch.inductor import can_compile
 from hf_paged._torch.surroundings import check_surroundings
+from hf_paged.attention.backends.block_list_builder import BlockListBuilder
 from hf_paged.attention.backends.flex import repacks_storage, takes
-from hf_paged.attention.backends.tiling import Tiling
-from hf_paged.batch.columns import BoolMatrix, Columns, Counts
 from hf_paged.batch.edits import Edits
-from hf_paged.batch.gather import gather_columns
 from hf_paged.batch.known_ids import KnownIds
+from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
 from hf_paged.batch.routine import Routine
 from hf_paged.batch.shared import SharedStates
 from hf_paged.batch.step import PaddedStep, Step
 from hf_paged.errors import UnclearPassError
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.storage import LayerStorage
 
 
-class Batch:
+class Sequences:
     """Rows, their padded view, and the step under way.
 
     A step is planned before the first layer and becomes part of the rows when the last layer was written. Layers that
@@ -44,8 +43,8 @@ class Batch:
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
         self.num_layers = len(pool.layers)
-        self.tables = [PageTable(group) for group in pool.groups]
-        self.tilings = {table: Tiling(table) for table in self.tables}
+        self.tables = [BlockTable(group) for group in pool.groups]
+        self.builders = {table: BlockListBuilder(table) for table in self.tables}
         self.columns = Columns()
         self.edits = Edits()
         self._shared: WeakSet[SharedStates] = WeakSet()
@@ -54,7 +53,7 @@ class Batch:
         self._layers = sorted(pool.group_of_layer)
         self._is_planned = False  # whether a mask function of ours has planned the pass under way
         self._is_fanned_out = False  # whether the pass under way made several rows of one
-        self._rehearsed: list[int] | None = None  # layers of the pass under way, if it is only recorded
+        self._captured_layers: list[int] | None = None  # layers of the pass under way, if it is only recorded
         self._records_past = False
         self._absent: frozenset[int] = frozenset()  # layers that hold none of the tokens
         self._missing: set[int] = set()  # layers that the step under way has not written yet
@@ -96,7 +95,9 @@ class Batch:
 
     # One forward pass
 
-    def plan(self, num_rows: int, num_new: int, attention_mask: Tensor | None, num_layers: int | None = None) -> Step:
+    def reserve(
+        self, num_rows: int, num_new: int, attention_mask: Tensor | None, num_layers: int | None = None
+    ) -> Step:
         """Plan a forward pass: check it, reserve its pages, and say which slots its tokens go to.
 
         Args:
@@ -165,13 +166,13 @@ class Batch:
                 f"Layer {layer} was given {num_new} tokens in {num_rows} rows, but this forward pass was planned for "
                 f"{step.num_new} tokens in {step.num_rows} rows."
             )
-        step.settle_twins(keys, values)
+        step.settle_duplicates(keys, values)
         return step
 
     def note_written(self, layer: int) -> None:
         """Note that the step went through a layer."""
-        if self._rehearsed is not None:
-            self._rehearsed.append(layer)
+        if self._captured_layers is not None:
+            self._captured_layers.append(layer)
             return
         self._missing.discard(layer)
         self._last_written = max(layer, self._last_written)
@@ -182,18 +183,18 @@ class Batch:
         return self.step is not None and layer not in self._missing | self._absent
 
     @contextmanager
-    def rehearsing(self) -> Iterator[list[int]]:
+    def capturing(self) -> Iterator[list[int]]:
         """Let a pass be made that writes nothing, as its step is still to come; give the layers it goes through."""
-        self._rehearsed = []
+        self._captured_layers = []
         try:
-            yield self._rehearsed
+            yield self._captured_layers
         finally:
-            self._rehearsed = None
+            self._captured_layers = None
 
     @property
     def has_written_nothing(self) -> bool:
         """Whether no layer has written the step under way, which is no rehearsal."""
-        return self._rehearsed is None and self._last_written < 0
+        return self._captured_layers is None and self._last_written < 0
 
     @property
     def is_untouched(self) -> bool:
@@ -546,10 +547,10 @@ class Batch:
                 "released. Choose rows by batch_select_indices() first."
             )
         mask = None if released is None else torch.from_numpy(~released)[:, None].expand(-1, count)
-        other = Batch(self.pool)
+        other = Sequences(self.pool)
         other.num_layers = max(states) + 1
         try:
-            other.plan(num_rows, count, mask)
+            other.reserve(num_rows, count, mask)
             for layer, pair in states.items():
                 keys, values = (pad(tensor, (0, 0, count - tensor.shape[2], 0)) for tensor in pair)
                 other.write(layer, keys, values)
@@ -559,26 +560,26 @@ class Batch:
         if released is not None:
             self.columns = self.columns.without(np.flatnonzero(released).tolist(), num_rows)
 
-    def become_fork_of(self, other: "Batch") -> None:
+    def become_fork_of(self, other: "Sequences") -> None:
         """Hold what `other` holds, sharing its pages."""
         other.rest()
         self.clear()
         self.tables = [table.fork() for table in other.tables]
-        self.tilings = {table: Tiling(table) for table in self.tables}
+        self.builders = {table: BlockListBuilder(table) for table in self.tables}
         self.columns = other.columns
         self.known_ids = other.known_ids.fork()
         self._records_past = other._records_past
         self.num_layers, self._absent = other.num_layers, other._absent
 
-    def supersede(self, other: "Batch") -> None:
+    def supersede(self, other: "Sequences") -> None:
         """Write behind the tokens of `other` in the pages that both hold, as `other` won't do any more."""
         for table, superseded in zip(self.tables, other.tables, strict=True):
             table.supersede(superseded)
 
-    def exchange(self, other: "Batch") -> None:
+    def exchange(self, other: "Sequences") -> None:
         """Hold what `other` holds, and let it hold what this does."""
         self.tables, other.tables = other.tables, self.tables
-        self.tilings, other.tilings = other.tilings, self.tilings
+        self.builders, other.builders = other.builders, self.builders
         self.columns, other.columns = other.columns, self.columns
         self._absent, other._absent = other._absent, self._absent
         self.known_ids, other.known_ids = other.known_ids, self.known_ids

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_paged.batch.gather import gather_columns
+from hf_paged.batch.padding import gather_columns
 from hf_paged.batch.step import Step
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage
 
 _NOTHING = torch.empty(0)
@@ -29,7 +29,7 @@ class SharedStates:
         pages: its keys and values as attention reads them.
     """
 
-    def __init__(self, step: Step, table: PageTable, storage: LayerStorage, pages: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, step: Step, table: BlockTable, storage: LayerStorage, pages: tuple[Tensor, Tensor]) -> None:
         self._step: Step | None = step
         self._source = table, storage
         self._pages = pages

@@ -7,15 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_paged.attention.backends.block_lists import Layout, Tiles
-from hf_paged.attention.backends.kv_splits import Units
-from hf_paged.attention.backends.tiling import Tiling
-from hf_paged.attention.backends.varlen_sdpa import Segment
-from hf_paged.batch.columns import BoolMatrix, Columns, Counts
-from hf_paged.batch.duplicates import Leaders, confirmed_twins, parted_twins, possible_twins
-from hf_paged.batch.gather import gather_columns
+from hf_paged.attention.backends.block_list_builder import BlockListBuilder
+from hf_paged.attention.backends.block_lists import BlockLists, Layout
+from hf_paged.attention.backends.kv_splits import KVSplits
+from hf_paged.attention.backends.varlen_sdpa import VarlenRow
+from hf_paged.batch.duplicates import Originals, confirmed_duplicates, parted_duplicates, possible_duplicates
+from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
 from hf_paged.errors import OutOfPagesError
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage, Slots
 
 
@@ -52,7 +51,7 @@ class Step(ABC):
         self.num_rows, self.num_new = shape
         self.past_is_visible = past_is_visible
         self.is_cancelled = False
-        self._handed: dict[int, tuple[Tensor, PageTable, LayerStorage]] = {}
+        self._handed: dict[int, tuple[Tensor, BlockTable, LayerStorage]] = {}
 
     @property
     def is_settled(self) -> bool:
@@ -64,7 +63,7 @@ class Step(ABC):
         """Whether this is the plan for these new columns."""
 
     @abstractmethod
-    def settle_twins(self, keys: Tensor, values: Tensor) -> None:
+    def settle_duplicates(self, keys: Tensor, values: Tensor) -> None:
         """Let rows share their pages as long as all layers are given the same for them.
 
         Args:
@@ -85,11 +84,11 @@ class Step(ABC):
         """
 
     @abstractmethod
-    def tiles(self, tiling: Tiling, window: int | None, queries: slice, layout: Layout) -> Tiles:
+    def block_lists(self, builder: BlockListBuilder, window: int | None, queries: slice, layout: Layout) -> BlockLists:
         """Make the block lists of queries that see their row up to themselves.
 
         Args:
-            tiling: of the layer's rows.
+            builder: of the layer's rows.
             window: tokens that a query sees, itself included; None: all before it.
             queries: which of the new columns ask.
             layout: how to stack them.
@@ -98,22 +97,22 @@ class Step(ABC):
             ValueError: if a token is to be seen that was dropped.
         """
 
-    def segments(self, table: PageTable, window: int | None, queries: slice) -> list[Segment] | None:
-        """Cut queries that see their row up to themselves by their rows; arguments as for `tiles`.
+    def varlen_rows(self, table: BlockTable, window: int | None, queries: slice) -> list[VarlenRow] | None:
+        """Cut queries that see their row up to themselves by their rows; arguments as for `block_lists`.
 
         Returns:
-            The segments; None where queries don't come packed.
+            The rows; None where queries don't come packed.
 
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
         return None
 
-    def units(self, tiling: Tiling, window: int | None, queries: slice) -> Units | None:
-        """List the pages that the only query of each row reads; arguments as for `tiles`.
+    def splits(self, builder: BlockListBuilder, window: int | None, queries: slice) -> KVSplits | None:
+        """List the pages that the only query of each row reads; arguments as for `block_lists`.
 
         Returns:
-            The units; None where there are several queries of a row.
+            The splits; None where there are several queries of a row.
 
         Raises:
             ValueError: if a token is to be seen that was dropped.
@@ -168,13 +167,13 @@ class Step(ABC):
         first_column = 0 if window is None else max(0, self.columns.count + 1 - window)
         return gather_columns(storage, table, self.next_columns, first_column)
 
-    def hand_out(self, table: PageTable, storage: LayerStorage) -> tuple[Tensor, Tensor]:
+    def hand_out(self, table: BlockTable, storage: LayerStorage) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a storage, and note that they stand for the pages of these rows."""
         keys, values = storage.tensors
         self._handed[keys.data_ptr()] = keys, table, storage
         return keys, values
 
-    def source_of(self, keys: Tensor, group: int | None) -> tuple[PageTable, LayerStorage | None]:
+    def source_of(self, keys: Tensor, group: int | None) -> tuple[BlockTable, LayerStorage | None]:
         """Return the rows and the storage of the layer that an attention function computes.
 
         Args:
@@ -219,7 +218,7 @@ class PaddedStep(Step):
 
     def __init__(
         self,
-        tables: list[PageTable],
+        tables: list[BlockTable],
         columns: Columns,
         num_new: int,
         new: BoolMatrix | None,
@@ -239,82 +238,82 @@ class PaddedStep(Step):
         starts = tables[0].lengths[:, None]
         if new is None:
             self.counts = np.full(num_rows, num_new, dtype=np.int64)
-            self.limits: Counts = starts + np.arange(1, num_new + 1)
+            self.kv_stop: Counts = starts + np.arange(1, num_new + 1)
         else:
             self.counts = new.sum(axis=1, dtype=np.int64)
             # Padding sees what is before it, as with Transformers' own caches: at the end of a row generate() goes on
             # from what it gives.
-            self.limits = starts + new.cumsum(axis=1)
+            self.kv_stop = starts + new.cumsum(axis=1)
         self.placements = [Placement(table, None if keeps_all else self._unread(table)) for table in tables]
-        self.leaders: Leaders | None = None
-        self._possible_twins = possible_twins(tables, num_new, new)
+        self.originals: Originals | None = None
+        self._possible_duplicates = possible_duplicates(tables, num_new, new)
         self._is_reserved = False
-        if self._possible_twins is None:
+        if self._possible_duplicates is None:
             self._reserve()
 
     @property
     def is_settled(self) -> bool:
         """See `Step`."""
-        return self._is_reserved and self.leaders is None
+        return self._is_reserved and self.originals is None
 
     def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
         """See `Step`."""
         same = self.new is new if self.new is None or new is None else np.array_equal(self.new, new)
         return same and (self.num_rows, self.num_new) == (num_rows, num_new)
 
-    def settle_twins(self, keys: Tensor, values: Tensor) -> None:
+    def settle_duplicates(self, keys: Tensor, values: Tensor) -> None:
         """See `Step`."""
         if self.is_settled:
             return
         if not self._is_reserved:
-            assert self._possible_twins is not None
-            self.leaders = confirmed_twins(self._possible_twins, keys, values)
+            assert self._possible_duplicates is not None
+            self.originals = confirmed_duplicates(self._possible_duplicates, keys, values)
             self._reserve()
         else:
-            assert self.leaders is not None
-            for row in parted_twins(self.leaders, keys, values):
+            assert self.originals is not None
+            for row in parted_duplicates(self.originals, keys, values):
                 for placement in self.placements:
                     placement.table.part(row)
-                self.leaders[row] = row
+                self.originals[row] = row
 
     def stored(self, placement: "Placement") -> tuple[Counts, Counts, Counts | None]:
         """See `Step`."""
         stored, starts = self.new, placement.starts
-        positions = placement.table.lengths[:, None] + np.arange(self.num_new) if stored is None else self.limits - 1
+        positions = placement.table.lengths[:, None] + np.arange(self.num_new) if stored is None else self.kv_stop - 1
         if starts is not None:
             is_kept = positions >= starts[:, None]
             stored = is_kept if stored is None else stored & is_kept
-        if self.leaders is not None:
-            leads = np.broadcast_to((self.leaders == np.arange(self.num_rows))[:, None], positions.shape)
+        if self.originals is not None:
+            leads = np.broadcast_to((self.originals == np.arange(self.num_rows))[:, None], positions.shape)
             stored = leads if stored is None else stored & leads
         if stored is None:
             return np.arange(self.num_rows)[:, None], positions, None
         rows, new_columns = np.nonzero(stored)
         return rows, positions[rows, new_columns], rows * self.num_new + new_columns
 
-    def tiles(self, tiling: Tiling, window: int | None, queries: slice, layout: Layout) -> Tiles:
+    def block_lists(self, builder: BlockListBuilder, window: int | None, queries: slice, layout: Layout) -> BlockLists:
         """See `Step`."""
-        return tiling.causal(*self._seen(window, queries), window, layout)
+        return builder.causal(*self._seen(window, queries), window, layout)
 
-    def units(self, tiling: Tiling, window: int | None, queries: slice) -> Units | None:
+    def splits(self, builder: BlockListBuilder, window: int | None, queries: slice) -> KVSplits | None:
         """See `Step`."""
-        limits, firsts = self._seen(window, queries)
-        if limits.shape[1] > 1:
+        kv_stop, kv_start = self._seen(window, queries)
+        if kv_stop.shape[1] > 1:
             return None
-        return tiling.units(limits[:, 0], None if firsts is None else firsts[:, 0], window)
+        return builder.splits(kv_stop[:, 0], None if kv_start is None else kv_start[:, 0], window)
 
     def _seen(self, window: int | None, queries: slice) -> tuple[Counts, Counts | None]:
         """`(num_rows, num_queries)` tokens of its row up to which each query sees, and from which, None for the first.
 
         Padding may stand so far behind the tokens of its row that it sees none of them through a window.
         """
-        limits = self.limits[:, queries]
+        kv_stop = self.kv_stop[:, queries]
         if window is None:
-            return limits, None
-        firsts = self.firsts(window)[:, queries]
-        return np.where(firsts < limits, limits, 0), firsts
+            return kv_stop, None
+        kv_start = self.kv_start(window)[:, queries]
+        return np.where(kv_start < kv_stop, kv_stop, 0), kv_start
 
-    def firsts(self, window: int) -> Counts:
+    def kv_start(self, window: int) -> Counts:
         """`(num_rows, num_new)` tokens of its row that each query no longer sees through a window."""
         queries = self.columns.count + np.arange(self.num_new)
         return self.next_columns.num_tokens_before(queries + 1 - window, self.num_rows)
@@ -332,12 +331,12 @@ class PaddedStep(Step):
         if real is None:
             by_token[:, :, first_column : self.next_columns.count] = by_column
         else:
-            firsts = real[:, :first_column].sum(axis=1)
+            kv_start = real[:, :first_column].sum(axis=1)
             for row in range(self.num_rows):
-                by_token[row, :, firsts[row] : lengths[row]] = by_column[row][:, real[row, first_column:]]
+                by_token[row, :, kv_start[row] : lengths[row]] = by_column[row][:, real[row, first_column:]]
         return by_token
 
-    def _unread(self, table: PageTable) -> Counts | None:
+    def _unread(self, table: BlockTable) -> Counts | None:
         """`(num_rows,)` new tokens at the beginning of each row that nobody reads from pages; None: none."""
         window, count = table.group.window, self.next_columns.count
         if self.view is not View.NEW or window is None or count < window:
@@ -347,7 +346,7 @@ class PaddedStep(Step):
     def _reserve(self) -> None:
         for done, placement in enumerate(self.placements):
             try:
-                placement.table.reserve(self.counts, placement.starts, self.leaders)
+                placement.table.reserve(self.counts, placement.starts, self.originals)
             except OutOfPagesError:
                 for other in self.placements[:done]:
                     other.table.rollback()
@@ -363,7 +362,7 @@ class Placement:
         starts: `(num_rows,)` tokens at the beginning of each row that are not stored; None: all are.
     """
 
-    def __init__(self, table: PageTable, starts: Counts | None) -> None:
+    def __init__(self, table: BlockTable, starts: Counts | None) -> None:
         self.table = table
         self.starts = starts
         self._version = -1

@@ -6,24 +6,22 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-from hf_paged._torch.dtypes import autocast_dtype
-from hf_paged._torch.dynamo import outside_of_graphs
-from hf_paged.attention.lengths import PastLength, PlannedLength
+from hf_paged._torch.dynamo import autocast_dtype, outside_of_graphs
+from hf_paged._transformers import LayerSpec
 from hf_paged.attention.marks import marked
-from hf_paged.attention.mask import NAME
-from hf_paged.batch.sequences import Batch
-from hf_paged.config import LayerSpec
+from hf_paged.attention.mask import NAME, PastLength, PlannedLength
+from hf_paged.batch.sequences import Sequences
 from hf_paged.pages.storage import holds_pages
 
 
-def layers_over(batch: Batch) -> list[Any]:
+def layers_over(sequences: Sequences) -> list[Any]:
     """Make the layers of a cache, one for each layer of the model, over these rows."""
-    config, specs = batch.pool.config, batch.pool.layers
+    config, specs = sequences.pool.config, sequences.pool.layers
     # Layers that store nothing read what others were handed; a newer configuration says which.
     modes = getattr(config, "kv_sharing_modes", None) or ["store"] * len(specs)
     is_shared = [mode == "store" and not all(spec.stores for spec in specs) for mode in modes]
     return [
-        (SharedLayer if shared else PagedLayer)(batch, index, spec)
+        (SharedLayer if shared else PagedLayer)(sequences, index, spec)
         if spec.stores
         else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
         for index, (spec, shared) in enumerate(zip(specs, is_shared, strict=True))
@@ -34,7 +32,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a `PagedCache`. Its rows, lengths and pages are those of the cache.
 
     Args:
-        batch: the rows of the cache.
+        sequences: the rows of the cache.
         index: which of its layers this is.
         spec: what the layer stores.
     """
@@ -42,24 +40,24 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = True
     is_croppable = False  # not alone; the cache is
 
-    def __init__(self, batch: Batch, index: int, spec: LayerSpec) -> None:
-        self._batch = batch
+    def __init__(self, sequences: Sequences, index: int, spec: LayerSpec) -> None:
+        self._sequences = sequences
         self.index = index
         self.is_sliding = spec.window is not None
 
     @property
     def record_past(self) -> bool:
         """Whether tokens that have left a window are kept, so that `crop` can take back what came after."""
-        return self._batch.records_past
+        return self._sequences.records_past
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self._batch.records_past = value
+        self._sequences.records_past = value
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether there are `keys` and `values`."""
-        return self._batch.pool.storage(self.index) is not None and self.get_seq_length() > 0
+        return self._sequences.pool.storage(self.index) is not None and self.get_seq_length() > 0
 
     @property
     def keys(self) -> Tensor | None:
@@ -84,24 +82,24 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             OutOfPagesError: by the next use of the cache, if there are too few pages for what was changed. It is
                 kept, and tried again at the use after that.
         """
-        return self._batch.edits.read(self._batch, self.index)[0]
+        return self._sequences.edits.read(self._sequences, self.index)[0]
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        self._batch.edits.assign(self._batch, self.index, 0, keys)
+        self._sequences.edits.assign(self._sequences, self.index, 0, keys)
 
     @property
     def values(self) -> Tensor | None:
         """The values, like `keys`."""
-        return self._batch.edits.read(self._batch, self.index)[1]
+        return self._sequences.edits.read(self._sequences, self.index)[1]
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        self._batch.edits.assign(self._batch, self.index, 1, values)
+        self._sequences.edits.assign(self._sequences, self.index, 1, values)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the storage for keys and values like these, `(batch, num_kv_heads, any, head_dim)`."""
-        self._batch.pool.open_storage(self.index, key_states, value_states)
+        """Make the storage for keys and values like these, `(sequences, num_kv_heads, any, head_dim)`."""
+        self._sequences.pool.open_storage(self.index, key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens into their slots.
@@ -133,37 +131,37 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if dtype is not None:
                 key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not torch.compiler.is_dynamo_compiling():
-            return self._batch.write(self.index, key_states, value_states)
-        if self._batch.is_written_by_attention:
+            return self._sequences.write(self.index, key_states, value_states)
+        if self._sequences.is_written_by_attention:
             return marked(key_states, self.index, True), marked(value_states, self.index, False)
-        return _write(self._batch, self.index, key_states, value_states)
+        return _write(self._sequences, self.index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that the next `query_length` queries see together, and the first of them."""
         if torch.compiler.is_dynamo_compiling():
             return self._mask_sizes_between_graphs(query_length)
-        self._batch.begin_pass(self.index)
-        self._batch.known_ids.begin_pass(self._batch, self._batch.columns.count, query_length)
-        first = self._batch.first_column(self.index)
-        length = PlannedLength(self._batch.columns.count - first + query_length, self._batch)
+        self._sequences.begin_pass(self.index)
+        self._sequences.known_ids.begin_pass(self._sequences, self._sequences.columns.count, query_length)
+        first = self._sequences.first_column(self.index)
+        length = PlannedLength(self._sequences.columns.count - first + query_length, self._sequences)
         # That one's mask function is compiled, and dynamo fails at an `int` that is more than an `int`.
-        return (int(length) if self._batch.pool.config._attn_implementation == "flex_attention" else length), first
+        return (int(length) if self._sequences.pool.config._attn_implementation == "flex_attention" else length), first
 
     @outside_of_graphs
     def _mask_sizes_between_graphs(self, query_length: int) -> tuple[int, int]:
         length, first = self.get_mask_sizes(query_length)
         # Transformers' own mask functions are traced, and dynamo fails at an `int` that is more than an `int`.
-        return (length if self._batch.pool.config._attn_implementation == NAME else int(length)), first
+        return (length if self._sequences.pool.config._attn_implementation == NAME else int(length)), first
 
     def get_seq_length(self) -> int:
         """Columns before the forward pass under way, padding included."""
         if torch.compiler.is_dynamo_compiling():
-            return self._batch.columns.count
-        return PastLength(self._batch.count(self.index))
+            return self._sequences.columns.count
+        return PastLength(self._sequences.count(self.index))
 
     def get_max_length(self) -> int:
         """Tokens that fit into the pool; -1 without a bound."""
-        pool = self._batch.pool
+        pool = self._sequences.pool
         return -1 if pool.max_pages is None or self.is_sliding else pool.max_pages * pool.page_size
 
     def offload(self) -> None:
@@ -206,11 +204,11 @@ class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens into their slots; as `PagedLayer.update`, but pages are for attention only."""
-        step = self._batch.step
+        step = self._sequences.step
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling() or step is None or not holds_pages(keys):
             return keys, values
-        return self._batch.share(step, self.index, (keys, values))
+        return self._sequences.share(step, self.index, (keys, values))
 
 
-_write = outside_of_graphs(Batch.write)
+_write = outside_of_graphs(Sequences.write)

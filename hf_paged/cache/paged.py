@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from hf_paged._transformers import num_attention_layers, obstacle
 from hf_paged.attention.mask import NAME
-from hf_paged.batch.sequences import Batch
+from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.layer import PagedLayer, layers_over
 from hf_paged.cache.prefill import prefill
-from hf_paged.config import num_attention_layers, obstacle
 from hf_paged.pages.memory_map import draw
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
@@ -62,9 +62,9 @@ class PagedCache(Cache):
 
     def _hold(self, pool: PagePool) -> None:
         self.pool = pool
-        self._batch = Batch(pool)
+        self._sequences = Sequences(pool)
         self._was_given = False
-        super().__init__(layers=layers_over(self._batch))
+        super().__init__(layers=layers_over(self._sequences))
 
     @classmethod
     def _of_decoder(
@@ -109,7 +109,7 @@ class PagedCache(Cache):
             )
         cache = (PagedEncoderDecoderCache if config.is_encoder_decoder else cls)(config, num_pages, page_size)
         decoder = cache if isinstance(cache, PagedCache) else cache.self_attention_cache
-        decoder._batch.num_layers = num_attention_layers(model, len(decoder.layers))
+        decoder._sequences.num_layers = num_attention_layers(model, len(decoder.layers))
         return cache
 
     def __repr__(self) -> str:
@@ -142,7 +142,7 @@ class PagedCache(Cache):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, padding excluded."""
-        lengths: list[int] = self._batch.lengths.tolist()
+        lengths: list[int] = self._sequences.lengths.tolist()
         return lengths
 
     @property
@@ -172,8 +172,8 @@ class PagedCache(Cache):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         # `generate()` sets this on a cache that it was given, once, before it computes anything.
-        self._batch.settle()
-        self._batch.known_ids.check(self._batch.columns)
+        self._sequences.settle()
+        self._sequences.known_ids.check(self._sequences.columns)
         self._was_given = value
 
     def prefill(
@@ -233,7 +233,7 @@ class PagedCache(Cache):
             ValueError: if they don't fit what is cached; nothing has changed.
         """
         if layer_idx >= len(self.layers):
-            self._batch.take_back(key_states.shape[2])
+            self._sequences.take_back(key_states.shape[2])
             raise ValueError(
                 f"Layer {layer_idx} was given to a PagedCache that was made for a model of {len(self.layers)} layers. "
                 "Make a PagedCache for this model."
@@ -248,11 +248,11 @@ class PagedCache(Cache):
         A pass that hf-paged itself refuses is forgotten at once. Where anything else fails (a layer, a hook, memory,
         an interrupt), nothing tells the cache so, and the next pass is refused until this is called.
         """
-        self._batch.roll_back()
+        self._sequences.roll_back()
 
     def reset(self) -> None:
         """Release all pages; the cache is as new."""
-        self._batch.clear()
+        self._sequences.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last columns.
@@ -264,15 +264,15 @@ class PagedCache(Cache):
             ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
                 have left a sliding window; nothing has changed.
         """
-        self._batch.rest()
-        held = self._batch.columns.count
+        self._sequences.rest()
+        held = self._sequences.columns.count
         if tokens_to_remove > 0 or held + tokens_to_remove < 0:
             raise ValueError(
                 f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "
                 f"below {-held}: minus the number of tokens to remove. To keep n tokens, as a positive number did in "
                 "earlier versions of Transformers, call crop(n - cache.get_seq_length())."
             )
-        self._batch.truncate(held + tokens_to_remove)
+        self._sequences.truncate(held + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row `i` be what row `beam_idx[i]` was; no token is copied.
@@ -283,7 +283,7 @@ class PagedCache(Cache):
         Raises:
             ValueError: if a row does not exist; nothing has changed.
         """
-        self._batch.select(beam_idx.tolist())
+        self._sequences.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows; those that are left out give their pages back.
@@ -294,7 +294,7 @@ class PagedCache(Cache):
         Raises:
             ValueError: if a row does not exist, or the mask has another length; nothing has changed.
         """
-        self._batch.select(self._indices(indices))
+        self._sequences.select(self._indices(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, sharing its pages; the copies of a row follow one another.
@@ -302,7 +302,7 @@ class PagedCache(Cache):
         Args:
             repeats: how often each row is there afterwards.
         """
-        self._batch.select(np.repeat(np.arange(len(self.lengths)), repeats).tolist())
+        self._sequences.select(np.repeat(np.arange(len(self.lengths)), repeats).tolist())
 
     def release(self, rows: Sequence[int] | Tensor) -> None:
         """Give back the pages of rows that are finished, at once.
@@ -316,19 +316,19 @@ class PagedCache(Cache):
         Raises:
             ValueError: if a row does not exist, or the mask has another length; nothing has changed.
         """
-        self._batch.release(self._indices(rows))
+        self._sequences.release(self._indices(rows))
 
     def activate_past_recording(self) -> None:
         """Keep what leaves a sliding window until the next `crop`, so that `crop` can be exact.
 
         Assisted decoding calls this by itself.
         """
-        self._batch.records_past = True
+        self._sequences.records_past = True
 
     def fork(self) -> "PagedCache":
         """Return a cache of its own that holds the same tokens and shares every page until one of them writes."""
         fork = PagedCache._of_decoder(None, None, None, self.pool)
-        fork._batch.become_fork_of(self._batch)
+        fork._sequences.become_fork_of(self._sequences)
         return fork
 
     def _indices(self, rows: Sequence[int] | Tensor) -> list[int]:
@@ -352,7 +352,7 @@ class PagedCache(Cache):
             with a sliding window begin at the first column that the next query sees. Changes of them have no effect,
             see `set`.
         """
-        return self._batch.gather(layer_idx)
+        return self._sequences.gather(layer_idx)
 
     def set(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values into a layer.
@@ -374,12 +374,12 @@ class PagedCache(Cache):
             raise ValueError(
                 f"Layer {layer_idx} stores no keys and values; those that do: {sorted(self.pool.group_of_layer)}."
             )
-        self._batch.edits.set(self._batch, layer_idx, keys, values)
+        self._sequences.edits.set(self._sequences, layer_idx, keys, values)
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
-        self._batch.tidy()
-        return self.pool.account([[table] for table in self._batch.tables])
+        self._sequences.tidy()
+        return self.pool.account([[table] for table in self._sequences.tables])
 
     def memory_map(self, width: int = 64) -> str:
         """Draw the pages of each group of layers, and list the pages of each row.
@@ -387,8 +387,8 @@ class PagedCache(Cache):
         Args:
             width: pages to a line.
         """
-        self._batch.settle()
-        return draw(self._batch.tables, width)
+        self._sequences.settle()
+        return draw(self._sequences.tables, width)
 
 
 def _pool_for(

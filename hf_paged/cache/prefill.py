@@ -18,13 +18,12 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedMod
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged._torch.host_memory import give_back_freed
-from hf_paged._transformers import CACHE
-from hf_paged.batch.packed import Chunk, NotPackable, PackedBatch
-from hf_paged.batch.sequences import Batch
+from hf_paged._transformers import CACHE, layer_specs
+from hf_paged.batch.packed import Chunk, NotPackable, PackedSequences
+from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.layer import layers_over
 from hf_paged.cache.packable import check_model, check_prompt
 from hf_paged.compile.api import MIN_TOKENS, Filling, compiled_filling
-from hf_paged.config import layer_specs
 from hf_paged.errors import OutOfPagesError
 
 if TYPE_CHECKING:
@@ -66,15 +65,15 @@ def prefill(
         OutOfPagesError: if the pool has too few pages.
         ValueError: for arguments that don't fit the cache, or a model that can't be prefilled.
     """
-    batch = cache._batch
+    sequences = cache._sequences
     if max_tokens is None:
         max_tokens = usual_chunk(input_ids.device)
-    _check_fits(model, batch)
+    _check_fits(model, sequences)
     _check_arguments(model, inputs)
-    batch.rest()
-    _check_ids(input_ids, attention_mask, max_tokens, batch.columns.count)
+    sequences.rest()
+    _check_ids(input_ids, attention_mask, max_tokens, sequences.columns.count)
     num_columns = input_ids.shape[1]
-    if num_columns == batch.columns.count + 1:
+    if num_columns == sequences.columns.count + 1:
         return
     filled = cache.fork()
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -91,10 +90,10 @@ def prefill(
         nonlocal was_called, scores
         was_called = True
         try:
-            _compute_packed(generating, batch, filled._batch, input_ids, inputs, max_tokens)
+            _compute_packed(generating, sequences, filled._sequences, input_ids, inputs, max_tokens)
         except NotPackable as reason:
             _say(type(generating).__name__, str(reason))
-            scores = _compute_padded(generating, batch, filled._batch, input_ids, generation_config, inputs)
+            scores = _compute_padded(generating, sequences, filled._sequences, input_ids, generation_config, inputs)
         return input_ids
 
     given: Any = model
@@ -116,14 +115,14 @@ def prefill(
             except OutOfPagesError:
                 is_tried = False
             finally:
-                trial._batch.clear()
+                trial._sequences.clear()
             if not is_tried:  # in the pages that there are; equal rows then no longer share their last one
-                filled._batch.records_past = True
+                filled._sequences.records_past = True
                 generate(generation_config=settings, custom_generate=check, **{CACHE: filled})
-                filled._batch.truncate(num_columns - 1, keeps_past=batch.records_past)
-        batch.exchange(filled._batch)
+                filled._sequences.truncate(num_columns - 1, keeps_past=sequences.records_past)
+        sequences.exchange(filled._sequences)
     finally:
-        filled._batch.clear()
+        filled._sequences.clear()
 
 
 def _check_going_on(
@@ -150,20 +149,20 @@ def _check_going_on(
 
 def _compute_packed(
     model: PreTrainedModel,
-    batch: Batch,
-    filled: Batch,
+    sequences: Sequences,
+    filled: Sequences,
     input_ids: Tensor,
     inputs: dict[str, Any],
     max_tokens: int,
 ) -> None:
-    """Compute the prompt packed, and let `filled`, a fork of `batch`, hold it."""
+    """Compute the prompt packed, and let `filled`, a fork of `sequences`, hold it."""
     decoder = check_model(model)
-    num_cached, num_columns = batch.columns.count, input_ids.shape[1]
+    num_cached, num_columns = sequences.columns.count, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
     attention_mask = inputs.get("attention_mask")
     ids = input_ids[:, num_cached:-1]
     filled.clear()  # or else its pages would be copied, as shared ones
-    packed = PackedBatch(batch)
+    packed = PackedSequences(sequences)
     try:
         packed.pack(ids, None if attention_mask is None else attention_mask[:, :-1], max_tokens)
         _check_rotary(decoder, packed.longest)
@@ -189,20 +188,20 @@ def _compute_packed(
 
 def _compute_padded(
     model: PreTrainedModel,
-    batch: Batch,
-    filled: Batch,
+    sequences: Sequences,
+    filled: Sequences,
     input_ids: Tensor,
     generation_config: Any,
     inputs: dict[str, Any],
 ) -> Tensor | None:
-    """Let `generate()` make its first pass over `filled`, a fork of `batch`, and take the last column back.
+    """Let `generate()` make its first pass over `filled`, a fork of `sequences`, and take the last column back.
 
     Returns:
         `(num_rows, vocab_size)` scores of the last column; None if there are none.
     """
     num_columns = input_ids.shape[1]
-    filled.become_fork_of(batch)
-    filled.supersede(batch)
+    filled.become_fork_of(sequences)
+    filled.supersede(sequences)
     filled.records_past = True
     scores = getattr(model._prefill(input_ids, generation_config, inputs), "logits", None)  # type: ignore[operator]
     filled.rest()
@@ -212,7 +211,7 @@ def _compute_padded(
             "columns, so that generate() could not go on from there. Leave out cache.prefill(): generate() computes "
             "this prompt by itself."
         )
-    filled.truncate(num_columns - 1, keeps_past=batch.records_past)
+    filled.truncate(num_columns - 1, keeps_past=sequences.records_past)
     return None if scores is None else scores[:, -1]
 
 
@@ -272,10 +271,10 @@ def encoder_refused(model: PreTrainedModel) -> ValueError:
     )
 
 
-def _check_fits(model: PreTrainedModel, batch: Batch) -> None:
+def _check_fits(model: PreTrainedModel, sequences: Sequences) -> None:
     if model.config.is_encoder_decoder:
         raise encoder_refused(model)
-    if layer_specs(model.config.get_text_config(decoder=True)) != batch.pool.layers:
+    if layer_specs(model.config.get_text_config(decoder=True)) != sequences.pool.layers:
         raise ValueError(
             f"{type(model).__name__} has other layers than the model that this cache was made for. Make a new "
             "PagedCache for this model."

@@ -1,4 +1,4 @@
-"""Decoding steps of one row on a CPU, recorded once and repeated.
+"""Decoding steps of one row on a CPU, captured once and replayed.
 
 In such a step everything is loops that inductor made, one call for each layer, and the attention of the layers. What
 inductor puts around them makes buffers and views by the hundred, and torch's dispatcher is asked for each attention.
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_inner
 
-from hf_paged._torch.wrapper_replay import Launches, Run, record
-from hf_paged.attention.metadata import Plan
+from hf_paged._torch.wrapper_replay import Run, WrapperReplay, capture
+from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.compile.ops import write_and_attend
 
 
 def compile_step(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-    """Compile as inductor's `compile_fx_inner` does, with steps that are repeated."""
+    """Compile as inductor's `compile_fx_inner` does, with steps that are replayed."""
     compiled: Any = compile_fx_inner(graph, inputs, **options)
-    compiled.current_callable = StepLaunches(compiled.current_callable)
+    compiled.current_callable = StepReplay(compiled.current_callable)
     return compiled
 
 
-class StepLaunches:
+class StepReplay:
     """What inductor made of a decoding step. What it was given is not held between two steps.
 
     Args:
@@ -34,30 +34,30 @@ class StepLaunches:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._launches: Launches | None = None
-        self._is_recorded = False
+        self._wrapper: WrapperReplay | None = None
+        self._is_captured = False
         self._lock = threading.Lock()
 
     def __call__(self, inputs: list[Any]) -> Sequence[Tensor]:
-        """Run the step, or repeat it."""
-        # A recording has one set of buffers, for one thread at a time.
+        """Run the step, or replay it."""
+        # A capture has one set of buffers, for one thread at a time.
         if not self._lock.acquire(blocking=False):
             return self._run(inputs)
         try:
-            if self._launches is not None:
-                return self._repeat(self._launches, inputs)
-            if self._is_recorded or not all(isinstance(value, Tensor | Plan) for value in inputs):
+            if self._wrapper is not None:
+                return self._replay(self._wrapper, inputs)
+            if self._is_captured or not all(isinstance(value, Tensor | AttentionMetadata) for value in inputs):
                 return self._run(inputs)
             operations = {"write_and_attend": write_and_attend}
-            results, self._launches = record(self._run, inputs, inputs.copy(), operations)
-            self._is_recorded = True
+            results, self._wrapper = capture(self._run, inputs, inputs.copy(), operations)
+            self._is_captured = True
             return results
         finally:
             self._lock.release()
 
     @staticmethod
-    def _repeat(launches: Launches, inputs: list[Any]) -> Sequence[Tensor]:
+    def _replay(wrapper: WrapperReplay, inputs: list[Any]) -> Sequence[Tensor]:
         try:
-            return launches.repeat(*inputs)
+            return wrapper.replay(*inputs)
         finally:
-            launches.release()
+            wrapper.release()

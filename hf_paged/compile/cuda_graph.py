@@ -1,4 +1,4 @@
-"""Decoding steps on a GPU, recorded once as a CUDA graph and repeated.
+"""Decoding steps on a GPU, captured once as a CUDA graph and replayed.
 
 A step launches some hundred kernels, and most of them take less time than it takes to launch them. A graph launches
 them all at once. It repeats them with the same addresses and sizes: what changes from step to step (token ids,
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_paged.attention.backends.block_lists import Layout, Tiles
-from hf_paged.attention.metadata import Plan
-from hf_paged.batch.sequences import Batch
+from hf_paged.attention.backends.block_lists import BlockLists, Layout
+from hf_paged.attention.metadata import AttentionMetadata
+from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.step import View
 
 logger = logging.getLogger(__name__)
@@ -47,17 +47,17 @@ class StepGraphs:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the pass, or repeat it."""
-        plans = [value for value in inputs if isinstance(value, Plan)]
-        if self._is_given_up or not plans or not all(map(_is_repeatable, plans)):
+        all_metadata = [value for value in inputs if isinstance(value, AttentionMetadata)]
+        if self._is_given_up or not all_metadata or not all(map(_is_repeatable, all_metadata)):
             return self._run(*inputs)
-        batch = plans[0].batch
+        sequences = all_metadata[0].sequences
         with ExitStack() as stack:
-            for group in batch.pool.groups:
+            for group in sequences.pool.groups:
                 stack.enter_context(group.staying_in_place())
             moving = {index for index, value in enumerate(inputs) if _may_move(value)} - self._written
-            key = _fixed(inputs, moving, batch)
+            key = _fixed(inputs, moving, sequences)
             recording = self._recordings.get(key)
-            if recording is None or not recording.fits(plans):
+            if recording is None or not recording.fits(all_metadata):
                 # The first time kernels are compiled, and it shows which lists of pages are read.
                 versions = {index: inputs[index]._version for index in moving if not inputs[index].is_inference()}
                 outputs = self._run(*inputs)
@@ -65,16 +65,16 @@ class StepGraphs:
                 if written:
                     self._written |= written
                 else:
-                    self._keep(key, _Recording(inputs, moving, plans))
+                    self._keep(key, _Recording(inputs, moving, all_metadata))
                 return outputs
             self._num_unlike = 0
             self._recordings.move_to_end(key)
-            recording.send(inputs, plans)
-            if not recording.is_done and not self._record(recording, inputs, batch):
+            recording.send(inputs, all_metadata)
+            if not recording.is_done and not self._record(recording, inputs, sequences):
                 return self._run(*inputs)
-            outputs = recording.repeat()
+            outputs = recording.replay()
             for layer in recording.layers:
-                batch.note_written(layer)
+                sequences.note_written(layer)
             return outputs
 
     def _keep(self, key: Hashable, recording: "_Recording") -> None:
@@ -89,13 +89,13 @@ class StepGraphs:
         if len(self._recordings) > _MAX_RECORDINGS:
             self._recordings.popitem(last=False)
 
-    def _record(self, recording: "_Recording", inputs: Inputs, batch: Batch) -> bool:
+    def _record(self, recording: "_Recording", inputs: Inputs, sequences: Sequences) -> bool:
         """Record a step, which computes nothing yet; return whether that went well."""
         stream = _stream()
         if stream not in self._pools:
             self._pools[stream] = torch.cuda.graph_pool_handle()
         try:
-            with batch.rehearsing() as recording.layers:
+            with sequences.capturing() as recording.layers:
                 recording.record(self._run, inputs, self._pools[stream])
         except Exception as error:
             self._is_given_up = True
@@ -112,7 +112,7 @@ class _Recording:
     Args:
         inputs: of the pass that has just run.
         moving: which of them are copied.
-        plans: those among them.
+        all_metadata: those among them.
 
     Attributes:
         layers: that the step writes, once it is recorded.
@@ -120,15 +120,15 @@ class _Recording:
 
     layers: list[int]
 
-    def __init__(self, inputs: Inputs, moving: set[int], plans: list[Plan]) -> None:
+    def __init__(self, inputs: Inputs, moving: set[int], all_metadata: list[AttentionMetadata]) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._moving = {index: inputs[index].clone() for index in moving}
-        self._lists: list[tuple[int, int, Layout, int, Tiles]] = [
-            (number, plan.batch.tables.index(table), layout, num_slots, tiles)
-            for number, plan in enumerate(plans)
-            for (table, _, layout, num_slots), tiles in plan.made_tiles.items()
+        self._lists: list[tuple[int, int, Layout, int, BlockLists]] = [
+            (number, metadata.sequences.tables.index(table), layout, num_slots, block_lists)
+            for number, metadata in enumerate(all_metadata)
+            for (table, _, layout, num_slots), block_lists in metadata.made_block_lists.items()
         ]
-        step = plans[0].step
+        step = all_metadata[0].step
         self._device = self._lists[0][2].device
         self._slots: list[tuple[Tensor, Tensor | None]] = []
         for placement in step.placements:
@@ -141,19 +141,20 @@ class _Recording:
         """Whether the step is recorded."""
         return self._graph is not None
 
-    def fits(self, plans: list[Plan]) -> bool:
+    def fits(self, all_metadata: list[AttentionMetadata]) -> bool:
         """Whether the lists of pages for these plans are where they were; makes them."""
         made = (
-            plans[number].tiles(plans[number].batch.tables[group], layout, num_slots) is tiles
-            for number, group, layout, num_slots, tiles in self._lists
+            all_metadata[number].block_lists(all_metadata[number].sequences.tables[group], layout, num_slots)
+            is block_lists
+            for number, group, layout, num_slots, block_lists in self._lists
         )
         return all(made)
 
-    def send(self, inputs: Inputs, plans: list[Plan]) -> None:
+    def send(self, inputs: Inputs, all_metadata: list[AttentionMetadata]) -> None:
         """Copy what changes to where the graph reads it."""
         for index, tensor in self._moving.items():
             tensor.copy_(inputs[index], non_blocking=True)
-        step = plans[0].step
+        step = all_metadata[0].step
         for placement, there in zip(step.placements, self._slots, strict=True):
             placement.send(step, self._device, there)
 
@@ -166,17 +167,17 @@ class _Recording:
             self._outputs = run(*static)
         self._graph = graph
 
-    def repeat(self) -> Any:
+    def replay(self) -> Any:
         """Compute the step that was sent; return what the pass returns, in memory of its own."""
         assert self._graph is not None
         self._graph.replay()
         return type(self._outputs)(value.clone() if isinstance(value, Tensor) else value for value in self._outputs)
 
 
-def _is_repeatable(plan: Plan) -> bool:
-    step = plan.step
-    is_plain = step.num_new == 1 and step.view is View.PAGES and plan.visible is None
-    return is_plain and step.is_settled and plan.batch.is_untouched
+def _is_repeatable(metadata: AttentionMetadata) -> bool:
+    step = metadata.step
+    is_plain = step.num_new == 1 and step.view is View.PAGES and metadata.visible is None
+    return is_plain and step.is_settled and metadata.sequences.is_untouched
 
 
 def _may_move(value: Any) -> bool:
@@ -188,11 +189,11 @@ def _stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-def _fixed(inputs: Inputs, moving: set[int], batch: Batch) -> Hashable:
+def _fixed(inputs: Inputs, moving: set[int], sequences: Sequences) -> Hashable:
     """What a recorded step can't do without: sizes, and the addresses of all that is not moved."""
     fixed: list[Hashable] = [_stream()]
     for index, value in enumerate(inputs):
-        if isinstance(value, Plan):
+        if isinstance(value, AttentionMetadata):
             continue
         if not isinstance(value, Tensor):
             fixed.append(value)
@@ -200,10 +201,10 @@ def _fixed(inputs: Inputs, moving: set[int], batch: Batch) -> Hashable:
             fixed.append((value.shape, value.is_contiguous()))
         else:
             fixed.append(value.data_ptr())
-    for group in batch.pool.groups:
+    for group in sequences.pool.groups:
         for storage in group.storages():
             fixed.append((storage.keys.data_ptr(), storage.values.data_ptr(), storage.num_pages))
-    step = batch.step
+    step = sequences.step
     assert step is not None  # or there would be no plan
     for placement in step.placements:
         slots, token_index = placement.slots(step, torch.device("cpu"))

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from hf_paged.attention.interface import attend, profiled
-from hf_paged.attention.metadata import Plan
+from hf_paged.attention.metadata import AttentionMetadata
 
 
 def write_and_attend(
-    plan: Plan,
+    metadata: AttentionMetadata,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -36,19 +36,19 @@ def write_and_attend(
     """
     with profiled("write_and_attend"):
         if written is None:
-            key, value = plan.batch.write(layer, key, value)
+            key, value = metadata.sequences.write(layer, key, value)
         else:
-            key, value = plan.read(layer, key, value)
-        return attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
+            key, value = metadata.read(layer, key, value)
+        return attend(metadata, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
 
 
-def write_only(plan: Plan, key: Tensor, value: Tensor, layer: int) -> None:
+def write_only(metadata: AttentionMetadata, key: Tensor, value: Tensor, layer: int) -> None:
     """`write_and_attend` where nobody wants the output."""
-    plan.batch.write(layer, key, value)
+    metadata.sequences.write(layer, key, value)
 
 
 def attend_to_others(
-    plan: Plan,
+    metadata: AttentionMetadata,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -63,10 +63,10 @@ def attend_to_others(
     Raises:
         ValueError: if the layer has not been written outside of the graph either.
     """
-    if plan.batch.awaits(layer):
-        plan.batch.roll_back(plan.step)
+    if metadata.sequences.awaits(layer):
+        metadata.sequences.roll_back(metadata.step)
         raise ValueError(changed(layer))
-    return attend(plan, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
+    return attend(metadata, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
 
 
 def changed(layer: int) -> str:
@@ -82,7 +82,7 @@ def new_tokens(tokens: Tensor, layer: int) -> Tensor:
     return tokens.view_as(tokens)
 
 
-def _like_output(plan: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+def _like_output(metadata: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     num_rows, num_heads, num_queries, _ = query.shape
     return query.new_empty(num_rows, num_queries, num_heads, value.shape[3])
 
@@ -138,10 +138,10 @@ class WithoutUnusedAttention(CustomGraphPass):
         for node in reversed(attentions):  # those that wait for another first
             if node.users:
                 continue
-            plan, _, key, value, layer = node.args[:5]
+            metadata, _, key, value, layer = node.args[:5]
             if node.args[9] is None:
                 with graph.inserting_before(node):
-                    graph.call_function(torch.ops.hf_paged.write_only.default, (plan, key, value, layer))
+                    graph.call_function(torch.ops.hf_paged.write_only.default, (metadata, key, value, layer))
             graph.erase_node(node)
         graph.eliminate_dead_code()
 

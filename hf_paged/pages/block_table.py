@@ -45,7 +45,7 @@ class _Rows:
         return [page for row in range(self.count) for page in self.pages(row)]
 
 
-class PageTable:
+class BlockTable:
     """Block tables: for each row its length and the ids of its pages, in order.
 
     Tokens enter in two moves. `reserve` makes room, copying a shared page that will be written; `commit` lets the
@@ -62,7 +62,7 @@ class PageTable:
         self._rows = _Rows(group.page_size)
         # A row's last page may have other holders. Full pages are never written, so they need no look.
         self._tails_may_be_shared = False
-        self._superseded: weakref.ref[PageTable] | None = None
+        self._superseded: weakref.ref[BlockTable] | None = None
         group.register(self)
         finalizer = weakref.finalize(self, _release_rows, group, self._rows)
         finalizer.atexit = False
@@ -105,13 +105,13 @@ class PageTable:
         self.clear()
         self._rows.open(count)
 
-    def reserve(self, counts: Counts, starts: Counts | None = None, leaders: Counts | None = None) -> None:
+    def reserve(self, counts: Counts, starts: Counts | None = None, originals: Counts | None = None) -> None:
         """Make room for `counts[row]` more tokens in each row.
 
         Args:
             counts: `(num_rows,)` tokens.
             starts: `(num_rows,)` tokens at the beginning of empty rows that nobody will read and that get no room.
-            leaders: `(num_rows,)` for each row itself, or an earlier row with the same pages that shall get the
+            originals: `(num_rows,)` for each row itself, or an earlier row with the same pages that shall get the
                 same tokens; then they go on sharing all of their pages, the new ones too.
 
         Raises:
@@ -119,7 +119,7 @@ class PageTable:
         """
         rows, page_size = self._rows, self.group.page_size
         has_room = (rows.lengths + counts <= rows.num_pages * page_size).all()
-        if has_room and starts is None and leaders is None and not self._tails_may_be_shared:
+        if has_room and starts is None and originals is None and not self._tails_may_be_shared:
             return  # as in most steps of decoding
         is_new = not (rows.num_pages > 0).any()
         if starts is not None:
@@ -127,11 +127,11 @@ class PageTable:
             rows.num_pages = starts // page_size
         missing = -(-(rows.lengths + counts) // page_size) - rows.num_pages
         followers: list[int] = []
-        if leaders is not None:
-            followers = np.flatnonzero(leaders != np.arange(rows.count)).tolist()
+        if originals is not None:
+            followers = np.flatnonzero(originals != np.arange(rows.count)).tolist()
             counts, missing = counts.copy(), missing.copy()
             counts[followers] = missing[followers] = 0
-        # Without the followers a page that only twins hold counts as the leader's own, and is not copied.
+        # Without the followers a page that only duplicates hold counts as the leader's own, and is not copied.
         self.group.allocator.release([page for row in followers for page in rows.pages(row)])
         try:
             shared = self._shared_tails(counts) if self._tails_may_be_shared else []
@@ -149,9 +149,9 @@ class PageTable:
             raise
         finally:  # the same pages as before, if there were too few
             for row in followers:
-                leader = int(leaders[row]) if leaders is not None else row
-                rows.block_table[row] = rows.block_table[leader]
-                rows.num_pages[row] = rows.num_pages[leader]
+                original = int(originals[row]) if originals is not None else row
+                rows.block_table[row] = rows.block_table[original]
+                rows.num_pages[row] = rows.num_pages[original]
                 self.group.allocator.retain(rows.pages(row))
         if followers:
             self._tails_may_be_shared = True
@@ -244,9 +244,9 @@ class PageTable:
         rows.count = len(indices)
         self.version += 1
 
-    def fork(self) -> "PageTable":
+    def fork(self) -> "BlockTable":
         """Return a table of its own with the same rows, sharing every page."""
-        copy = PageTable(self.group)
+        copy = BlockTable(self.group)
         self.group.allocator.retain(self._rows.all_pages())
         rows = copy._rows
         rows.block_table = self._rows.block_table.copy()
@@ -257,7 +257,7 @@ class PageTable:
         self._tails_may_be_shared = copy._tails_may_be_shared = True
         return copy
 
-    def supersede(self, other: "PageTable") -> None:
+    def supersede(self, other: "BlockTable") -> None:
         """Write behind the tokens of `other` in the pages that both hold, as `other` won't do any more."""
         self._superseded = weakref.ref(other)
 

@@ -65,7 +65,7 @@ class PageGroup:
         self._storages: dict[int, LayerStorage] = {}
         self._prepared: dict[int, LayerStorage] = {}  # of layers before their first key, in case they are like others
         # The place of a page in its row. Rows that share a page have it at the same place, so one entry is enough.
-        self._page_index = torch.from_numpy(np.zeros(max(1, num_pages), dtype=np.int32))
+        self._physical_to_logical = torch.from_numpy(np.zeros(max(1, num_pages), dtype=np.int32))
         self._page_index_on: dict[torch.device, Tensor] = {}
         self._sink_page: int | None = None
         self._lock = threading.RLock()
@@ -161,18 +161,18 @@ class PageGroup:
     def place(self, pages: Sequence[int], indices: Sequence[int]) -> None:
         """Note that each page is the page number `index` of its row."""
         with self._lock:
-            self._page_index.numpy()[pages] = indices
+            self._physical_to_logical.numpy()[pages] = indices
             for device, mirror in self._page_index_on.items():
                 mirror[torch.tensor(pages, device=device)] = torch.tensor(indices, dtype=torch.int32, device=device)
 
-    def page_index(self, device: torch.device) -> Tensor:
+    def physical_to_logical(self, device: torch.device) -> Tensor:
         """`(num_pages,)` int32: the place of every held page in its row."""
         with self._lock:  # not in the middle of a growth
             if device.type == "cpu":
-                return self._page_index
+                return self._physical_to_logical
             if device not in self._page_index_on:
                 with torch.inference_mode(False):  # it must be writable outside of inference mode too
-                    self._page_index_on[device] = self._page_index.clone().to(device)
+                    self._page_index_on[device] = self._physical_to_logical.clone().to(device)
             return self._page_index_on[device]
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -215,8 +215,10 @@ class PageGroup:
         for holder in self.holders():
             for page, index, _ in holder.held_pages():
                 counts[page] = counts.get(page, 0) + 1
-                if self._page_index[page] != index:
-                    raise RuntimeError(f"Page {page} is page {index} of a row, not {int(self._page_index[page])}.")
+                if self._physical_to_logical[page] != index:
+                    raise RuntimeError(
+                        f"Page {page} is page {index} of a row, not {int(self._physical_to_logical[page])}."
+                    )
         self.allocator.check_integrity(counts)
         for layer, storage in self._storages.items():
             if storage.num_pages < self.num_pages:
@@ -239,8 +241,8 @@ class PageGroup:
         for storage in self._storages.values():
             if storage.num_pages != max(1, num_pages):
                 storage.resize(num_pages)
-        page_index = np.zeros(max(1, num_pages), dtype=np.int32)
-        kept = min(len(page_index), len(self._page_index))
-        page_index[:kept] = self._page_index.numpy()[:kept]
-        self._page_index = torch.from_numpy(page_index)
+        physical_to_logical = np.zeros(max(1, num_pages), dtype=np.int32)
+        kept = min(len(physical_to_logical), len(self._physical_to_logical))
+        physical_to_logical[:kept] = self._physical_to_logical.numpy()[:kept]
+        self._physical_to_logical = torch.from_numpy(physical_to_logical)
         self._page_index_on.clear()

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.group import PageGroup
 
 _LEGEND = "# full   1-9 tenths full   S shared   o held by another cache   . free"
 
 
-def draw(tables: Sequence[PageTable], width: int) -> str:
+def draw(tables: Sequence[BlockTable], width: int) -> str:
     """Draw what the rows of a cache hold in each group of layers.
 
     Args:
@@ -18,7 +18,7 @@ def draw(tables: Sequence[PageTable], width: int) -> str:
     return "\n".join(line for table in tables for line in _lines(table, width, names_group=len(tables) > 1))
 
 
-def _lines(table: PageTable, width: int, names_group: bool) -> list[str]:
+def _lines(table: BlockTable, width: int, names_group: bool) -> list[str]:
     group = table.group
     used: dict[int, int] = {}
     for page, _, num_tokens in table.held_pages():

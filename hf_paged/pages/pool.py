@@ -1,15 +1,20 @@
 """The pages of all layers, which several caches may share."""
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_paged._torch.surroundings import check_dense, check_surroundings
-from hf_paged.config import check_config, check_count, check_page_size, layer_specs
+from hf_paged._transformers import layer_specs
 from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.storage import LayerStorage, disagreement
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+"""Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
 
 
 class PagePool:
@@ -134,3 +139,30 @@ class PagePool:
         """Raise RuntimeError unless every page is free or held, once, by exactly its holders."""
         for group in self.groups:
             group.check_integrity()
+
+
+def check_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return `config` if it is a model's configuration, else raise ValueError."""
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(
+            f"A model's configuration is needed, but a {type(config).__name__} was given. Pass model.config, or call "
+            "PagedCache.from_model(model)."
+        )
+    return config
+
+
+def check_count(name: str, count: Any, least: int) -> int:
+    """Return `count` if it is a whole number of at least `least`, else raise ValueError that names it."""
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+        raise ValueError(f"{name}={count!r} was asked for, but a whole number of at least {least} is needed.")
+    return int(count)
+
+
+def check_page_size(page_size: int) -> int:
+    """Return `page_size` if the kernel can take it, else raise ValueError."""
+    if not isinstance(page_size, int) or page_size not in PAGE_SIZES:
+        raise ValueError(
+            f"page_size={page_size!r} was asked for, but a page must be a tile that the kernel can take: "
+            f"choose one of {', '.join(map(str, PAGE_SIZES))}."
+        )
+    return page_size

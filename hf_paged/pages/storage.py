@@ -39,7 +39,7 @@ class LayerStorage:
     memory is read more slowly.
 
     Args:
-        keys: `(batch, num_kv_heads, num_tokens, head_dim)`; gives the head count, head size, dtype and device.
+        keys: `(sequences, num_kv_heads, num_tokens, head_dim)`; gives the head count, head size, dtype and device.
         values: like `keys`; the head size may differ.
         num_pages: pages to hold.
         page_size: tokens per page.

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from hf_paged._torch import inductor
-from hf_paged.attention.backends.kv_splits import DecodeUnits
-from hf_paged.attention.backends.split_kv import flash_decoding
+from hf_paged.attention.backends.kv_splits import KVSplitBuilder
+from hf_paged.attention.backends.split_kv import split_kv_attention
 
 PAGE = 16
 
 
 class Table:
-    """As much of a page table as units are made from."""
+    """As much of a block table as splits are made from."""
 
     def __init__(self, block_table, page_size=PAGE):
         self.group = SimpleNamespace(page_size=page_size)
@@ -22,15 +22,15 @@ class Table:
         self.version = 0
 
 
-def filled(table, limits, firsts=None):
-    return DecodeUnits(table).fill(np.array(limits), None if firsts is None else np.array(firsts))
+def filled(table, kv_stop, kv_start=None):
+    return KVSplitBuilder(table).fill(np.array(kv_stop), None if kv_start is None else np.array(kv_start))
 
 
-def expected_output(query, keys, values, table, limits, firsts, scale, softcap=None, sinks=None):
+def expected_output(query, keys, values, table, kv_stop, kv_start, scale, softcap=None, sinks=None):
     """Token by token."""
     group = query.shape[1] // keys.shape[1]
     outputs = []
-    for row, (first, limit) in enumerate(zip(firsts, limits, strict=True)):
+    for row, (first, limit) in enumerate(zip(kv_start, kv_stop, strict=True)):
         tokens = np.arange(first, limit)
         page_size = table.group.page_size
         pages = table.block_table[row, tokens // page_size].astype(np.int64)
@@ -47,21 +47,21 @@ def expected_output(query, keys, values, table, limits, firsts, scale, softcap=N
 
 
 def attention_of(
-    table, limits, firsts=None, heads=(2, 3), dims=(16, 16), dtype=torch.float32, num_pages=12, **options
+    table, kv_stop, kv_start=None, heads=(2, 3), dims=(16, 16), dtype=torch.float32, num_pages=12, **options
 ):
     """Output of the kernel, and what it should be."""
     num_kv_heads, group = heads
-    query = torch.randn(len(limits), num_kv_heads * group, 1, dims[0]).to(dtype)
+    query = torch.randn(len(kv_stop), num_kv_heads * group, 1, dims[0]).to(dtype)
     num_slots = num_pages * table.group.page_size
     keys = torch.randn(1, num_kv_heads, num_slots, dims[0]).to(dtype)
     values = torch.randn(1, num_kv_heads, num_slots, dims[1]).to(dtype)
     sinks = torch.randn(num_kv_heads * group) if options.pop("has_sinks", False) else None
     softcap = options.pop("softcap", None)
-    units = filled(table, limits, firsts)
-    attend = flash_decoding(query, keys, values, units, 0.3, softcap, sinks is not None)
+    splits = filled(table, kv_stop, kv_start)
+    attend = split_kv_attention(query, keys, values, splits, 0.3, softcap, sinks is not None)
     output = attend(query, keys, values, sinks)
-    firsts = [0] * len(limits) if firsts is None else firsts
-    return output, expected_output(query, keys, values, table, limits, firsts, 0.3, softcap, sinks)
+    kv_start = [0] * len(kv_stop) if kv_start is None else kv_start
+    return output, expected_output(query, keys, values, table, kv_stop, kv_start, 0.3, softcap, sinks)
 
 
 THREE_ROWS = [[7, 1, 2, 0], [1, 9, 0, 0], [3, 4, 5, 6]]
@@ -73,23 +73,23 @@ def seed():
 
 
 def test_units_are_in_the_order_of_memory():
-    units = filled(Table(THREE_ROWS), [33, 20, 64])
-    assert units.pieces.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 9]
-    assert units.counts.tolist() == [3, 2, 4]
-    for row, count in enumerate(units.counts.tolist()):
-        own = units.by_row[:count, row]
-        assert units.rows[own].tolist() == [row] * count
-        assert units.pieces[own].tolist() == THREE_ROWS[row][:count]
-        assert units.limits[own].tolist()[:-1] == [PAGE] * (count - 1)
-    assert [int(units.limits[units.by_row[count - 1, row]]) for row, count in enumerate([3, 2, 4])] == [1, 4, 16]
+    splits = filled(Table(THREE_ROWS), [33, 20, 64])
+    assert splits.pieces.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert splits.counts.tolist() == [3, 2, 4]
+    for row, count in enumerate(splits.counts.tolist()):
+        own = splits.by_row[:count, row]
+        assert splits.rows[own].tolist() == [row] * count
+        assert splits.pieces[own].tolist() == THREE_ROWS[row][:count]
+        assert splits.kv_stop[own].tolist()[:-1] == [PAGE] * (count - 1)
+    assert [int(splits.kv_stop[splits.by_row[count - 1, row]]) for row, count in enumerate([3, 2, 4])] == [1, 4, 16]
 
 
 def test_units_are_made_anew_only_for_other_pieces():
     table = Table(THREE_ROWS)
-    decode = DecodeUnits(table)
+    decode = KVSplitBuilder(table)
     first = decode.fill(np.array([33, 20, 50]), None)
     assert decode.fill(np.array([34, 21, 51]), None) is first
-    assert int(first.limits[first.by_row[2, 0]]) == 2
+    assert int(first.kv_stop[first.by_row[2, 0]]) == 2
     assert decode.fill(np.array([34, 33, 51]), None) is not first
     table.block_table[1] = [3, 4, 5, 0]
     table.version += 1
@@ -97,29 +97,29 @@ def test_units_are_made_anew_only_for_other_pieces():
 
 
 def test_of_a_large_page_the_pieces_that_are_filled_are_read():
-    units = filled(Table([[5, 2], [3, 0]], page_size=128), [130, 65], [40, 0])
-    assert units.size == 32
-    assert units.pieces.tolist() == [8, 12, 13, 14, 21, 22, 23]
-    assert units.rows.tolist() == [0, 1, 1, 1, 0, 0, 0]
-    assert units.firsts.tolist() == [0, 0, 0, 0, 8, 0, 0]
-    assert units.limits.tolist() == [2, 32, 32, 1, 32, 32, 32]
-    assert units.counts.tolist() == [4, 3]
+    splits = filled(Table([[5, 2], [3, 0]], page_size=128), [130, 65], [40, 0])
+    assert splits.size == 32
+    assert splits.pieces.tolist() == [8, 12, 13, 14, 21, 22, 23]
+    assert splits.rows.tolist() == [0, 1, 1, 1, 0, 0, 0]
+    assert splits.kv_start.tolist() == [0, 0, 0, 0, 8, 0, 0]
+    assert splits.kv_stop.tolist() == [2, 32, 32, 1, 32, 32, 32]
+    assert splits.counts.tolist() == [4, 3]
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 256])
 @pytest.mark.parametrize("window", [None, 40])
 def test_pages_of_any_size(page_size, window):
-    limits = [3 * page_size - 5, 1, 2 * page_size]
-    firsts = None if window is None else [max(0, limit - window) for limit in limits]
-    output, expected = attention_of(Table(THREE_ROWS, page_size), limits, firsts)
+    kv_stop = [3 * page_size - 5, 1, 2 * page_size]
+    kv_start = None if window is None else [max(0, limit - window) for limit in kv_stop]
+    output, expected = attention_of(Table(THREE_ROWS, page_size), kv_stop, kv_start)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("limits", [[1, 1, 1], [16, 17, 15], [33, 20, 64], [64, 1, 32]])
+@pytest.mark.parametrize("kv_stop", [[1, 1, 1], [16, 17, 15], [33, 20, 64], [64, 1, 32]])
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 18, 40])
-def test_page_edges_and_windows(limits, window):
-    firsts = None if window is None else [max(0, limit - window) for limit in limits]
-    output, expected = attention_of(Table(THREE_ROWS), limits, firsts)
+def test_page_edges_and_windows(kv_stop, window):
+    kv_start = None if window is None else [max(0, limit - window) for limit in kv_stop]
+    output, expected = attention_of(Table(THREE_ROWS), kv_stop, kv_start)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -164,8 +164,8 @@ def test_what_is_not_a_number_stays_in_its_row(spoilt):
     query, keys, values = torch.randn(3, 6, 1, 16), torch.randn(1, 2, 160, 16), torch.randn(1, 2, 160, 16)
     values[:, :, spoilt * PAGE : (spoilt + 1) * PAGE] = torch.nan
     keys[:, :, spoilt * PAGE : (spoilt + 1) * PAGE] = torch.inf
-    units = filled(table, [33, 20, 64])
-    output = flash_decoding(query, keys, values, units, 0.3)(query, keys, values, None)
+    splits = filled(table, [33, 20, 64])
+    output = split_kv_attention(query, keys, values, splits, 0.3)(query, keys, values, None)
     assert [bool(row.isfinite().all()) for row in output] == [spoilt not in row for row in THREE_ROWS]
 
 
@@ -173,9 +173,9 @@ def test_extreme_scores():
     table = Table(THREE_ROWS)
     query, keys, values = torch.randn(3, 6, 1, 16), torch.randn(1, 2, 160, 16), torch.randn(1, 2, 160, 16)
     keys *= 1e4
-    limits = [33, 20, 64]
-    output = flash_decoding(query, keys, values, filled(table, limits), 0.3)(query, keys, values, None)
-    expected = expected_output(query, keys, values, table, limits, [0] * 3, 0.3)
+    kv_stop = [33, 20, 64]
+    output = split_kv_attention(query, keys, values, filled(table, kv_stop), 0.3)(query, keys, values, None)
+    expected = expected_output(query, keys, values, table, kv_stop, [0] * 3, 0.3)
     torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
 
 

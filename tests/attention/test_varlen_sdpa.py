@@ -8,12 +8,12 @@ from transformers import LlamaConfig, MistralConfig
 
 from hf_paged import PagePool
 from hf_paged.attention.backends import flex as kernel
+from hf_paged.attention.backends.block_list_builder import BlockListBuilder
 from hf_paged.attention.backends.block_lists import Layout
 from hf_paged.attention.backends.reference import blockwise_attention
-from hf_paged.attention.backends.tiling import Tiling
-from hf_paged.attention.backends.varlen_sdpa import segmented_attention, segments_of
-from hf_paged.batch.columns import Counts
-from hf_paged.pages.block_table import PageTable
+from hf_paged.attention.backends.varlen_sdpa import varlen_attention, varlen_rows_of
+from hf_paged.batch.padding import Counts
+from hf_paged.pages.block_table import BlockTable
 
 CPU = torch.device("cpu")
 CLOSE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 4e-2, "rtol": 4e-2}}
@@ -21,10 +21,10 @@ HELD = [0, 1, 15, 16, 17, 40, 0, 300]
 NEW = [1, 15, 16, 17, 300, 1, 600, 2]
 
 
-def table_of(lengths: list[int], window: int | None = None) -> PageTable:
+def table_of(lengths: list[int], window: int | None = None) -> BlockTable:
     """Rows of these lengths, whose pages of 16 tokens don't follow one another."""
     config = LlamaConfig() if window is None else MistralConfig(sliding_window=window)
-    table = PageTable(PagePool(config, page_size=16).groups[0])
+    table = BlockTable(PagePool(config, page_size=16).groups[0])
     table.open_rows(len(lengths))
     while (table.lengths < lengths).any():
         counts = np.minimum(np.array(lengths) - table.lengths, 16)
@@ -33,14 +33,14 @@ def table_of(lengths: list[int], window: int | None = None) -> PageTable:
     return table
 
 
-def packed(table: PageTable, new: list[int], window: int | None = None) -> tuple[Counts, Counts, Counts | None]:
+def packed(table: BlockTable, new: list[int], window: int | None = None) -> tuple[Counts, Counts, Counts | None]:
     """Rows, limits and firsts of the last `new[row]` tokens of each row."""
     rows = np.repeat(np.arange(len(new)), new)
-    limits = np.concatenate([np.arange(end - count, end) + 1 for count, end in zip(new, table.lengths, strict=True)])
-    return rows, limits, None if window is None else np.maximum(limits - window, 0)
+    kv_stop = np.concatenate([np.arange(end - count, end) + 1 for count, end in zip(new, table.lengths, strict=True)])
+    return rows, kv_stop, None if window is None else np.maximum(kv_stop - window, 0)
 
 
-def storage(table: PageTable, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def storage(table: BlockTable, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     """NaN wherever the rows have no token."""
     tensor = torch.full((1, num_kv_heads, table.group.allocator.num_pages * 16, head_dim), torch.nan, dtype=dtype)
     for row in range(table.num_rows):
@@ -49,14 +49,14 @@ def storage(table: PageTable, num_kv_heads: int, head_dim: int, dtype: torch.dty
     return tensor
 
 
-def slots_of(table: PageTable, row: int) -> list[int]:
+def slots_of(table: BlockTable, row: int) -> list[int]:
     pages = table.row_pages(row)
     return [pages[token // 16] * 16 + token % 16 for token in range(int(table.lengths[row]))]
 
 
 def test_the_example_of_the_docstring():
     table = table_of([3, 105])
-    fresh, continued = segments_of(table, *packed(table, [3, 100]))
+    fresh, continued = varlen_rows_of(table, *packed(table, [3, 100]))
     assert fresh.slots.tolist() == slots_of(table, 0)
     assert continued.slots.tolist() == slots_of(table, 1)
     (block,) = fresh.blocks
@@ -70,23 +70,23 @@ def test_the_example_of_the_docstring():
 
 def test_a_segment_reads_nothing_that_has_left_the_window():
     table = table_of([100], window=10)
-    (segment,) = segments_of(table, *packed(table, [5], 10))
-    assert segment.slots.tolist() == slots_of(table, 0)[86:]
-    (block,) = segment.blocks
-    assert (block.limits - block.firsts).tolist() == [10] * 5
+    (varlen_row,) = varlen_rows_of(table, *packed(table, [5], 10))
+    assert varlen_row.slots.tolist() == slots_of(table, 0)[86:]
+    (block,) = varlen_row.blocks
+    assert (block.kv_stop - block.kv_start).tolist() == [10] * 5
     assert not block.is_causal
-    (single,) = segments_of(table, *packed(table, [1], 10))
+    (single,) = varlen_rows_of(table, *packed(table, [1], 10))
     assert single.slots.tolist() == slots_of(table, 0)[90:]
-    (segment,) = segments_of(table, *packed(table, [80], 10))
-    assert [block.tokens for block in segment.blocks] == [slice(0, 73), slice(64, 89)]
+    (varlen_row,) = varlen_rows_of(table, *packed(table, [80], 10))
+    assert [block.tokens for block in varlen_row.blocks] == [slice(0, 73), slice(64, 89)]
 
 
 def test_a_token_that_was_dropped_can_t_be_seen():
     table = table_of([100], window=10)
     table.drop(np.array([80]))
-    segments_of(table, *packed(table, [5], 10))
+    varlen_rows_of(table, *packed(table, [5], 10))
     with pytest.raises(ValueError, match="have left the window of 10 tokens and were dropped"):
-        segments_of(table, *packed(table, [5], 20))
+        varlen_rows_of(table, *packed(table, [5], 20))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -97,12 +97,12 @@ def test_each_row_is_attended_to_as_if_it_were_alone(dtype, window, heads, softc
     torch.manual_seed(0)
     num_heads, num_kv_heads, head_dim, value_dim = heads
     table = table_of([held + new for held, new in zip(HELD, NEW, strict=True)], window)
-    rows, limits, firsts = packed(table, NEW, window)
+    rows, kv_stop, kv_start = packed(table, NEW, window)
     keys, values = (storage(table, num_kv_heads, size, dtype) for size in (head_dim, value_dim))
     num_queries = len(rows) + 9
     query = torch.randn(1, num_heads, num_queries, head_dim).to(dtype)
     sinks = torch.randn(num_heads).to(dtype) if has_sinks else None
-    attend = segmented_attention(query, values, segments_of(table, rows, limits, firsts), 0.3, softcap, has_sinks)
+    attend = varlen_attention(query, values, varlen_rows_of(table, rows, kv_stop, kv_start), 0.3, softcap, has_sinks)
     output = attend(query, keys, values, sinks)
     assert output.shape == (1, num_queries, num_heads, value_dim)
     assert output.dtype == dtype
@@ -110,9 +110,9 @@ def test_each_row_is_attended_to_as_if_it_were_alone(dtype, window, heads, softc
     for row in range(len(NEW)):
         mine, slots = np.flatnonzero(rows == row), slots_of(table, row)
         tokens = np.arange(len(slots))
-        seen = tokens < limits[mine, None]
-        if firsts is not None:
-            seen &= tokens >= firsts[mine, None]
+        seen = tokens < kv_stop[mine, None]
+        if kv_start is not None:
+            seen &= tokens >= kv_start[mine, None]
         expected = blockwise_attention(
             query[:, :, mine].float(),
             keys[:, :, slots].float(),
@@ -129,14 +129,14 @@ def test_each_row_is_attended_to_as_if_it_were_alone(dtype, window, heads, softc
 def test_queries_that_leave_some_out_see_what_they_see_among_all():
     torch.manual_seed(0)
     table = table_of([held + new for held, new in zip(HELD, NEW, strict=True)])
-    rows, limits, _ = packed(table, NEW)
+    rows, kv_stop, _ = packed(table, NEW)
     keys, values = (storage(table, 2, 16, torch.float32) for _ in range(2))
     query = torch.randn(1, 6, len(rows), 16)
-    segments = segments_of(table, rows, limits, None)
-    expected = segmented_attention(query, values, segments, 0.3)(query, keys, values, None)
+    varlen_rows = varlen_rows_of(table, rows, kv_stop, None)
+    expected = varlen_attention(query, values, varlen_rows, 0.3)(query, keys, values, None)
     for step in (2, 3, 100):
         some = query[:, :, ::step]
-        attend = segmented_attention(some, values, segments_of(table, rows[::step], limits[::step], None), 0.3)
+        attend = varlen_attention(some, values, varlen_rows_of(table, rows[::step], kv_stop[::step], None), 0.3)
         torch.testing.assert_close(attend(some, keys, values, None), expected[:, ::step], **CLOSE[torch.float32])
 
 
@@ -144,13 +144,13 @@ def test_queries_that_leave_some_out_see_what_they_see_among_all():
 def test_tiles_of_the_same_queries_give_the_same(window):
     torch.manual_seed(0)
     table = table_of([held + new for held, new in zip(HELD, NEW, strict=True)], window)
-    rows, limits, firsts = packed(table, NEW, window)
+    rows, kv_stop, kv_start = packed(table, NEW, window)
     keys, values = (storage(table, 2, 16, torch.float32).nan_to_num() for _ in range(2))
     query = torch.randn(1, 6, len(rows) + 9, 16)
-    attend = segmented_attention(query, values, segments_of(table, rows, limits, firsts), 0.3)
-    layout = Layout(group=3, max_tile_rows=kernel.max_tile_rows(query.dtype, CPU), device=CPU, lists_full=True)
-    tiles = Tiling(table).packed(rows, limits, firsts, query.shape[2], layout)
-    in_tiles = kernel.paged_attention(query, keys, values, tiles, 16, 0.3)(query, keys, values, None)
+    attend = varlen_attention(query, values, varlen_rows_of(table, rows, kv_stop, kv_start), 0.3)
+    layout = Layout(gqa_ratio=3, max_tile_rows=kernel.max_tile_rows(query.dtype, CPU), device=CPU, lists_full=True)
+    block_lists = BlockListBuilder(table).packed(rows, kv_stop, kv_start, query.shape[2], layout)
+    in_tiles = kernel.paged_attention(query, keys, values, block_lists, 16, 0.3)(query, keys, values, None)
     expected = attend(query, keys, values, None)
     torch.testing.assert_close(in_tiles[:, : len(rows)], expected[:, : len(rows)], **CLOSE[torch.float32])
 
@@ -159,5 +159,5 @@ def test_queries_of_no_row_alone_give_zeros():
     table = table_of([3])
     rows = np.zeros(0, dtype=np.int64)
     query, keys = torch.randn(1, 6, 4, 16), storage(table, 2, 16, torch.float32)
-    attend = segmented_attention(query, keys, segments_of(table, rows, rows, None), 1.0)
+    attend = varlen_attention(query, keys, varlen_rows_of(table, rows, rows, None), 1.0)
     assert torch.equal(attend(query, keys, keys, None), torch.zeros(1, 4, 6, 16))

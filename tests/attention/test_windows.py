@@ -237,10 +237,10 @@ def test_a_sliding_mask_is_known_by_what_it_is_made_of(mistral):
 
     for window in (5, WINDOW):
         planned = mask(sliding_window_causal_mask_function(window))
-        assert (planned.plan.window, planned.plan.visible) == (window, None)
+        assert (planned.metadata.window, planned.metadata.visible) == (window, None)
     other = mask(narrower)
-    assert other.plan.window is None
-    assert other.plan.visible.sum() == 5
+    assert other.metadata.window is None
+    assert other.metadata.visible.sum() == 5
 
 
 def test_a_mask_that_sees_dropped_tokens_raises(mistral):

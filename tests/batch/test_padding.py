@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_paged.batch.columns import Columns
+from hf_paged.batch.padding import Columns
 
 
 def bools(*rows):

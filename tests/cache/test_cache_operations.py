@@ -42,7 +42,7 @@ def extend(cache, reference, num_new, generator):
 def plan(cache, num_rows, num_new, attention_mask):
     """Plan a forward pass as the mask function does: the length is all that it has of the cache."""
     kv_length, _ = cache.get_mask_sizes(num_new, 0)
-    return kv_length.batch.plan(num_rows, num_new, attention_mask)
+    return kv_length.sequences.reserve(num_rows, num_new, attention_mask)
 
 
 def assert_layers_equal(found, expected):

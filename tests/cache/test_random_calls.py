@@ -80,10 +80,10 @@ class CacheMachine(RuleBasedStateMachine):
         num_rows=st.integers(1, 3),
         num_new=st.sampled_from([1, 1, 2, 15, 16, 17, 33]),
         padding=st.sampled_from(["none", "none", "left", "anywhere"]),
-        twins=st.sampled_from(["none", "none", "all", "two", "in the first layer"]),
+        duplicates=st.sampled_from(["none", "none", "all", "two", "in the first layer"]),
         seed=st.integers(0, 1000),
     )
-    def update(self, which, num_rows, num_new, padding, twins, seed):
+    def update(self, which, num_rows, num_new, padding, duplicates, seed):
         """A forward pass; one row that is cached makes as many of itself as the batch has."""
         cache, reference = self.pick(which)
         num_rows = len(reference.rows) if len(reference.rows) > 1 else num_rows
@@ -97,9 +97,9 @@ class CacheMachine(RuleBasedStateMachine):
                 row[:] = [random_.randrange(2) for _ in row]
         mask, stored = self.step(reference, num_rows, num_new, new)
         layers = random_layers(num_rows, num_new, self.generator)
-        equal = {"none": 1, "two": 2}.get(twins, num_rows)
+        equal = {"none": 1, "two": 2}.get(duplicates, num_rows)
         for layer, (keys, values) in enumerate(layers):
-            if layer == 0 or twins != "in the first layer":
+            if layer == 0 or duplicates != "in the first layer":
                 keys[:equal], values[:equal] = keys[:1].clone(), values[:1].clone()
         fits = self.fits(cache, reference, stored)
         try:
@@ -107,7 +107,7 @@ class CacheMachine(RuleBasedStateMachine):
         except OutOfPagesError:
             assert not fits
             return
-        assert fits or twins != "none"
+        assert fits or duplicates != "none"
         reference.append(layers, new)
 
     @rule(which=st.integers(0, 3), num_rows=st.integers(1, 3), num_new=st.sampled_from([1, 16, 17]))
@@ -118,7 +118,7 @@ class CacheMachine(RuleBasedStateMachine):
         mask, _ = self.step(reference, num_rows, num_new, [[1] * num_new for _ in range(num_rows)])
         kv_length, _ = cache.get_mask_sizes(num_new, 0)
         with contextlib.suppress(OutOfPagesError):
-            kv_length.batch.plan(num_rows, num_new, None if mask is None else torch.tensor(mask))
+            kv_length.sequences.reserve(num_rows, num_new, None if mask is None else torch.tensor(mask))
             cache.update(rubbish, rubbish, 0)
         cache.roll_back()
 

@@ -55,12 +55,19 @@ def test_each_layer_is_stored_where_its_keys_are_and_tables_are_copied_there():
     assert cache.lengths == [40, 40, 40]
     for num_new in (1, 5):
         length, _ = cache.get_mask_sizes(num_new, 0)
-        plan = paged_flex_mask(3, num_new, length, config=config).plan
+        metadata = paged_flex_mask(3, num_new, length, config=config).metadata
         for layer, device in enumerate(devices):
             states = torch.zeros(3, 2, num_new, 16, device=device)
             keys, _ = cache.update(states, states, layer)
-            tiles = plan.tiles(length.batch.tables[0], Layout(3, 127, device, lists_full=False), keys.shape[2])
-            tables = tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen
+            block_lists = metadata.block_lists(
+                length.sequences.tables[0], Layout(3, 127, device, lists_full=False), keys.shape[2]
+            )
+            tables = (
+                block_lists.kv_num_blocks,
+                block_lists.kv_indices,
+                block_lists.physical_to_logical,
+                block_lists.seen,
+            )
             assert {table.device for table in (keys, *tables)} == {device}
 
 

@@ -73,7 +73,7 @@ def test_a_released_row_neither_grows_nor_costs_attention_work(model):
     position = torch.tensor([[40], [21], [0]])
     for column in range(40, 60):
         kv_length, _ = cache.get_mask_sizes(1, 0)
-        tables = kv_length.batch.tables
+        tables = kv_length.sequences.tables
         with torch.no_grad():
             model(
                 ids[:, column : column + 1],
@@ -82,9 +82,9 @@ def test_a_released_row_neither_grows_nor_costs_attention_work(model):
                 attention_mask=mask[:, : column + 1],
             )
         position += 1
-        (tiling,) = kv_length.batch.tilings.values()
-        (decode,) = tiling._units.values()
-        assert decode._units.counts.tolist() == [0, *(-(-tables[0].lengths[1:] // 16))]
+        (builder,) = kv_length.sequences.builders.values()
+        (decode,) = builder._splits.values()
+        assert decode._splits.counts.tolist() == [0, *(-(-tables[0].lengths[1:] // 16))]
         assert tables[0].row_pages(0) == []
     assert cache.lengths == [0, 41, 20]
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from hf_paged import OutOfPagesError, PagedCache
 from hf_paged.compile.api import compiled
-from hf_paged.compile.cpu_replay import StepLaunches
+from hf_paged.compile.cpu_replay import StepReplay
 from tests.models import generate, random_ids, tiny_llama, tiny_model
 
 NUM_LAYERS = 3
@@ -27,13 +27,13 @@ NUM_LAYERS = 3
 def repeated(monkeypatch):
     """Names of the threads that repeated a step, one for each time."""
     threads = []
-    repeat = StepLaunches._repeat
+    repeat = StepReplay._replay
 
-    def counted(launches, inputs):
+    def counted(wrapper, inputs):
         threads.append(threading.current_thread().name)
-        return repeat(launches, inputs)
+        return repeat(wrapper, inputs)
 
-    monkeypatch.setattr(StepLaunches, "_repeat", staticmethod(counted))
+    monkeypatch.setattr(StepReplay, "_replay", staticmethod(counted))
     return threads
 
 
@@ -127,7 +127,7 @@ def test_a_step_that_fails_between_layers_leaves_nothing_behind(llama, reference
     expected = plain_tokens(reference, ids)
     cache = PagedCache.from_model(llama, page_size=16)
     generate(llama, "paged_flex", cache, ids, max_new_tokens=8)
-    write = type(cache._batch).write
+    write = type(cache._sequences).write
 
     def fail(batch, layer, *states):
         if layer == 1:
@@ -135,7 +135,7 @@ def test_a_step_that_fails_between_layers_leaves_nothing_behind(llama, reference
         return write(batch, layer, *states)
 
     with monkeypatch.context() as context:
-        context.setattr(type(cache._batch), "write", fail)
+        context.setattr(type(cache._sequences), "write", fail)
         with pytest.raises(KeyboardInterrupt):
             generate(llama, "paged_flex", cache, expected[:, :28], max_new_tokens=2)
     cache.roll_back()
@@ -171,7 +171,7 @@ def cpp_fused_double(source, target):
 
 
 def test_a_thread_that_comes_while_another_one_repeats_does_not_share_its_buffers(repeated):
-    step, results = StepLaunches(Loops().call), []
+    step, results = StepReplay(Loops().call), []
     step([torch.ones(4)])
     other = threading.Thread(target=lambda: results.extend(step([torch.full((4,), 5.0)])), name="other")
     other.start()

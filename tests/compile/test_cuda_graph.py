@@ -36,18 +36,18 @@ def steps(way, monkeypatch):
     torch._dynamo.reset()
     counts = {"recorded": 0, "repeated": 0}
     recording = cuda_graphs._Recording
-    send, record, repeat = recording.send, recording.record, recording.repeat
+    send, record, repeat = recording.send, recording.record, recording.replay
 
-    def send_and_remember(self, inputs, plans):
-        send(self, inputs, plans)
+    def send_and_remember(self, inputs, all_metadata):
+        send(self, inputs, all_metadata)
         self._inputs = [self._moving.get(index, value) for index, value in enumerate(inputs)]
-        self._batch = plans[0].batch
+        self._sequences = all_metadata[0].sequences
 
     def keep(self, run, inputs, pool):
         self._graph = run
 
     def run_again(self):
-        with self._batch.rehearsing() as self.layers:
+        with self._sequences.capturing() as self.layers:
             return self._graph(*self._inputs)
 
     if way != "cuda":
@@ -70,7 +70,7 @@ def steps(way, monkeypatch):
         return repeat(self)
 
     monkeypatch.setattr(recording, "record", counted_record)
-    monkeypatch.setattr(recording, "repeat", counted_repeat)
+    monkeypatch.setattr(recording, "replay", counted_repeat)
     return counts
 
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from hf_paged._torch import inductor
-from hf_paged._torch.wrapper_replay import record
-from hf_paged.attention.backends.kv_splits import Units
-from hf_paged.attention.backends.split_kv import flash_decoding
+from hf_paged._torch.wrapper_replay import capture
+from hf_paged.attention.backends.kv_splits import KVSplits
+from hf_paged.attention.backends.split_kv import split_kv_attention
 
 
-def units(num_rows, num_places):
+def splits(num_rows, num_places):
     rows = torch.arange(num_rows).repeat_interleave(num_places)
-    limits = torch.full((len(rows),), 16, dtype=torch.int32)
-    limits[-1] = 5
+    kv_stop = torch.full((len(rows),), 16, dtype=torch.int32)
+    kv_stop[-1] = 5
     by_row = torch.arange(len(rows)).view(num_rows, -1).t().contiguous()
     counts = torch.full((num_rows,), num_places)
-    return Units(16, torch.arange(len(rows)), rows, torch.zeros_like(limits), limits, by_row, counts)
+    return KVSplits(16, torch.arange(len(rows)), rows, torch.zeros_like(kv_stop), kv_stop, by_row, counts)
 
 
 def tensors(num_rows, num_heads, num_kv_heads, seed, has_sinks):
@@ -33,11 +33,11 @@ def recorded(monkeypatch):
     made = []
 
     def keep(*arguments):
-        output, launches = record(*arguments)
-        made.append(launches)
-        return output, launches
+        output, replay = capture(*arguments)
+        made.append(replay)
+        return output, replay
 
-    monkeypatch.setattr(inductor, "record", keep)
+    monkeypatch.setattr(inductor, "capture", keep)
     return made
 
 
@@ -46,15 +46,15 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_other_layers_get_what_they_would_get_alone(num_rows, num_heads, num_kv_heads, has_sinks, recorded):
     layers = [tensors(num_rows, num_heads, num_kv_heads, seed, has_sinks) for seed in range(3)]
-    lists = units(num_rows, 3)
+    lists = splits(num_rows, 3)
 
     def made_for(layer):
         query, keys, values, sinks = layer
-        return flash_decoding(query, keys, values, lists, 0.2, has_sinks=sinks is not None)
+        return split_kv_attention(query, keys, values, lists, 0.2, has_sinks=sinks is not None)
 
     attend = made_for(layers[0])
     together = [attend(*layer) for layer in layers]
-    assert [launches is not None for launches in recorded] == [True]
+    assert [replay is not None for replay in recorded] == [True]
     for layer, output in zip(layers, together, strict=True):
         assert torch.equal(made_for(layer)(*layer), output)
 
@@ -141,9 +141,9 @@ class WithOperation:
 
 def test_a_result_stays_when_it_is_repeated():
     source, other = torch.arange(4.0), torch.arange(4.0) + 10
-    (first,), launches = record(Loops().call, [source], [source])
-    (second,) = launches.repeat(other)
-    (third,) = launches.repeat(source)
+    (first,), replay = capture(Loops().call, [source], [source])
+    (second,) = replay.replay(other)
+    (third,) = replay.replay(source)
     assert torch.equal(second, 2 * other)
     assert torch.equal(first, 2 * source)
     assert torch.equal(third, 2 * source)
@@ -152,8 +152,8 @@ def test_a_result_stays_when_it_is_repeated():
 @pytest.mark.parametrize("runner", [MoreThanLoops, PartOfAnInput, PartOfTheResult, NothingOfTheResult])
 def test_what_may_be_more_than_loops_over_whole_tensors_is_not_repeated(runner):
     source = torch.arange(4.0)
-    (result,), launches = record(runner().call, [source], [source])
-    assert launches is None
+    (result,), replay = capture(runner().call, [source], [source])
+    assert replay is None
     assert torch.equal(result, runner().call([source])[0])
 
 
@@ -171,36 +171,36 @@ def test_named_operations_are_called_again(modes):
     operations = {"changed_by": changed_by}
     inputs = Summand(1.0), torch.arange(4.0)
     with torch.inference_mode(modes[0]):
-        (first,), launches = record(WithOperation().call, list(inputs), inputs, operations)
+        (first,), replay = capture(WithOperation().call, list(inputs), inputs, operations)
     with torch.inference_mode(modes[1]):
-        (second,) = launches.repeat(Summand(5.0), torch.arange(4.0) + 10)
+        (second,) = replay.replay(Summand(5.0), torch.arange(4.0) + 10)
     assert torch.equal(first, 2 * (-2 * torch.arange(4.0) - 1))
     assert torch.equal(second, 2 * (-2 * (torch.arange(4.0) + 10) - 5))
 
 
 def test_operations_that_are_not_named_are_not_repeated():
     with pytest.raises(AttributeError, match="changed_by"):
-        record(WithOperation().call, [Summand(1.0), torch.arange(4.0)], [])
-    assert record(AnotherOperation().call, [torch.arange(4.0)], [])[1] is None
+        capture(WithOperation().call, [Summand(1.0), torch.arange(4.0)], [])
+    assert capture(AnotherOperation().call, [torch.arange(4.0)], [])[1] is None
 
 
 def test_what_was_given_is_not_held_after_a_release():
     summand, operations = Summand(1.0), {"changed_by": changed_by}
-    (result,), launches = record(WithOperation().call, [summand, torch.arange(4.0)], [summand], operations)
+    (result,), replay = capture(WithOperation().call, [summand, torch.arange(4.0)], [summand], operations)
     ends = weakref.ref(summand), weakref.ref(result)
     del summand, result
     assert [end() for end in ends] == [None, None]
     other = Summand(2.0)
-    (result,) = launches.repeat(other)
+    (result,) = replay.replay(other)
     ends = weakref.ref(other), weakref.ref(result)
     del other, result
     assert ends[0]() is not None
-    launches.release()
+    replay.release()
     assert [end() for end in ends] == [None, None]
 
 
 def test_a_function_that_is_no_method_is_only_called():
     source = torch.arange(4.0)
-    (result,), launches = record(lambda inputs: (inputs[0] + 1,), [source], [source])
+    (result,), replay = capture(lambda inputs: (inputs[0] + 1,), [source], [source])
     assert torch.equal(result, source + 1)
-    assert launches is None
+    assert replay is None

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hf_paged import OutOfPagesError
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 from tests.reference import (
     EDGES,
     append_ids,
@@ -258,7 +258,7 @@ def test_a_row_shortened_into_a_shared_page_copies_it_before_writing(copies):
     assert read_ids(fork) == rows_of(33)
 
 
-@pytest.mark.parametrize("let_go", [PageTable.clear, None], ids=["cleared", "deleted"])
+@pytest.mark.parametrize("let_go", [BlockTable.clear, None], ids=["cleared", "deleted"])
 def test_the_last_holder_writes_in_place(let_go, copies):
     pool = open_pool(num_pages=1)
     recorded = copies(pool)
@@ -346,12 +346,12 @@ def test_too_large_a_reservation_leaves_everything_as_it_was(more, needed, copie
 
 def test_new_rows_leave_the_watermark_but_running_rows_may_use_it():
     pool = open_pool(num_pages=3, watermark=1)
-    table = PageTable(pool.groups[0])
+    table = BlockTable(pool.groups[0])
     table.open_rows(1)
     with pytest.raises(OutOfPagesError, match=r"needs 3 more pages, but 3 of 3 are free \(1 of them held back"):
         table.reserve(counts(33))
     append_ids(table, rows_of(32))
-    other = PageTable(pool.groups[0])
+    other = BlockTable(pool.groups[0])
     other.open_rows(1)
     with pytest.raises(OutOfPagesError, match=r"needs 1 more pages, but 1 of 3 are free \(1 of them held back"):
         other.reserve(counts(1))
@@ -439,7 +439,7 @@ class TableMachine(RuleBasedStateMachine):
     @initialize(num_pages=st.sampled_from([None, 6, 12]), num_rows=st.integers(1, 3))
     def build(self, num_pages, num_rows):
         self.pool = open_pool(num_pages)
-        table = PageTable(self.pool.groups[0])
+        table = BlockTable(self.pool.groups[0])
         table.open_rows(num_rows)
         self.tables = [(table, [[] for _ in range(num_rows)])]
         self.next_id = 0

@@ -9,7 +9,7 @@ import torch
 from transformers import MambaConfig
 
 from hf_paged import OutOfPagesError, PagePool
-from hf_paged.pages.block_table import PageTable
+from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.group import PageGroup
 from hf_paged.pages.storage import LayerStorage
 from tests.reference import (
@@ -114,7 +114,7 @@ def test_a_prompt_on_a_cpu_leaves_room_for_what_follows_before_anything_must_be_
     like = torch.zeros(1, 1, 1, 2)
     storages = [group.open_storage(layer, like, like) for layer in (0, 1)]
     assert [storage.num_pages for storage in storages] == [group.num_pages] * 2 == [expected] * 2
-    assert len(group.page_index(torch.device("cpu"))) == expected
+    assert len(group.physical_to_logical(torch.device("cpu"))) == expected
     tensors = [storage.keys for storage in storages]
     pages += group.take(expected - 40)
     assert all(storage.keys is held for storage, held in zip(storages, tensors, strict=True))
@@ -248,7 +248,7 @@ def test_every_held_page_knows_its_place_in_its_row():
     table = numbered_table(pool, 40, 5, 17)
     table.select([0, 0, 2])
     append_ids(table, [[1], [2], [3]])
-    index = pool.groups[0].page_index(torch.device("cpu"))
+    index = pool.groups[0].physical_to_logical(torch.device("cpu"))
     for row in range(3):
         assert index[table.row_pages(row)].tolist() == list(range(len(table.row_pages(row))))
 
@@ -260,11 +260,11 @@ def test_page_places_are_mirrored_on_other_devices(is_inference):
     table = numbered_table(pool, 5)
     meta = torch.device("meta")
     with torch.inference_mode(is_inference):
-        mirror = pool.groups[0].page_index(meta)
+        mirror = pool.groups[0].physical_to_logical(meta)
     append_ids(table, [list(range(5, 40))])
-    assert pool.groups[0].page_index(meta) is mirror
+    assert pool.groups[0].physical_to_logical(meta) is mirror
     append_ids(table, [list(range(40, 16 * 40))])
-    assert pool.groups[0].page_index(meta).shape == (pool.num_pages,)
+    assert pool.groups[0].physical_to_logical(meta).shape == (pool.num_pages,)
 
 
 def test_a_pool_grown_under_inference_mode_works_outside_of_it():
@@ -405,7 +405,7 @@ class Worker:
 
     def open(self):
         num_rows = self.random.randrange(1, 4)
-        table = PageTable(self.pool.groups[0])
+        table = BlockTable(self.pool.groups[0])
         table.open_rows(num_rows)
         self.tables.append((table, [[] for _ in range(num_rows)]))
 

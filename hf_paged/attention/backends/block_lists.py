@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hf_paged.attention.backends.query_tiles import Seats
-from hf_paged.batch.columns import Counts
-from hf_paged.pages.block_table import PageTable
+from hf_paged.attention.backends.query_tiles import QueryTiles
+from hf_paged.batch.padding import Counts
+from hf_paged.pages.block_table import BlockTable
 
 Pages = npt.NDArray[np.int32]
 
@@ -23,34 +23,34 @@ MIN_WIDTH = 2  # of a list: a size of 1 would need a kernel of its own
 
 
 @dataclass
-class Tiles:
+class BlockLists:
     """One step's lists of pages on one device.
 
     Attributes:
-        num_full: `(num_tiles, 1, 1)` int32, pages that a tile reads without a mask, since all of its queries see them
-            whole; None where all pages are listed as partial.
-        full: `(num_tiles, 1, 1, width)` int32, their ids; None likewise.
-        num_partial: `(num_tiles, 1, 1)` int32, pages that a tile reads under the mask.
-        partial: `(num_tiles, 1, 1, width)` int32, their ids.
-        page_index: `(num_pages,)` int32, the place of each page in its row; -1 for the sink page.
+        full_kv_num_blocks: `(num_tiles, 1, 1)` int32, pages that a tile reads without a mask, since all of its
+            queries see them whole; None where all pages are listed as partial.
+        full_kv_indices: `(num_tiles, 1, 1, width)` int32, their ids; None likewise.
+        kv_num_blocks: `(num_tiles, 1, 1)` int32, pages that a tile reads under the mask.
+        kv_indices: `(num_tiles, 1, 1, width)` int32, their ids.
+        physical_to_logical: `(num_pages,)` int32, the place of each page in its row; -1 for the sink page.
         seen: what a query sees of its row in partial pages. `(num_tiles, tile_rows, 2)` int32: the tokens before the
             first number and not before the second; or `(num_tiles, tile_length, max_tokens)` bool: each token or not.
         tile_length: query tokens of a tile.
         tiles_per_row: tiles of one row.
-        group: query heads stacked on one key/value head.
-        seats: where packed queries are in the tiles; None for those of a padded batch.
+        gqa_ratio: query heads stacked on one key/value head.
+        query_tiles: where packed queries are in the tiles; None for those of a padded batch.
     """
 
-    num_full: Tensor | None
-    full: Tensor | None
-    num_partial: Tensor
-    partial: Tensor
-    page_index: Tensor
+    full_kv_num_blocks: Tensor | None
+    full_kv_indices: Tensor | None
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    physical_to_logical: Tensor
     seen: Tensor
     tile_length: int
     tiles_per_row: int
-    group: int
-    seats: Seats | None = None
+    gqa_ratio: int
+    query_tiles: QueryTiles | None = None
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Layout:
     """What a layer wants its tiles to be like.
 
     Attributes:
-        group: query heads on one key/value head.
+        gqa_ratio: query heads on one key/value head.
         max_tile_rows: stacked queries that fit into one tile.
         device: where the kernel runs.
         lists_full: whether full pages have a list of their own; only on a CPU.
         sink_page: page that every tile reads beside those of its row; None without attention sinks.
     """
 
-    group: int
+    gqa_ratio: int
     max_tile_rows: int
     device: torch.device
     lists_full: bool
@@ -84,6 +84,6 @@ def listed(pages: Pages, places: Counts) -> Pages:
     return np.take_along_axis(pages, np.minimum(places, pages.shape[1] - 1), axis=1)
 
 
-def pages_in_window(table: PageTable, window: int) -> int:
+def pages_in_window(table: BlockTable, window: int) -> int:
     """Pages of a row that the window of one query reaches into at most."""
     return (window - 2) // table.group.page_size + 2

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hf_paged._torch.inductor import Kernel, compiled_kernel
-from hf_paged.attention.backends.block_lists import Tiles
-from hf_paged.attention.backends.stacks import fill_up, stack, unstack
+from hf_paged.attention.backends.block_lists import BlockLists
 
 _QUERY_BLOCK = 128
 # FlexAttention's decoding kernel on GPU takes fewer than 128 rows; with fewer always, no size decides on the kernel.
@@ -30,7 +29,7 @@ class Variant:
         device: where it runs.
         dtype: of queries, keys and values.
         num_kv_heads: key/value heads.
-        group: query heads on one key/value head.
+        gqa_ratio: query heads on one key/value head.
         head_dims: head size of the keys and of the values.
         page_size: tokens per page.
         scale: factor on the scores.
@@ -44,7 +43,7 @@ class Variant:
     device: torch.device
     dtype: torch.dtype
     num_kv_heads: int
-    group: int
+    gqa_ratio: int
     head_dims: tuple[int, int]
     page_size: int
     scale: float
@@ -85,11 +84,11 @@ class _Arguments(NamedTuple):
     query: Tensor
     keys: Tensor
     values: Tensor
-    num_full: Tensor | None
-    full: Tensor | None
-    num_partial: Tensor
-    partial: Tensor
-    page_index: Tensor
+    full_kv_num_blocks: Tensor | None
+    full_kv_indices: Tensor | None
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    physical_to_logical: Tensor
     seen: Tensor
     sinks: Tensor
 
@@ -112,7 +111,7 @@ def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    tiles: Tiles,
+    block_lists: BlockLists,
     page_size: int,
     scale: float,
     softcap: float | None = None,
@@ -122,13 +121,13 @@ def paged_attention(
 
     Args:
         query: `(num_rows, num_heads, num_queries, head_dim)`.
-        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `tiles` says.
+        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `block_lists` says.
         values: `(1, num_kv_heads, num_slots, value_head_dim)`.
-        tiles: the pages to read, for `num_queries` queries and `num_heads // num_kv_heads` as group.
+        block_lists: the pages to read, for `num_queries` queries and `num_heads // num_kv_heads` as gqa_ratio.
         page_size: tokens per page.
         scale: factor on the scores.
         softcap: bound of the scores; None without.
-        has_sinks: whether there are attention sinks. The sink page of `tiles` is their token.
+        has_sinks: whether there are attention sinks. The sink page of `block_lists` is their token.
 
     Raises:
         ValueError: for a dtype that FlexAttention does not take.
@@ -141,67 +140,80 @@ def paged_attention(
             f"Packed queries in {query.dtype} were given on {query.device.type}, where FlexAttention is to compute "
             "them, but it takes float32, bfloat16 and float16. Let generate() compute the prompt by itself."
         )
-    seats = tiles.seats
-    if seats is not None:
-        query = seats.spread(query)
+    query_tiles = block_lists.query_tiles
+    if query_tiles is not None:
+        query = query_tiles.spread(query)
     variant = Variant(
         device=query.device,
         dtype=query.dtype,
         num_kv_heads=keys.shape[1],
-        group=tiles.group,
+        gqa_ratio=block_lists.gqa_ratio,
         head_dims=(keys.shape[3], values.shape[3]),
         page_size=page_size,
         scale=scale,
         softcap=softcap,
-        is_dense=tiles.seen.dtype == torch.bool,
+        is_dense=block_lists.seen.dtype == torch.bool,
         has_sinks=has_sinks,
-        lists_full=tiles.full is not None,
-        num_tiles=_fixed_num_tiles(query.shape[2], tiles),
+        lists_full=block_lists.full_kv_indices is not None,
+        num_tiles=_fixed_num_tiles(query.shape[2], block_lists),
     )
-    lists = (tiles.num_full, tiles.full, tiles.num_partial, tiles.partial, tiles.page_index, tiles.seen)
+    lists = (
+        block_lists.full_kv_num_blocks,
+        block_lists.full_kv_indices,
+        block_lists.kv_num_blocks,
+        block_lists.kv_indices,
+        block_lists.physical_to_logical,
+        block_lists.seen,
+    )
     num_rows, num_heads, num_queries, _ = query.shape
-    by_group = (keys.shape[1], tiles.group)
-    scores = query.new_zeros(by_group) if has_sinks else NO_SINKS
-    arguments = _Arguments(stack(query, tiles), keys, values, *lists, scores)
+    by_kv_head = (keys.shape[1], block_lists.gqa_ratio)
+    scores = query.new_zeros(by_kv_head) if has_sinks else NO_SINKS
+    arguments = _Arguments(pack_gqa(query, block_lists), keys, values, *lists, scores)
     kernel = _kernel(variant, arguments).bound_to(arguments)
-    num_missing = len(tiles.num_partial) - len(query) if num_queries == 1 else 0
-    one_query, one_output = (num_rows, *by_group, query.shape[3]), (num_rows, 1, num_heads, values.shape[3])
+    num_missing = len(block_lists.kv_num_blocks) - len(query) if num_queries == 1 else 0
+    one_query, one_output = (num_rows, *by_kv_head, query.shape[3]), (num_rows, 1, num_heads, values.shape[3])
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
-        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
-        return unstack(kernel(stack(query, tiles), keys, values, scores), tiles, num_rows, num_queries)
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_kv_head)
+        return unpack_gqa(
+            kernel(pack_gqa(query, block_lists), keys, values, scores), block_lists, num_rows, num_queries
+        )
 
     def attend_with_one_query(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
         stacked = query.reshape(one_query).contiguous()
-        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_group)
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(by_kv_head)
         if num_missing:
-            return kernel(fill_up(stacked, tiles), keys, values, scores)[:num_rows].view(one_output)
+            return kernel(fill_up(stacked, block_lists), keys, values, scores)[:num_rows].view(one_output)
         return kernel(stacked, keys, values, scores).view(one_output)
 
-    def attend_from_seats(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
-        assert seats is not None
-        return seats.collect(attend(seats.spread(query), keys, values, sinks))
+    def attend_in_query_tiles(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        assert query_tiles is not None
+        return query_tiles.collect(attend(query_tiles.spread(query), keys, values, sinks))
 
-    if seats is not None:
-        return attend_from_seats
+    if query_tiles is not None:
+        return attend_in_query_tiles
     return attend_with_one_query if num_queries == 1 else attend
 
 
-def _fixed_num_tiles(num_queries: int, tiles: Tiles) -> int | None:
+def _fixed_num_tiles(num_queries: int, block_lists: BlockLists) -> int | None:
     """Where tiles are few queries each and no page is listed as full, the number that the kernel is made for.
 
     On a GPU only a kernel for a fixed number of tiles has several programs read the pages of one tile.
     """
-    is_dense = tiles.seen.dtype == torch.bool
-    return len(tiles.num_partial) if tiles.full is None and num_queries == 1 and not is_dense else None
+    is_dense = block_lists.seen.dtype == torch.bool
+    return (
+        len(block_lists.kv_num_blocks)
+        if block_lists.full_kv_indices is None and num_queries == 1 and not is_dense
+        else None
+    )
 
 
 def _kernel(variant: Variant, arguments: _Arguments) -> Kernel:
     # What a kernel does not adapt to beside the variant: a size of 1, which broadcasts, and storage that 32-bit
     # indices can't address.
     num_tiles, _, tile_rows, _ = arguments.query.shape
-    ones = num_tiles == 1, tile_rows == 1, len(arguments.page_index) == 1, arguments.seen.shape[1] == 1
+    ones = num_tiles == 1, tile_rows == 1, len(arguments.physical_to_logical) == 1, arguments.seen.shape[1] == 1
     is_large = arguments.keys.numel() >= 2**31 or arguments.values.numel() >= 2**31
     sizes = partial(_dynamic_sizes, variant)
     return compiled_kernel((variant, ones, is_large), partial(_build, variant), arguments, sizes)
@@ -231,9 +243,9 @@ def _dynamic_sizes(variant: Variant, name: str) -> tuple[int, ...]:
 
 
 def _build(variant: Variant) -> Callable[..., Tensor]:
-    page_size, group, softcap = variant.page_size, variant.group, variant.softcap
+    page_size, gqa_ratio, softcap = variant.page_size, variant.gqa_ratio, variant.softcap
     # A tile is one query block, however many rows it has.
-    query_block = -(-group // _QUERY_BLOCK) * _QUERY_BLOCK
+    query_block = -(-gqa_ratio // _QUERY_BLOCK) * _QUERY_BLOCK
     kernel_options = _kernel_options(variant)
 
     # The names matter. The CPU template of FlexAttention (seen in torch 2.13 and 2.14) substitutes the symbols of its
@@ -257,7 +269,7 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
         def mask_mod(tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
             token = token_at(slot)
             if variant.is_dense:
-                is_seen = paged_seen[tile, row // group, token.clamp(min=0) if variant.has_sinks else token]
+                is_seen = paged_seen[tile, row // gqa_ratio, token.clamp(min=0) if variant.has_sinks else token]
             else:
                 is_seen = (token < paged_seen[tile, row, 0]) & (token >= paged_seen[tile, row, 1])
             if variant.has_sinks:
@@ -269,7 +281,7 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)
             if variant.has_sinks:
-                score = torch.where(token_at(slot) < 0, paged_sinks[head, row % group], score)
+                score = torch.where(token_at(slot) < 0, paged_sinks[head, row % gqa_ratio], score)
             return score
 
         block_mask = BlockMask(
@@ -305,3 +317,38 @@ def _kernel_options(variant: Variant) -> Any:
         return {"PARTITION_SIZE": 1}
     # A kernel tile must not span two pages.
     return {"BLOCK_N": min(variant.page_size, 64)}
+
+
+def pack_gqa(query: Tensor, block_lists: BlockLists) -> Tensor:
+    """`(num_rows, num_heads, num_queries, head_dim)` to `(num_tiles, num_kv_heads, tile_rows, head_dim)`."""
+    num_rows, num_heads, num_queries, head_dim = query.shape
+    gqa_ratio, num_kv_heads = block_lists.gqa_ratio, num_heads // block_lists.gqa_ratio
+    missing = block_lists.tiles_per_row * block_lists.tile_length - num_queries
+    padded = torch.nn.functional.pad(query, (0, 0, 0, missing)) if missing else query
+    stacked = (
+        padded.reshape(num_rows, num_kv_heads, gqa_ratio, block_lists.tiles_per_row, block_lists.tile_length, head_dim)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(num_rows * block_lists.tiles_per_row, num_kv_heads, block_lists.tile_length * gqa_ratio, head_dim)
+        .contiguous()
+    )
+    return fill_up(stacked, block_lists)
+
+
+def fill_up(stacked: Tensor, block_lists: BlockLists) -> Tensor:
+    """Add what there is no row for, where the kernel is made for more tiles."""
+    missing = len(block_lists.kv_num_blocks) - len(stacked)
+    return torch.nn.functional.pad(stacked, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else stacked
+
+
+def unpack_gqa(output: Tensor, block_lists: BlockLists, num_rows: int, num_queries: int) -> Tensor:
+    """`(num_tiles, num_kv_heads, tile_rows, head_dim)` to `(num_rows, num_queries, num_heads, head_dim)`."""
+    num_kv_heads, head_dim = output.shape[1], output.shape[3]
+    num_heads = num_kv_heads * block_lists.gqa_ratio
+    return (
+        output.view(
+            num_rows, block_lists.tiles_per_row, num_kv_heads, block_lists.tile_length, block_lists.gqa_ratio, head_dim
+        )
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(num_rows, block_lists.tiles_per_row * block_lists.tile_length, num_heads, head_dim)[:, :num_queries]
+        .contiguous()
+    )

@@ -1,8 +1,8 @@
 """What one token of each row reads while decoding on a CPU, piece by piece.
 
-A unit is a piece of a page of one row. Threads get equal shares of the units, whichever rows these are of, and what
-they find in them is put together row by row afterwards. Pieces are small: what is read for one query head is still at
-hand for the next one, and of the last page no more is read than is filled, about.
+A KV split is a piece of a page of one row. Threads get equal shares of the splits, whichever rows these are of, and
+what they find in them is put together row by row afterwards. Pieces are small: what is read for one query head
+is still at hand for the next one, and of the last page no more is read than is filled, about.
 """
 
 from dataclasses import dataclass
@@ -11,82 +11,82 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_paged.batch.columns import Counts
-from hf_paged.pages.block_table import PageTable
+from hf_paged.batch.padding import Counts
+from hf_paged.pages.block_table import BlockTable
 
-_MAX_SIZE = 32  # tokens: with 64 values each, keys of a unit take a quarter of a processor's first cache
-_MIN_UNITS = 2  # a size of 1 would need a kernel of its own
+_MAX_SIZE = 32  # tokens: with 64 values each, keys of a split take a quarter of a processor's first cache
+_MIN_SPLITS = 2  # a size of 1 would need a kernel of its own
 
 
 @dataclass
-class Units:
-    """The pieces of pages that a step reads, on the CPU. A unit that no row has may be among them.
+class KVSplits:
+    """The pieces of pages that a step reads, on the CPU. A KV split that no row has may be among them.
 
     Attributes:
-        size: tokens per unit; a page has as many or a multiple.
-        pieces: `(num_units,)` int64, the slots of the pool in pieces of `size`, in ascending order: the next piece in
+        size: tokens per split; a page has as many or a multiple.
+        pieces: `(num_splits,)` int64, the slots of the pool in pieces of `size`, in ascending order: the next piece in
             memory is the next one to be read, and one that several rows share is read for all of them.
-        rows: `(num_units,)` int64, whose piece it is.
-        firsts: `(num_units,)` int32, tokens at the beginning of the piece that are not seen.
-        limits: `(num_units,)` int32, tokens of the piece before the first one behind those that are seen.
-        by_row: `(num_places, num_rows)` int64, the units of each row; any behind its last one.
-        counts: `(num_rows,)` int64, units of each row.
+        rows: `(num_splits,)` int64, whose piece it is.
+        kv_start: `(num_splits,)` int32, tokens at the beginning of the piece that are not seen.
+        kv_stop: `(num_splits,)` int32, tokens of the piece before the first one behind those that are seen.
+        by_row: `(num_places, num_rows)` int64, the splits of each row; any behind its last one.
+        counts: `(num_rows,)` int64, splits of each row.
     """
 
     size: int
     pieces: Tensor
     rows: Tensor
-    firsts: Tensor
-    limits: Tensor
+    kv_start: Tensor
+    kv_stop: Tensor
     by_row: Tensor
     counts: Tensor
 
 
-class DecodeUnits:
-    """Makes the units of each step, anew only if a row reads other pieces than in the step before.
+class KVSplitBuilder:
+    """Makes the splits of each step, anew only if a row reads other pieces than in the step before.
 
     Args:
         table: the rows.
     """
 
-    def __init__(self, table: PageTable) -> None:
+    def __init__(self, table: BlockTable) -> None:
         self._table = table
         self._size = min(table.group.page_size, _MAX_SIZE)
         self._state: tuple[int, bytes] = (-1, b"")
 
-    def fill(self, limits: Counts, firsts: Counts | None) -> Units:
-        """Return the units of rows that see tokens from `firsts` to `limits`, both `(num_rows,)`; None: from 0."""
-        ends = -(-limits // self._size)
-        begins = np.zeros_like(ends) if firsts is None else np.minimum(firsts // self._size, ends)
+    def fill(self, kv_stop: Counts, kv_start: Counts | None) -> KVSplits:
+        """Return the splits of rows that see tokens from `kv_start` to `kv_stop`, both `(num_rows,)`; None: from 0."""
+        ends = -(-kv_stop // self._size)
+        begins = np.zeros_like(ends) if kv_start is None else np.minimum(kv_start // self._size, ends)
         state = self._table.version, ends.tobytes() + begins.tobytes()
         if state != self._state:
             self._cut(begins, ends)
             self._state = state
         rows = self._read_rows
-        self._limits[self._last_units] = (limits - (ends - 1) * self._size)[rows]
-        if firsts is not None:
-            self._firsts[self._first_units] = (firsts - begins * self._size)[rows]
-        return self._units
+        self._kv_stop[self._last_splits] = (kv_stop - (ends - 1) * self._size)[rows]
+        if kv_start is not None:
+            self._kv_start[self._first_splits] = (kv_start - begins * self._size)[rows]
+        return self._splits
 
     def _cut(self, begins: Counts, ends: Counts) -> None:
         counts = ends - begins
-        num_units, num_rows = int(counts.sum()), len(counts)
+        num_splits, num_rows = int(counts.sum()), len(counts)
         rows = np.repeat(np.arange(num_rows), counts)
-        offsets = np.arange(num_units) - np.repeat(counts.cumsum() - counts, counts)
+        offsets = np.arange(num_splits) - np.repeat(counts.cumsum() - counts, counts)
         num_pieces = self._table.group.page_size // self._size
         pages, parts = np.divmod(offsets + begins[rows], num_pieces)
         pieces = self._table.block_table[rows, pages] * np.int64(num_pieces) + parts
         order = np.argsort(pieces, kind="stable")
-        by_row = np.zeros((max(_MIN_UNITS, int(counts.max(initial=0))), num_rows), dtype=np.int64)
-        by_row[offsets[order], rows[order]] = np.arange(num_units)
+        by_row = np.zeros((max(_MIN_SPLITS, int(counts.max(initial=0))), num_rows), dtype=np.int64)
+        by_row[offsets[order], rows[order]] = np.arange(num_splits)
         self._read_rows = np.flatnonzero(counts)
-        self._first_units = by_row[0, self._read_rows]
-        self._last_units = by_row[counts[self._read_rows] - 1, self._read_rows]
-        size = max(_MIN_UNITS, num_units)
-        unit_pieces, unit_rows = np.zeros((2, size), dtype=np.int64)
-        unit_pieces[:num_units], unit_rows[:num_units] = pieces[order], rows[order]
-        self._firsts = np.zeros(size, dtype=np.int32)
-        self._limits = np.full(size, self._size, dtype=np.int32)
-        arrays = unit_pieces, unit_rows, self._firsts, self._limits, by_row, counts
+        self._first_splits = by_row[0, self._read_rows]
+        self._last_splits = by_row[counts[self._read_rows] - 1, self._read_rows]
+        size = max(_MIN_SPLITS, num_splits)
+        split_pieces, split_rows = np.zeros((2, size), dtype=np.int64)
+        split_pieces[:num_splits], split_rows[:num_splits] = pieces[order], rows[order]
+        self._kv_start = np.zeros(size, dtype=np.int32)
+        self._kv_stop = np.full(size, self._size, dtype=np.int32)
+        arrays = split_pieces, split_rows, self._kv_start, self._kv_stop, by_row, counts
         with torch.inference_mode(False):  # they outlive the mode that they are made in
-            self._units = Units(self._size, *map(torch.from_numpy, arrays))
+            self._splits = KVSplits(self._size, *map(torch.from_numpy, arrays))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_paged._torch.inductor import compiled_kernel
 from hf_paged.attention.backends.flex import NO_SINKS, Attention
-from hf_paged.attention.backends.kv_splits import Units
+from hf_paged.attention.backends.kv_splits import KVSplits
 
 _LANES = 16  # values that the inner loop takes at a time: a vector of 512 bits
 _MAX_SUMS = 16  # vectors of running sums, which have to stay in registers
@@ -26,20 +26,20 @@ class _Variant:
 
     dtype: torch.dtype
     num_kv_heads: int
-    group: int
+    gqa_ratio: int
     head_dims: tuple[int, int]
-    unit_size: int
+    split_size: int
     scale: float
     softcap: float | None
     has_sinks: bool
     has_one_row: bool
 
 
-def flash_decoding(
+def split_kv_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    units: Units,
+    splits: KVSplits,
     scale: float,
     softcap: float | None = None,
     has_sinks: bool = False,
@@ -48,9 +48,9 @@ def flash_decoding(
 
     Args:
         query: `(num_rows, num_heads, 1, head_dim)`.
-        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `units` says.
+        keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `splits` says.
         values: `(1, num_kv_heads, num_slots, value_head_dim)`.
-        units: what to read.
+        splits: what to read.
         scale: factor on the scores.
         softcap: bound of the scores; None without.
         has_sinks: whether there are attention sinks.
@@ -59,25 +59,25 @@ def flash_decoding(
         Flash-Decoding: Dao et al., 2023. Pages that rows share, read once: Juravsky et al., 2024 (Hydragen).
     """
     num_kv_heads, value_head_dim = values.shape[1], values.shape[3]
-    group = query.shape[1] // num_kv_heads
+    gqa_ratio = query.shape[1] // num_kv_heads
     variant = _Variant(
         dtype=query.dtype,
         num_kv_heads=num_kv_heads,
-        group=group,
+        gqa_ratio=gqa_ratio,
         head_dims=(query.shape[3], value_head_dim),
-        unit_size=units.size,
+        split_size=splits.size,
         scale=scale,
         softcap=softcap,
         has_sinks=has_sinks,
         has_one_row=query.shape[0] == 1,
     )
-    lists = units.pieces, units.rows, units.firsts, units.limits, units.by_row, units.counts
-    scores = query.new_zeros(num_kv_heads, group) if has_sinks else NO_SINKS
+    lists = splits.pieces, splits.rows, splits.kv_start, splits.kv_stop, splits.by_row, splits.counts
+    scores = query.new_zeros(num_kv_heads, gqa_ratio) if has_sinks else NO_SINKS
     arguments = query.contiguous(), keys, values, *lists, scores
     kernel = compiled_kernel(variant, partial(_build, variant), arguments, _dynamic_sizes).bound_to(arguments)
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
-        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(num_kv_heads, group)
+        scores = NO_SINKS if sinks is None else sinks.to(query.dtype).view(num_kv_heads, gqa_ratio)
         # Where queries are a slice of one projection, as in GPT-2, this copies them: a kernel is made for one layout.
         return kernel(query.contiguous(), keys, values, scores)
 
@@ -96,42 +96,42 @@ def _dynamic_sizes(name: str) -> tuple[int, ...]:
 
 
 def _build(variant: _Variant) -> Callable[..., Tensor]:
-    num_sums = variant.group * -(-variant.head_dims[1] // _LANES)
+    num_sums = variant.gqa_ratio * -(-variant.head_dims[1] // _LANES)
     sum_up = _sum_in_one_go if num_sums <= _MAX_SUMS else _sum_head_by_head
     # With a single row, what counts is to have few buffers; see `_sum_in_one_go`.
     score = _score_head_by_head if variant.has_one_row else _score_in_one_go
 
-    def attend_to_units(
+    def attend_to_splits(
         query: Tensor,
         keys: Tensor,
         values: Tensor,
         pieces: Tensor,
         rows: Tensor,
-        firsts: Tensor,
-        limits: Tensor,
+        kv_start: Tensor,
+        kv_stop: Tensor,
         by_row: Tensor,
         counts: Tensor,
         sinks: Tensor,
     ) -> Tensor:
-        by_head = query.view(-1, variant.num_kv_heads, variant.group, variant.head_dims[0])
-        queries = by_head[rows].transpose(0, 1).float()  # (num_kv_heads, num_units, group, head_dim)
-        unit_keys, unit_values = (_cut(tensor, variant.unit_size)[:, pieces].float() for tensor in (keys, values))
-        token = torch.arange(variant.unit_size, dtype=torch.int32)
-        is_seen = (token >= firsts[:, None]) & (token < limits[:, None])
-        scores = score(queries, unit_keys) * variant.scale
+        by_head = query.view(-1, variant.num_kv_heads, variant.gqa_ratio, variant.head_dims[0])
+        queries = by_head[rows].transpose(0, 1).float()  # (num_kv_heads, num_splits, gqa_ratio, head_dim)
+        split_keys, split_values = (_cut(tensor, variant.split_size)[:, pieces].float() for tensor in (keys, values))
+        token = torch.arange(variant.split_size, dtype=torch.int32)
+        is_seen = (token >= kv_start[:, None]) & (token < kv_stop[:, None])
+        scores = score(queries, split_keys) * variant.scale
         if variant.softcap is not None:
             scores = variant.softcap * torch.tanh(scores / variant.softcap)
         scores = torch.where(is_seen[:, None], scores, -math.inf)
-        top = scores.amax(-1)  # (num_kv_heads, num_units, group)
+        top = scores.amax(-1)  # (num_kv_heads, num_splits, gqa_ratio)
         weights = torch.exp(scores - top[..., None])
         sums = weights.sum(-1)
-        part = sum_up(weights, unit_values)
+        part = sum_up(weights, split_values)
 
         # Places lead and rows follow: then vectors are made of values, which lie side by side, not of places. Heads
-        # stay outermost: if they come last, torch 2.11 makes code that writes past a buffer (three, group 1).
+        # stay outermost: if they come last, torch 2.11 makes code that writes past a buffer (three, gqa_ratio 1).
         is_held = (torch.arange(by_row.shape[0])[:, None] < counts)[..., None]  # (num_places, num_rows, 1)
         tops = torch.where(is_held, top[:, by_row], -math.inf)
-        best = tops.amax(1)  # (num_kv_heads, num_rows, group)
+        best = tops.amax(1)  # (num_kv_heads, num_rows, gqa_ratio)
         if variant.has_sinks:
             best = torch.maximum(best, sinks[:, None].float())
         best = torch.where(best == -math.inf, 0.0, best)  # of a row that sees nothing
@@ -145,7 +145,7 @@ def _build(variant: _Variant) -> Callable[..., Tensor]:
         by_row_first = output.transpose(0, 1).to(query.dtype).contiguous()
         return by_row_first.view(-1, 1, query.shape[1], variant.head_dims[1])
 
-    return attend_to_units
+    return attend_to_splits
 
 
 def _cut(tensor: Tensor, size: int) -> Tensor:
@@ -158,7 +158,7 @@ def _cut(tensor: Tensor, size: int) -> Tensor:
 
 
 def _score_in_one_go(queries: Tensor, keys: Tensor) -> Tensor:
-    """Products of `(.., group, head_dim)` queries and `(.., size, head_dim)` keys, `(.., group, size)`."""
+    """Products of `(.., gqa_ratio, head_dim)` queries and `(.., size, head_dim)` keys, `(.., gqa_ratio, size)`."""
     heads = torch.unbind(queries, -2)
     return torch.stack([(query[..., None, :] * keys).sum(-1) for query in heads], -2)
 
@@ -168,7 +168,7 @@ def _score_head_by_head(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _sum_in_one_go(weights: Tensor, values: Tensor) -> Tensor:
-    """Sums of `(.., size, head_dim)` values by `(.., group, size)` weights, `(.., group, head_dim)`.
+    """Sums of `(.., size, head_dim)` values by `(.., gqa_ratio, size)` weights, `(.., gqa_ratio, head_dim)`.
 
     Side by side in one buffer: inductor makes each buffer by a call into Python.
     """

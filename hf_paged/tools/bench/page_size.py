@@ -4,7 +4,7 @@ import statistics
 from contextlib import ExitStack
 from typing import Any
 
-from hf_paged.config import PAGE_SIZES
+from hf_paged.pages.pool import PAGE_SIZES
 from hf_paged.tools.bench.contender import Contender
 from hf_paged.tools.bench.contenders import PagedRagged
 from hf_paged.tools.bench.mixed import prompt_lengths

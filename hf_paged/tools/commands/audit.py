@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_paged.config import PAGE_SIZES, check_page_size
+from hf_paged.pages.pool import PAGE_SIZES, check_page_size
 from hf_paged.tools.bench.mixed import prompt_lengths
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.commands.arguments import add_model, add_place, add_plot, numbers, prepare

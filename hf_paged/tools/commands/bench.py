@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from hf_paged.config import PAGE_SIZES
+from hf_paged.pages.pool import PAGE_SIZES
 from hf_paged.tools.bench.contenders import CONTENDERS
 from hf_paged.tools.bench.plot import draw
 from hf_paged.tools.bench.scenarios import DESCRIPTIONS, WITH_MODEL, WITHOUT_MODEL

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from hf_paged.config import PAGE_SIZES
+from hf_paged.pages.pool import PAGE_SIZES
 from hf_paged.tools.commands.arguments import add_model, add_place, names, numbers, prepare
 from hf_paged.tools.evaluation.long_context import TASKS, Settings, evaluate_long_context
 from hf_paged.tools.lab.candidate import CANDIDATES

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_paged.config import PAGE_SIZES
+from hf_paged.pages.pool import PAGE_SIZES
 from hf_paged.tools.commands.arguments import add_model, add_place, names, prepare
 from hf_paged.tools.evaluation.journal import delete, files
 from hf_paged.tools.evaluation.perplexity import Perplexity, perplexity

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_paged.config import check_page_size
+from hf_paged.pages.pool import check_page_size
 from hf_paged.tools.evaluation.fingerprint import fingerprint
 from hf_paged.tools.evaluation.journal import Journal
 from hf_paged.tools.evaluation.processes import Processes
@@ -20,7 +20,7 @@ from hf_paged.tools.lab.candidate import Candidate, candidates
 from hf_paged.tools.lab.memory import token_bytes
 from hf_paged.tools.lab.progress import progress
 
-Batch = list[Window]
+Sequences = list[Window]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _check(
 
 def _all_records(
     contenders: Sequence[Candidate],
-    batches: Sequence[Batch],
+    batches: Sequence[Sequences],
     chunk_size: int,
     journal: Journal | None,
     processes: Processes,
@@ -220,7 +220,7 @@ def _all_records(
 
 
 def _summarize(
-    caches: Sequence[str], batches: Sequence[Batch], records: Sequence[Record], token_bytes: int
+    caches: Sequence[str], batches: Sequence[Sequences], records: Sequence[Record], token_bytes: int
 ) -> Perplexity:
     windows = [window for batch in batches for window in batch]
     figures: list[CacheFigures] = []

@@ -13,7 +13,7 @@ import datasets  # type: ignore[import-untyped]
 import evaluate  # type: ignore[import-untyped]
 import torch
 
-from hf_paged.config import check_page_size
+from hf_paged.pages.pool import check_page_size
 from hf_paged.tools.evaluation.scoring import score
 from hf_paged.tools.evaluation.windows import Window
 from hf_paged.tools.lab.candidate import candidates
