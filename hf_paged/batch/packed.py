@@ -4,14 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
-from hf_paged.attention.backends.block_list_builder import BlockListBuilder
-from hf_paged.attention.backends.block_lists import BlockLists, Layout
-from hf_paged.attention.backends.varlen_sdpa import VarlenRow, varlen_rows_of
 from hf_paged.batch.duplicates import equal_rows
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts
 from hf_paged.batch.sequences import Sequences
-from hf_paged.batch.step import Placement, Step, View
+from hf_paged.batch.step import KVRanges, Placement, Step, View
 from hf_paged.pages.block_table import BlockTable
 
 _OWN_WAY = "it makes a pass of its own while it is given a packed one"
@@ -116,34 +114,27 @@ class PackedStep(Step):
         self._packing = packing
         self._chunk = chunk
 
+    @override
     def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
-        """See `Step`."""
         return (self.num_rows, self.num_new) == (num_rows, num_new) and new is None
 
+    @override
     def settle_duplicates(self, keys: Tensor, values: Tensor) -> None:
-        """See `Step`. Duplicates were found by their tokens and are not among the rows."""
+        """Do nothing: duplicates were found by their tokens and are not among the rows."""
 
+    @override
     def stored(self, placement: Placement) -> tuple[Counts, Counts, Counts | None]:
-        """See `Step`."""
         chunk = self._chunk
         num_tokens = len(chunk.rows)
         return chunk.rows, chunk.places, None if num_tokens == self.num_new else np.arange(num_tokens)
 
-    def block_lists(self, builder: BlockListBuilder, window: int | None, queries: slice, layout: Layout) -> BlockLists:
-        """See `Step`."""
-        return builder.packed(*self._seen(window, queries), len(range(self.num_new)[queries]), layout)
-
-    def varlen_rows(self, table: BlockTable, window: int | None, queries: slice) -> list[VarlenRow]:
-        """See `Step`."""
-        return varlen_rows_of(table, *self._seen(window, queries))
-
-    def _seen(self, window: int | None, queries: slice) -> tuple[Counts, Counts, Counts | None]:
-        """For each query that belongs to a row its row, and the tokens of that up to which and from which it sees."""
+    @override
+    def _seen(self, window: int | None, queries: slice) -> KVRanges:
         chosen = np.arange(self.num_new)[queries]
         real = chosen[chosen < len(self._chunk.rows)]
         rows, columns = self._chunk.rows[real], self._chunk.columns[real]
         kv_start = None if window is None else self._packing.kv_start(window, rows, columns)
-        return rows, self._chunk.places[real] + 1, kv_start
+        return KVRanges(self._chunk.places[real] + 1, kv_start, window, rows, len(chosen))
 
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
         """Refuse: a mask over the columns of a packed chunk says nothing about its rows."""
@@ -258,7 +249,13 @@ class PackedSequences(Sequences):
         self.tidy()
 
     def reserve(
-        self, num_rows: int, num_new: int, attention_mask: Tensor | None, num_layers: int | None = None
+        self,
+        num_rows: int,
+        num_new: int,
+        attention_mask: Tensor | None,
+        *,
+        num_layers: int | None = None,
+        reads_pages: bool = True,
     ) -> Step:
         """Return the pass that has begun.
 

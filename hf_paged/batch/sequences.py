@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_paged._torch.inductor import can_compile
 from hf_paged._torch.surroundings import check_surroundings
-from hf_paged.attention.backends.block_list_builder import BlockListBuilder
-from hf_paged.attention.backends.flex import repacks_storage, takes
 from hf_paged.batch.edits import Edits
 from hf_paged.batch.known_ids import KnownIds
+from hf_paged.batch.padded_step import PaddedStep
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
 from hf_paged.batch.routine import Routine
 from hf_paged.batch.shared import SharedStates
-from hf_paged.batch.step import PaddedStep, Step
+from hf_paged.batch.step import Step
 from hf_paged.errors import UnclearPassError
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
@@ -44,7 +42,6 @@ class Sequences:
         self.pool = pool
         self.num_layers = len(pool.layers)
         self.tables = [BlockTable(group) for group in pool.groups]
-        self.builders = {table: BlockListBuilder(table) for table in self.tables}
         self.columns = Columns()
         self.edits = Edits()
         self._shared: WeakSet[SharedStates] = WeakSet()
@@ -96,7 +93,13 @@ class Sequences:
     # One forward pass
 
     def reserve(
-        self, num_rows: int, num_new: int, attention_mask: Tensor | None, num_layers: int | None = None
+        self,
+        num_rows: int,
+        num_new: int,
+        attention_mask: Tensor | None,
+        *,
+        num_layers: int | None = None,
+        reads_pages: bool = True,
     ) -> Step:
         """Plan a forward pass: check it, reserve its pages, and say which slots its tokens go to.
 
@@ -105,6 +108,7 @@ class Sequences:
             num_new: new columns.
             attention_mask: `(num_rows, num_columns)`, 0 for padding; None without padding.
             num_layers: layers that the model has by its configuration; None if that is not known.
+            reads_pages: whether attention reads pages in place, if any are filled; else it is handed a copy.
 
         Raises:
             OutOfPagesError: if the pool has too few pages; nothing has changed. Where rows may turn out to be equal,
@@ -124,7 +128,7 @@ class Sequences:
         self._is_planned = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
-        return self._begin(num_rows, num_new, new, past_is_visible, self._reads_pages(num_new), num_layers)
+        return self._begin(num_rows, num_new, new, past_is_visible, reads_pages, num_layers)
 
     def step_for(self, layer: int, keys: Tensor, values: Tensor) -> Step:
         """Return the step that new keys of a layer belong to, planning one if no mask function did.
@@ -389,16 +393,6 @@ class Sequences:
             return self.columns
         return self.columns.selected([0] * num_rows)
 
-    def _reads_pages(self, num_new: int) -> bool:
-        """Whether a kernel reads the pages in place; else SDPA is handed a copy, layer by layer."""
-        if not can_compile():
-            return False
-        storage = next(filter(None, map(self.pool.storage, self._layers)), None)
-        if storage is None:
-            return True
-        # Where tiles must be small, many queries are SDPA's.
-        return takes(storage.dtype) and (num_new == 1 or not repacks_storage(storage.dtype, storage.device))
-
     def _begin(
         self,
         num_rows: int,
@@ -565,7 +559,6 @@ class Sequences:
         other.rest()
         self.clear()
         self.tables = [table.fork() for table in other.tables]
-        self.builders = {table: BlockListBuilder(table) for table in self.tables}
         self.columns = other.columns
         self.known_ids = other.known_ids.fork()
         self._records_past = other._records_past
@@ -579,7 +572,6 @@ class Sequences:
     def exchange(self, other: "Sequences") -> None:
         """Hold what `other` holds, and let it hold what this does."""
         self.tables, other.tables = other.tables, self.tables
-        self.builders, other.builders = other.builders, self.builders
         self.columns, other.columns = other.columns, self.columns
         self._absent, other._absent = other._absent, self._absent
         self.known_ids, other.known_ids = other.known_ids, self.known_ids

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_paged import OutOfPagesError, PagedCache, PagedEncoderDecoderCache, PagePool
+from hf_paged.attention.dispatch import Backend
 from hf_paged.attention.interface import paged_flex_attention
 from hf_paged.batch.packed import NotPackable, PackedSequences
 from hf_paged.cache.layer import layers_over
@@ -62,10 +63,11 @@ def mistral() -> PreTrainedModel:
 MODELS = pytest.mark.parametrize("load", [llama, mistral])
 
 
-@pytest.fixture(params=["segments", "tiles"])
+@pytest.fixture(params=[Backend.VARLEN_SDPA, Backend.FLEX], ids=["varlen", "block_lists"])
 def way(request, monkeypatch):
     """How packed queries attend: as on a CPU, and as on a GPU."""
-    monkeypatch.setattr("hf_paged.attention.interface.avoids_tiles", lambda device: request.param == "segments")
+    if request.param is Backend.FLEX:
+        monkeypatch.setattr("hf_paged.attention.dispatch.choose_backend", lambda *_: Backend.FLEX)
 
 
 def paged(model: PreTrainedModel, **arguments) -> PagedCache:
@@ -354,9 +356,9 @@ def test_two_turns_of_rows_that_end_at_the_edges_of_pages_leave_what_padded_ones
     num_columns=st.lists(st.integers(2, 40), min_size=1, max_size=3),
     max_tokens=st.integers(1, 70),
     load=st.sampled_from([llama, mistral]),
-    is_by_segment=st.booleans(),
+    is_by_row=st.booleans(),
 )
-def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_columns, max_tokens, load, is_by_segment):
+def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_columns, max_tokens, load, is_by_row):
     model, total = load(), sum(num_columns)
     seed = data.draw(st.integers(0, 2**16))
     generator = torch.Generator().manual_seed(seed)
@@ -371,7 +373,8 @@ def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_colum
     for count in num_columns:
         stop = done + count
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hf_paged.attention.interface.avoids_tiles", lambda device: is_by_segment)
+            if not is_by_row:
+                patch.setattr("hf_paged.attention.dispatch.choose_backend", lambda *_: Backend.FLEX)
             cache.prefill(model, ids[:, :stop], mask[:, :stop], max_tokens=max_tokens)
         assert cache.get_seq_length() == stop - 1
         assert cache.lengths == mask[:, : stop - 1].sum(1).tolist()
