@@ -12,7 +12,7 @@ from hf_paged.attention.backends.kv_splits import kv_splits_of
 from hf_paged.attention.backends.split_kv import split_kv_attention
 from hf_paged.attention.backends.varlen_sdpa import varlen_attention, varlen_rows_of
 from hf_paged.attention.metadata import AttentionMetadata
-from hf_paged.batch.step import KVRanges
+from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.storage import LayerStorage

@@ -16,7 +16,7 @@ from hf_paged.attention.marks import is_marked, layer_of, note_output, output_of
 from hf_paged.attention.mask import NAME, PagedMask, paged_flex_mask
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.shared import SharedTensor
-from hf_paged.batch.step import View
+from hf_paged.batch.steps.step import View
 from hf_paged.pages.storage import holds_pages
 
 _NOTHING = nullcontext()

@@ -21,7 +21,7 @@ from hf_paged._transformers import num_decoder_layers
 from hf_paged.attention.dispatch import reads_pages
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.sequences import Sequences
-from hf_paged.batch.step import View
+from hf_paged.batch.steps.step import View
 
 NAME = "paged_flex"
 

@@ -7,7 +7,7 @@ from hf_paged.attention.backends.block_list_builder import block_lists_of, block
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
 from hf_paged.batch.padding import BoolMatrix
 from hf_paged.batch.sequences import Sequences
-from hf_paged.batch.step import KVRanges, Step, check_tokens_kept
+from hf_paged.batch.steps.step import KVRanges, Step, check_tokens_kept
 from hf_paged.pages.block_table import BlockTable
 
 try:

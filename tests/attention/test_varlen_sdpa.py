@@ -13,7 +13,7 @@ from hf_paged.attention.backends.block_list_builder import block_lists_of
 from hf_paged.attention.backends.block_lists import Layout
 from hf_paged.attention.backends.reference import blockwise_attention
 from hf_paged.attention.backends.varlen_sdpa import varlen_attention, varlen_rows_of
-from hf_paged.batch.step import KVRanges
+from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
 
 CPU = torch.device("cpu")

@@ -23,9 +23,10 @@ from transformers import (
 from hf_paged import OutOfPagesError, PagedCache, PagedEncoderDecoderCache, PagePool
 from hf_paged.attention.dispatch import Backend
 from hf_paged.attention.interface import paged_flex_attention
-from hf_paged.batch.packed import NotPackable, PackedSequences
+from hf_paged.batch.packed_prompt import PackedPrompt
 from hf_paged.cache.layer import layers_over
 from hf_paged.cache.prefill import _say
+from hf_paged.errors import NotPackable
 from hf_paged.packaged import load_packaged_model, prompts
 from tests.families import FAMILIES, Family, Outcome, new_cache
 from tests.models import generate, left_padded, random_ids, run, tiny_llama, tiny_model
@@ -86,7 +87,7 @@ def padding(side: str, lengths=tuple(LENGTHS), num_columns: int = NUM_COLUMNS) -
 
 
 def pages(cache: PagedCache) -> list[list[list[int]]]:
-    return [[table.row_pages(row) for row in range(table.num_rows)] for table in cache._sequences.tables]
+    return [[table.row_pages(row) for row in range(table.num_rows)] for table in cache._sequences.rows.tables]
 
 
 def num_held(cache: PagedCache) -> list[int]:
@@ -98,11 +99,11 @@ def assert_same_content(cache: PagedCache, other: PagedCache, **tolerance: float
     assert cache.get_seq_length() == other.get_seq_length()
     assert cache.lengths == other.lengths
     for record, expected in zip(
-        vars(cache._sequences.columns).values(), vars(other._sequences.columns).values(), strict=True
+        vars(cache._sequences.rows.columns).values(), vars(other._sequences.rows.columns).values(), strict=True
     ):
         assert np.array_equal(record, expected)
     other.stats()  # releases what has left a window
-    for table, expected in zip(cache._sequences.tables, other._sequences.tables, strict=True):
+    for table, expected in zip(cache._sequences.rows.tables, other._sequences.rows.tables, strict=True):
         assert np.array_equal(table.starts, expected.starts)
     assert num_held(cache) == num_held(other)
     if not any(cache.lengths):
@@ -234,7 +235,7 @@ def test_a_chat_goes_on_turn_by_turn(load, max_tokens, records_past):
     if records_past:
         cache.activate_past_recording()
     assert torch.equal(talk(cache, "paged_flex"), expected)
-    assert not records_past or not any(table.starts.any() for table in cache._sequences.tables)
+    assert not records_past or not any(table.starts.any() for table in cache._sequences.rows.tables)
 
 
 @contextmanager
@@ -709,30 +710,27 @@ def test_another_model_than_that_of_the_pool_raises():
 
 
 def test_layers_that_are_left_out_keep_a_prompt_from_packing():
-    packed = PackedSequences(paged(llama())._sequences)
-    packed.pack(random_ids(2, 19), None, 8)
+    packed = PackedPrompt(paged(llama())._sequences, random_ids(2, 19), None, 8)
     packed.begin(0, 8)
-    packed.reserve(1, 8, None)
-    layers_over(packed)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
+    packed.sequences.reserve(1, 8, None)
+    layers_over(packed.sequences)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
     with pytest.raises(NotPackable, match=r"passed over layers \[1\]"):
         packed.end()
 
 
 def test_writing_without_asking_for_a_mask_keeps_a_prompt_from_packing():
-    packed = PackedSequences(paged(llama())._sequences)
-    packed.pack(random_ids(2, 19), None, 8)
+    packed = PackedPrompt(paged(llama())._sequences, random_ids(2, 19), None, 8)
     with pytest.raises(NotPackable, match="makes a pass of its own"):
-        layers_over(packed)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
+        layers_over(packed.sequences)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
 
 
 def test_the_mask_of_other_tokens_keeps_a_prompt_from_packing():
-    packed = PackedSequences(paged(llama())._sequences)
-    packed.pack(random_ids(2, 19), None, 8)
+    packed = PackedPrompt(paged(llama())._sequences, random_ids(2, 19), None, 8)
     packed.begin(0, 8)
-    assert packed.reserve(1, 8, torch.ones(1, 8)).num_new == 8
+    assert packed.sequences.reserve(1, 8, torch.ones(1, 8)).num_new == 8
     for num_rows, num_new, mask in ((1, 9, None), (2, 8, None), (1, 8, torch.zeros(1, 8))):
         with pytest.raises(NotPackable, match="makes a pass of its own"):
-            packed.reserve(num_rows, num_new, mask)
+            packed.sequences.reserve(num_rows, num_new, mask)
 
 
 @pytest.mark.parametrize(

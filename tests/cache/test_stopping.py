@@ -74,7 +74,7 @@ def test_a_released_row_neither_grows_nor_costs_attention_work(model):
     position = torch.tensor([[40], [21], [0]])
     for column in range(40, 60):
         kv_length, _ = cache.get_mask_sizes(1, 0)
-        tables = kv_length.sequences.tables
+        tables = kv_length.sequences.rows.tables
         with torch.no_grad():
             model(
                 ids[:, column : column + 1],

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_paged.attention.backends.block_lists import MIN_WIDTH, BlockLists, Layout, Pages, listed, pages_in_window
 from hf_paged.attention.backends.query_tiles import QueryTiles
 from hf_paged.batch.padding import BoolMatrix, Counts
-from hf_paged.batch.step import KVRanges
+from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
 
 _decode_lists: WeakKeyDictionary[BlockTable, dict[tuple[int | None, Layout], "_DecodeLists"]] = WeakKeyDictionary()

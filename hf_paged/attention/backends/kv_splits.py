@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_paged.batch.padding import Counts
-from hf_paged.batch.step import KVRanges
+from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
 
 _MAX_SIZE = 32  # tokens: with 64 values each, keys of a split take a quarter of a processor's first cache

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_paged.attention.backends.base import Attention, AttentionParams
 from hf_paged.attention.backends.reference import blockwise_attention
 from hf_paged.batch.padding import Counts
-from hf_paged.batch.step import KVRanges
+from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
 
 _BLOCK = 64  # queries at a time: the fused kernel computes what a mask hides, too

@@ -4,9 +4,9 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-from hf_paged.batch.duplicates import Originals, confirmed_duplicates, parted_duplicates, possible_duplicates
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts
-from hf_paged.batch.step import KVRanges, Placement, Step, View
+from hf_paged.batch.steps.duplicates import Originals, confirmed_duplicates, parted_duplicates, possible_duplicates
+from hf_paged.batch.steps.step import KVRanges, Placement, Step, View
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.block_table import BlockTable
 
