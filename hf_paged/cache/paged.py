@@ -352,7 +352,8 @@ class PagedCache(Cache):
             with a sliding window begin at the first column that the next query sees. Changes of them have no effect,
             see `set`.
         """
-        return self._sequences.gather(layer_idx)
+        self._sequences.apply_edits()
+        return self._sequences.rows.copied(layer_idx)
 
     def set(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values into a layer.
