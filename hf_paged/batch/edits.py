@@ -123,7 +123,10 @@ class Edits:
             raise _changed_in_a_pass(layer)
 
     def count(self, sequences: Sequences, layer: int) -> int:
-        """Columns of a layer, between two forward passes; of it alone, where not all have been assigned yet."""
+        """Columns before the step under way; of a layer alone, where not all have been assigned yet."""
+        sequences.commit()
+        if not self.copies or sequences.step is not None:
+            return sequences.rows.columns.count
         self._drop_old(sequences)
         num_rows, count = self._shape(sequences)
         if not self._misfits(sequences, num_rows, count):

@@ -398,10 +398,3 @@ class Sequences:
     def exchange(self, other: "Sequences") -> None:
         """Hold what `other` holds, and let it hold what this does."""
         self.rows, other.rows = other.rows, self.rows
-
-    def count(self, layer: int) -> int:
-        """Columns before the step under way; of a layer alone, where not all have been assigned yet."""
-        self.commit()
-        if not self.edits.copies or self.step is not None:
-            return self.rows.columns.count
-        return self.edits.count(self, layer)

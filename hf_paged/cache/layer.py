@@ -158,7 +158,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Columns before the forward pass under way, padding included."""
         if torch.compiler.is_dynamo_compiling():
             return self._sequences.rows.columns.count
-        return PastLength(self._sequences.count(self.index))
+        return PastLength(self._sequences.edits.count(self._sequences, self.index))
 
     def get_max_length(self) -> int:
         """Tokens that fit into the pool; -1 without a bound."""
