@@ -13,7 +13,7 @@ from hf_paged.attention.backends.base import AttentionParams
 from hf_paged.attention.backends.reference import blockwise_attention
 from hf_paged.attention.dispatch import bind
 from hf_paged.attention.marks import NEW, is_marked, layer_of, note_output, output_of
-from hf_paged.attention.mask import NAME, PagedMask, paged_flex_mask
+from hf_paged.attention.mask import ALLOWED, NAME, PagedMask, paged_flex_mask
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.shared import SharedTensor
 from hf_paged.batch.steps.step import View
@@ -95,7 +95,8 @@ def paged_flex_attention(
                 "Keys in pages were given to the attention function with a mask that the model made itself. Load the "
                 'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.',
             )
-        return _attend_to_columns(query, key, value, attention_mask, is_causal, scale, softcap, s_aux), None
+        mask = getattr(attention_mask, ALLOWED, attention_mask)
+        return _attend_to_columns(query, key, value, mask, is_causal, scale, softcap, s_aux), None
     is_traced = torch.compiler.is_dynamo_compiling()
     if not is_traced and getattr(module, "training", False) and attention_mask.metadata.is_unwritten:
         raise ValueError(
