@@ -16,7 +16,7 @@ def speed_lines() -> list[str]:
 
     def rows(name, scenario):
         results = json.loads((README.parent / "docs" / "results" / "bench" / f"{name}.json").read_text())[scenario]
-        return {(row.get("context"), row["contender"]): row for row in results["rows"]}, results
+        return {(row.get("context"), row["baseline"]): row for row in results["rows"]}, results
 
     mixed, results = rows("mixed-2", "mixed")
     latency, _ = rows("latency-2", "latency")

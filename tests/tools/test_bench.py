@@ -29,8 +29,8 @@ from hf_paged.tools.bench import (
     worker,
 )
 from hf_paged.tools.bench.bandwidth import Bandwidth, bandwidth_share
-from hf_paged.tools.bench.contender import Contender
-from hf_paged.tools.bench.contenders import CONTENDERS, Paged, line_up
+from hf_paged.tools.bench.baseline import Baseline
+from hf_paged.tools.bench.baselines import BASELINES, Paged, line_up
 from hf_paged.tools.bench.fit import fit_line
 from hf_paged.tools.bench.growing import subjects
 from hf_paged.tools.bench.plot import CHARTS, draw
@@ -45,7 +45,7 @@ from hf_paged.tools.lab.table import table
 from tests.models import random_ids, tiny_llama
 
 TINY = Settings(random_llama=True, page_size=16, rounds=2, max_new_tokens=4)
-LAP = {"contender", "first_token_s", "ms_per_step", "kv_bytes", "ratio", "paired_ratio", "same_tokens"}
+LAP = {"baseline", "first_token_s", "ms_per_step", "kv_bytes", "ratio", "paired_ratio", "same_tokens"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def in_this_process(monkeypatch):
 
 @pytest.fixture
 def traced_only(monkeypatch):
-    """Compiled contenders run what dynamo makes of the model, and nothing is compiled."""
+    """Compiled baselines run what dynamo makes of the model, and nothing is compiled."""
     torch._dynamo.reset()
     monkeypatch.setattr(linear, "compile_fx", lambda graph, inputs, **options: graph)
 
@@ -82,17 +82,17 @@ def settings(**changes):
         (
             "beam",
             {"contexts": (20,)},
-            {"context", "contender", "ms_per_step", "peak_kv_bytes", "ratio", "same_tokens"},
+            {"context", "baseline", "ms_per_step", "peak_kv_bytes", "ratio", "same_tokens"},
         ),
-        ("fork", {"contexts": (20, 40)}, {"context", "contender", "ms", "new_bytes"}),
+        ("fork", {"contexts": (20, 40)}, {"context", "baseline", "ms", "new_bytes"}),
         ("no-cache", {"contexts": (20,)}, LAP | {"context"}),
     ],
 )
-def test_a_scenario_gives_a_row_for_each_context_and_contender(subject, scenario, changes, keys):
+def test_a_scenario_gives_a_row_for_each_context_and_baseline(subject, scenario, changes, keys):
     asked = settings(baselines=("dynamic", "paged"), **changes)
     results = WITH_MODEL[scenario](subject, asked)
     assert json.loads(json.dumps(results)) == results
-    assert [(row["context"], row["contender"]) for row in results["rows"]] == [
+    assert [(row["context"], row["baseline"]) for row in results["rows"]] == [
         (context, name) for context in asked.contexts for name in asked.baselines
     ]
     for row in results["rows"]:
@@ -100,12 +100,12 @@ def test_a_scenario_gives_a_row_for_each_context_and_contender(subject, scenario
         assert row.get("same_tokens", True)
 
 
-def test_latency_fits_a_line_for_each_contender():
+def test_latency_fits_a_line_for_each_baseline():
     rows = [
-        {"contender": "paged", "context": context, "ms_per_step": 30 + context / 1000} for context in (128, 2048, 8000)
+        {"baseline": "paged", "context": context, "ms_per_step": 30 + context / 1000} for context in (128, 2048, 8000)
     ]
-    (fit,) = latency.fits([*rows, {"contender": "flex", "context": 128, "error": "no"}])
-    assert fit["contender"] == "paged"
+    (fit,) = latency.fits([*rows, {"baseline": "flex", "context": 128, "error": "no"}])
+    assert fit["baseline"] == "paged"
     assert fit["slope_us"] == pytest.approx(1.0)
     assert fit["intercept_ms"] == pytest.approx(30)
     assert fit["r_squared"] == pytest.approx(1.0)
@@ -127,7 +127,7 @@ def test_mixed_accounts_for_padding_speed_and_memory(subject, in_this_process):
     results = mixed.measure(subject, asked)
     token_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, head size, float32
     assert results["minimum_bytes"] == (63 + 3 * 3) * token_bytes
-    by_name = {row["contender"]: row for row in results["rows"]}
+    by_name = {row["baseline"]: row for row in results["rows"]}
     assert list(by_name) == list(asked.baselines)
     for row in results["rows"]:
         assert {"total_s", "tokens_per_s", "last_tokens_per_s", "first_token_s", "peak_bytes"} <= set(row)
@@ -192,7 +192,7 @@ def test_a_process_starts_twice_on_one_cache_of_compiled_code(monkeypatch):
     assert folders[0] == folders[1]
     for row in rows:
         assert set(row) == {
-            "contender", "start", "first_token_s", "two_tokens_s", "ms_per_step", "compiled_files"
+            "baseline", "start", "first_token_s", "two_tokens_s", "ms_per_step", "compiled_files"
         }  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_a_worker_that_fails_says_why(monkeypatch):
 
 def test_a_step_is_taken_apart_into_what_it_is_spent_on(subject):
     rows = profile.measure(subject, settings(contexts=(24,), prompt_lengths=(5, 18), baselines=("dynamic", "paged")))
-    assert [(row["context"], row["contender"]) for row in rows["rows"]] == [
+    assert [(row["context"], row["baseline"]) for row in rows["rows"]] == [
         ("24", "dynamic"), ("24", "paged"), ("2 rows", "dynamic"), ("2 rows", "paged"),
         ("2 prompts", "dynamic"), ("2 prompts", "paged"),
     ]  # fmt: skip
@@ -229,15 +229,15 @@ def test_what_is_not_an_operation_is_python():
     }  # fmt: skip
 
 
-# Contenders
+# Baselines
 
 
 @pytest.mark.parametrize("name", ["static", "no-cache", "paged", "paged-ragged", "paged-compiled", "generate_batch"])
 @pytest.mark.parametrize("lengths", [[24], [9, 24]])
-def test_contenders_give_the_same_tokens(subject, traced_only, name, lengths):
+def test_baselines_give_the_same_tokens(subject, traced_only, name, lengths):
     ids, mask = subject.padded(lengths)
-    with line_up(subject.model, ("dynamic", name), page_size=16) as contenders:
-        laps = race_once(contenders, ids, mask if len(lengths) > 1 else None, 5)
+    with line_up(subject.model, ("dynamic", name), page_size=16) as baselines:
+        laps = race_once(baselines, ids, mask if len(lengths) > 1 else None, 5)
     reference, row = summarize([laps])
     assert row.get("error") is None
     assert row["same_tokens"]
@@ -259,12 +259,12 @@ def test_the_compiled_static_cache_is_compiled_under_the_flags(subject, monkeypa
         return run
 
     monkeypatch.setattr(torch, "compile", stand_in)
-    with line_up(subject.model, ("dynamic", "static-compiled"), 16) as contenders:
-        laps = [race_once(contenders, subject.prompt(12), None, 3)]
-        cache = contenders[1].new_cache(15)
-        laps.append(race_once(contenders, subject.prompt(12), None, 3))
-        assert contenders[1].new_cache(15) is cache, "its tensors are part of the graph"
-        assert contenders[1].new_cache(16) is not cache
+    with line_up(subject.model, ("dynamic", "static-compiled"), 16) as baselines:
+        laps = [race_once(baselines, subject.prompt(12), None, 3)]
+        cache = baselines[1].new_cache(15)
+        laps.append(race_once(baselines, subject.prompt(12), None, 3))
+        assert baselines[1].new_cache(15) is cache, "its tensors are part of the graph"
+        assert baselines[1].new_cache(16) is not cache
     assert summarize(laps)[1]["same_tokens"]
     assert seen == [(True, True, (1, 1))] * 4
     assert not inductor.freezing
@@ -275,8 +275,8 @@ def test_a_prompt_in_chunks_and_turns_is_the_same_prompt(subject, name):
     ids = subject.prompt(40)
     tokens = []
     for chunk_size in (None, 7):
-        with line_up(subject.model, (name,), 16) as contenders:
-            race = Race(contenders, 60)
+        with line_up(subject.model, (name,), 16) as baselines:
+            race = Race(baselines, 60)
             tokens.append([race.lap(piece, 3, chunk_size)[name].tokens for piece in ids.split([20, 20], dim=1)])
     for whole, chunked in zip(*tokens, strict=True):
         assert torch.equal(whole, chunked)
@@ -291,25 +291,25 @@ def test_model_objects_differ_and_their_weights_do_not():
     assert all(ours is theirs for ours, theirs in zip(model.buffers(), other.buffers(), strict=True))
 
 
-def test_a_contender_that_fails_is_reported_and_the_others_go_on(subject, monkeypatch):
+def test_a_baseline_that_fails_is_reported_and_the_others_go_on(subject, monkeypatch):
     def fail(self, max_length):
         raise RuntimeError("no pages today")
 
     monkeypatch.setattr(Paged, "new_cache", fail)
     rows = WITH_MODEL["latency"](subject, settings(contexts=(20,), baselines=("dynamic", "paged")))["rows"]
-    assert rows[1] == {"context": 20, "contender": "paged", "error": "RuntimeError: no pages today"}
+    assert rows[1] == {"context": 20, "baseline": "paged", "error": "RuntimeError: no pages today"}
     assert rows[0]["ratio"] == 1.0
     searched = WITH_MODEL["beam"](subject, settings(contexts=(20,), rounds=1))["rows"]
     assert searched[1]["error"] == "RuntimeError: no pages today"
 
 
 def test_without_the_reference_nothing_is_compared(subject):
-    with line_up(subject.model, ("paged",), 16) as contenders:
-        (row,) = summarize([race_once(contenders, subject.prompt(20), None, 3)])
-    assert set(row) == {"contender", "first_token_s", "ms_per_step", "kv_bytes"}
+    with line_up(subject.model, ("paged",), 16) as baselines:
+        (row,) = summarize([race_once(baselines, subject.prompt(20), None, 3)])
+    assert set(row) == {"baseline", "first_token_s", "ms_per_step", "kv_bytes"}
 
 
-def test_an_unknown_contender_is_an_error(subject):
+def test_an_unknown_baseline_is_an_error(subject):
     with (
         pytest.raises(ValueError, match=r"Baselines \['page'\] were asked for; there are dynamic, "),
         line_up(subject.model, ("dynamic", "page"), 16),
@@ -338,7 +338,7 @@ class Scripted:
         return next(self.seconds)
 
 
-def test_contenders_take_turns_in_every_order(monkeypatch):
+def test_baselines_take_turns_in_every_order(monkeypatch):
     monkeypatch.setattr(race, "_races", itertools.count())
     turns = []
     Race([Scripted(name, [1.0] * 9, turns) for name in "abc"], 9).lap(random_ids(1, 4), 6)
@@ -398,8 +398,8 @@ def test_the_bandwidth_is_the_median_of_the_reads_since_the_last_one(monkeypatch
 
 def test_something_else_takes_its_turn_after_each_step_of_all(subject):
     calls = []
-    with line_up(subject.model, ("dynamic", "paged"), 16) as contenders:
-        race_once(contenders, subject.prompt(8), None, 4, lambda: calls.append([len(c.tokens) for c in contenders]))
+    with line_up(subject.model, ("dynamic", "paged"), 16) as baselines:
+        race_once(baselines, subject.prompt(8), None, 4, lambda: calls.append([len(c.tokens) for c in baselines]))
     assert calls == [[2, 2], [3, 3], [4, 4]]
 
 
@@ -414,8 +414,8 @@ def test_a_step_reads_every_weight_once():
 
 def test_the_bytes_of_a_cache_are_those_it_holds(subject):
     ids = subject.prompt(20)
-    with line_up(subject.model, ("dynamic", "static", "paged", "no-cache"), 16) as contenders:
-        race = Race(contenders, 30)
+    with line_up(subject.model, ("dynamic", "static", "paged", "no-cache"), 16) as baselines:
+        race = Race(baselines, 30)
         laps = race.lap(ids, 1)
     held = [laps[name].kv_bytes / subject.token_bytes() for name in ("dynamic", "static", "paged", "no-cache")]
     assert held == [20, 30, 32, 0]
@@ -445,8 +445,8 @@ def rows_of(scenario):
         for name in ("dynamic", "paged"):
             row = {chart.y: 1.0 + x for chart in CHARTS[scenario]}
             row |= {chart.x: x for chart in CHARTS[scenario] if chart.x is not None}
-            yield {"contender": name, "num_threads": 1, "num_rows": 16} | row
-    yield {"contender": "flex", "context": 100, "num_pages": 100, "error": "no"}
+            yield {"baseline": name, "num_threads": 1, "num_rows": 16} | row
+    yield {"baseline": "flex", "context": 100, "num_pages": 100, "error": "no"}
 
 
 @pytest.mark.parametrize("scenario", DESCRIPTIONS)
@@ -456,7 +456,7 @@ def test_every_scenario_has_charts_that_name_their_lines(scenario, tmp_path):
     for path, chart in zip(paths, CHARTS[scenario], strict=True):
         texts = {"".join(element.itertext()).strip() for element in ElementTree.parse(path).iter()}
         assert chart.title in texts
-        names = {"contender": {"dynamic", "paged"}, "num_threads": {"1 thread"}, "num_rows": {"16 rows"}}
+        names = {"baseline": {"dynamic", "paged"}, "num_threads": {"1 thread"}, "num_rows": {"16 rows"}}
         assert names[chart.by] <= texts
         assert "flex" not in texts
 
@@ -475,8 +475,8 @@ def test_labels_are_moved_apart():
 def test_every_scenario_says_what_it_is():
     assert set(DESCRIPTIONS) == set(WITH_MODEL) | set(WITHOUT_MODEL) == set(CHARTS)
     assert all(line.endswith(".") for line in DESCRIPTIONS.values())
-    assert "dynamic" in CONTENDERS
-    assert CONTENDERS["dynamic"] is Contender
+    assert "dynamic" in BASELINES
+    assert BASELINES["dynamic"] is Baseline
 
 
 # Settings
@@ -524,7 +524,7 @@ def test_peers_that_are_missing_are_named(monkeypatch):
     assert missing["error"] == "no_such_module is not installed. Run: pip install it"
     assert unnamed["error"] == "No model was given. Add --model-path unnamed=PATH"
     assert "4 new tokens were asked for" in short["error"]
-    assert set(there) == {"contender", "version", "total_s", "tokens_per_s"}
+    assert set(there) == {"baseline", "version", "total_s", "tokens_per_s"}
 
 
 def test_peers_are_given_the_packaged_model_in_float16(tmp_path):
@@ -547,9 +547,9 @@ RESULTS = {
     "latency": {
         "fits": [],
         "rows": [
-            {"context": 128, "contender": "dynamic", "ms_per_step": 60.0, "first_token_s": 0.5, "same_tokens": True},
-            {"context": 128, "contender": "paged", "ms_per_step": 40.0, "first_token_s": 1.0, "same_tokens": True},
-            {"context": 512, "contender": "paged", "error": "RuntimeError: no"},
+            {"context": 128, "baseline": "dynamic", "ms_per_step": 60.0, "first_token_s": 0.5, "same_tokens": True},
+            {"context": 128, "baseline": "paged", "ms_per_step": 40.0, "first_token_s": 1.0, "same_tokens": True},
+            {"context": 512, "baseline": "paged", "error": "RuntimeError: no"},
         ],
     },
 }

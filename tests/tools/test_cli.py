@@ -23,7 +23,7 @@ def test_a_scenario_prints_a_table_and_writes_json_and_pictures(tmp_path, capsys
     assert [row["context"] for row in results["fork"]["rows"]] == [20, 20, 40, 40]
     assert [picture.name for picture in folder.iterdir()] == ["fork-ms.svg"]
     printed = capsys.readouterr().out
-    assert "context  contender" in printed
+    assert "context  baseline" in printed
     assert "     20  dynamic" in printed
 
 

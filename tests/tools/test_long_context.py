@@ -368,9 +368,9 @@ def test_a_row_accounts_for_prompt_score_and_bytes(subject, monkeypatch):
 def test_an_answer_that_differs_is_seen(subject, monkeypatch):
     generate = long_context._generate
 
-    def other(contender, batch, *arguments):
-        answers = generate(contender, batch, *arguments)
-        if contender.name == "paged" and batch.context == 501:
+    def other(baseline, batch, *arguments):
+        answers = generate(baseline, batch, *arguments)
+        if baseline.name == "paged" and batch.context == 501:
             answers.tokens[-1][-1] ^= 1
         return answers
 

@@ -231,28 +231,28 @@ def test_padding_is_held_by_padded_caches_only(model):
 
 
 def test_logits_of_one_chunk_are_held_at_a_time(model):
-    contenders = candidates(model, ALL, PAGE)
+    baselines = candidates(model, ALL, PAGE)
     held: list[weakref.ref] = []
 
     def note(module, arguments, output):
-        assert sum(logits() is not None for logits in held) < len(contenders)
+        assert sum(logits() is not None for logits in held) < len(baselines)
         held.append(weakref.ref(output.logits))
 
-    for contender in contenders:
-        contender.model.register_forward_hook(note)
-    score(contenders, [Window(0, letter_tokenizer()(letters(40))["input_ids"], 1)], chunk_size=8)
+    for baseline in baselines:
+        baseline.model.register_forward_hook(note)
+    score(baselines, [Window(0, letter_tokenizer()(letters(40))["input_ids"], 1)], chunk_size=8)
     assert len(held) == 3 * 5
 
 
 def test_the_caches_take_turns_at_being_first(model):
     turns = []
 
-    def named(contender: Candidate) -> Candidate:
-        contender.model.register_forward_pre_hook(lambda *_: turns.append(contender.name))
-        return contender
+    def named(baseline: Candidate) -> Candidate:
+        baseline.model.register_forward_pre_hook(lambda *_: turns.append(baseline.name))
+        return baseline
 
     score(
-        [named(contender) for contender in candidates(model, ALL, PAGE)],
+        [named(baseline) for baseline in candidates(model, ALL, PAGE)],
         [Window(0, letter_tokenizer()(letters(25))["input_ids"], 1)],
         chunk_size=8,
     )

@@ -22,9 +22,9 @@ def perplexity(difference, num_tokens=100):
     return {"figures": {"num_tokens": num_tokens, "figures": rows}}
 
 
-def times(contender, ms, **more):
+def times(baseline, ms, **more):
     return [
-        {"contender": contender, "context": context, "ms_per_step": own}
+        {"baseline": baseline, "context": context, "ms_per_step": own}
         | {key: value(context) for key, value in more.items()}
         for context, own in zip(LATENCY, ms, strict=True)
     ]
@@ -35,15 +35,15 @@ def latency(paged=(40.0,) * 5, kv_bytes=lambda context: 1000 * context):
         times("dynamic", (50.0,) * 5) + times("paged", paged, kv_bytes=kv_bytes) + times("paged-compiled", (20.0,) * 5)
     )
     fits = [
-        {"contender": name, "growth": growth, "growth_from": 128, "growth_to": 2048, "r_squared": 0.99}
+        {"baseline": name, "growth": growth, "growth_from": 128, "growth_to": 2048, "r_squared": 0.99}
         for name, growth in (("paged", paged[-1] / paged[0]), ("paged-compiled", 1.0))
     ]
     return {"latency": {"rows": rows, "fits": fits, "weight_bytes": 10_000_000}}
 
 
-def scenario(name, contender="paged", **changes):
-    reference = {"contender": "dynamic", "context": 5, "ms_per_step": 10.0, "kv_bytes": 100, "same_tokens": True}
-    return {name: {"rows": [reference, reference | {"contender": contender, "ms_per_step": 9.0} | changes]}}
+def scenario(name, baseline="paged", **changes):
+    reference = {"baseline": "dynamic", "context": 5, "ms_per_step": 10.0, "kv_bytes": 100, "same_tokens": True}
+    return {name: {"rows": [reference, reference | {"baseline": baseline, "ms_per_step": 9.0} | changes]}}
 
 
 def mixed(**changes):

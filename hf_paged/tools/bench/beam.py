@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import Cache, StoppingCriteria
 
 from hf_paged._transformers import CACHE
-from hf_paged.tools.bench.contender import Contender
-from hf_paged.tools.bench.contenders import line_up
+from hf_paged.tools.bench.baseline import Baseline
+from hf_paged.tools.bench.baselines import line_up
 from hf_paged.tools.bench.race import REFERENCE, warm_up
 from hf_paged.tools.bench.settings import Settings
 from hf_paged.tools.lab.memory import kv_bytes
@@ -44,33 +44,33 @@ class Watch(StoppingCriteria):
 
 
 def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
-    """Run the same beam search with each contender in turn.
+    """Run the same beam search with each baseline in turn.
 
     Returns:
-        `num_beams`; `rows` for each context and contender, with `ms_per_step`, `peak_kv_bytes`, and if the reference
+        `num_beams`; `rows` for each context and baseline, with `ms_per_step`, `peak_kv_bytes`, and if the reference
         ran `ratio` and `same_tokens`.
     """
     rows = []
-    with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as contenders:
-        warm_up(contenders, subject, NUM_BEAMS)
+    with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+        warm_up(baselines, subject, NUM_BEAMS)
         for context in progress(subject.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens), "beam"):
             ids = subject.prompt(context)
             runs = [
-                {contender.name: search(contender, ids, settings.max_new_tokens) for contender in contenders}
+                {baseline.name: search(baseline, ids, settings.max_new_tokens) for baseline in baselines}
                 for _ in range(settings.rounds)
             ]
             rows += [{"context": context} | row for row in _rows(runs)]
     return {"num_beams": NUM_BEAMS, "rows": rows}
 
 
-def search(contender: Contender, ids: Tensor, num_new_tokens: int) -> dict[str, Any]:
+def search(baseline: Baseline, ids: Tensor, num_new_tokens: int) -> dict[str, Any]:
     """Run one beam search; give `steps` in seconds, `peak_kv_bytes` and `sequences`, or `error`."""
     try:
-        contender.prepare()
-        cache = contender.new_cache(ids.shape[1] + num_new_tokens)
+        baseline.prepare()
+        cache = baseline.new_cache(ids.shape[1] + num_new_tokens)
         watch = Watch(cache)
-        with contender.flags():
-            model: Any = contender.model
+        with baseline.flags():
+            model: Any = baseline.model
             sequences = model.generate(
                 ids,
                 **{CACHE: cache},
@@ -94,7 +94,7 @@ def _rows(runs: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     failed = {name: run[name]["error"] for run in runs for name in run if "error" in run[name]}
     rows = []
     for name in runs[0]:
-        row: dict[str, Any] = {"contender": name}
+        row: dict[str, Any] = {"baseline": name}
         if name in failed:
             row["error"] = failed[name]
         else:

@@ -13,7 +13,7 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Measure every turn; beyond the model's positions, with a tiny random one.
 
     Returns:
-        `rows` for each model, turn and contender, as `grow` gives them: `context` is the length of the conversation
+        `rows` for each model, turn and baseline, as `grow` gives them: `context` is the length of the conversation
         when the answer begins, and `first_token_s` the time to read what was said since the last answer.
     """
     return {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_paged.tools.bench import worker
-from hf_paged.tools.bench.contenders import line_up
+from hf_paged.tools.bench.baselines import line_up
 from hf_paged.tools.bench.race import race_once
 from hf_paged.tools.bench.settings import Settings
 from hf_paged.tools.lab.progress import progress
@@ -17,10 +17,10 @@ PROMPT_LENGTH = 128
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Start each contender twice, in processes of its own that share a new cache of compiled code.
+    """Start each baseline twice, in processes of its own that share a new cache of compiled code.
 
     Returns:
-        `rows` for each contender and start, `"cold"` or `"warm"`, as `start_up` gives them, with `compiled_files`
+        `rows` for each baseline and start, `"cold"` or `"warm"`, as `start_up` gives them, with `compiled_files`
         that lie in the cache afterwards.
     """
     rows = []
@@ -29,7 +29,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             for start in ("cold", "warm"):
                 figures = worker.start("start_up", settings, name, TORCHINDUCTOR_CACHE_DIR=folder)
                 files = sum(len(names) for _, _, names in os.walk(Path(folder)))
-                rows.append({"contender": name, "start": start} | figures | {"compiled_files": files})
+                rows.append({"baseline": name, "start": start} | figures | {"compiled_files": files})
     return {"rows": rows}
 
 
@@ -42,8 +42,8 @@ def start_up(subject: Subject, settings: Settings, name: str) -> dict[str, Any]:
     """
     subject.token_bytes()  # reads the weights, which are not to be in the time
     ids = subject.prompt(PROMPT_LENGTH)
-    with line_up(subject.model, [name], settings.page_size) as contenders:
-        lap = race_once(contenders, ids, None, settings.max_new_tokens)[name]
+    with line_up(subject.model, [name], settings.page_size) as baselines:
+        lap = race_once(baselines, ids, None, settings.max_new_tokens)[name]
     if lap.error is not None:
         return {"error": lap.error}
     counted = sorted(lap.counted_s)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_paged.tools.bench.contenders import line_up
+from hf_paged.tools.bench.baselines import line_up
 from hf_paged.tools.bench.race import Lap, Race, summarize, warm_up
 from hf_paged.tools.bench.settings import Settings
 from hf_paged.tools.lab.memory import PeakMemory
@@ -26,8 +26,8 @@ def grow(
         chunk_size: tokens that are run at a time between two points; None: all.
 
     Returns:
-        A row for each context and contender: what `summarize` gives, `first_token_s` counting from the last point,
-        and `resident_bytes`, what the process, all contenders together, holds more than at the beginning, at most.
+        A row for each context and baseline: what `summarize` gives, `first_token_s` counting from the last point,
+        and `resident_bytes`, what the process, all baselines together, holds more than at the beginning, at most.
     """
     ids = subject.prompt(contexts[-1])
     lengths = [after - before for before, after in zip([0, *contexts], contexts, strict=False)]
@@ -41,11 +41,11 @@ def grow(
     pieces = torch.split(ids, [*added, ids.shape[1] - sum(added)], dim=1)
     laps: list[list[dict[str, Lap]]] = [[] for _ in contexts]
     peaks = [0] * len(contexts)
-    with line_up(subject.model, settings.baselines or ("dynamic", "paged"), settings.page_size) as contenders:
-        warm_up(contenders, subject)
+    with line_up(subject.model, settings.baselines or ("dynamic", "paged"), settings.page_size) as baselines:
+        warm_up(baselines, subject)
         for _ in progress(range(settings.rounds), title):
             memory = PeakMemory(subject.device)
-            race = Race(contenders, contexts[-1] + settings.max_new_tokens)
+            race = Race(baselines, contexts[-1] + settings.max_new_tokens)
             for point, piece in enumerate(progress(pieces[: len(contexts)], subject.name)):
                 laps[point].append(race.lap(piece, settings.max_new_tokens, chunk_size))
                 peaks[point] = max(peaks[point], memory.bytes)

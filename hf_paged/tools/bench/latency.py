@@ -3,7 +3,7 @@
 from typing import Any
 
 from hf_paged.tools.bench.bandwidth import Bandwidth, bandwidth_share
-from hf_paged.tools.bench.contenders import line_up
+from hf_paged.tools.bench.baselines import line_up
 from hf_paged.tools.bench.fit import fit_line
 from hf_paged.tools.bench.race import race_once, summarize, warm_up
 from hf_paged.tools.bench.settings import Settings
@@ -20,9 +20,9 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Measure one row at each context.
 
     Returns:
-        `weight_bytes`, which a step reads; `rows` for each context and contender, with `bandwidth_gb_s`, measured in
+        `weight_bytes`, which a step reads; `rows` for each context and baseline, with `bandwidth_gb_s`, measured in
         turns with the steps, and `bandwidth_share`: the bytes that a step must read (weights, and the keys and values
-        of the context) per second, as a part of it; `fits` for each contender, a line through the times of a step with
+        of the context) per second, as a part of it; `fits` for each baseline, a line through the times of a step with
         `slope_us` per token of context, and the `growth` of the time from the first context to 2048, or to the last
         where that was not measured.
     """
@@ -30,12 +30,12 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     bandwidth = Bandwidth(subject.device)
     weights, token_bytes = weight_bytes(subject.model), subject.token_bytes()
     rows = []
-    with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as contenders:
-        warm_up(contenders, subject)
+    with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+        warm_up(baselines, subject)
         for context in progress(contexts, "latency"):
             ids = subject.prompt(context)
             laps = [
-                race_once(contenders, ids, None, settings.max_new_tokens, bandwidth.measure)
+                race_once(baselines, ids, None, settings.max_new_tokens, bandwidth.measure)
                 for _ in range(settings.rounds)
             ]
             bytes_per_s = bandwidth.take_median()
@@ -49,11 +49,11 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
 
 
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line through each contender's times; none for a contender with fewer than two."""
+    """A line through each baseline's times; none for a baseline with fewer than two."""
     times: dict[str, dict[int, float]] = {}
     for row in rows:
         if "error" not in row:
-            times.setdefault(row["contender"], {})[row["context"]] = row["ms_per_step"]
+            times.setdefault(row["baseline"], {})[row["context"]] = row["ms_per_step"]
     lines = []
     for name, by_context in times.items():
         if len(by_context) < 2:
@@ -62,7 +62,7 @@ def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         first, last = min(by_context), _GROWN_TO if _GROWN_TO in by_context else max(by_context)
         lines.append(
             {
-                "contender": name,
+                "baseline": name,
                 "slope_us": 1e3 * fit.slope,
                 "intercept_ms": fit.intercept,
                 "r_squared": fit.r_squared,

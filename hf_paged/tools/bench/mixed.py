@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from hf_paged.tools.bench import worker
-from hf_paged.tools.bench.contenders import line_up
+from hf_paged.tools.bench.baselines import line_up
 from hf_paged.tools.bench.race import Lap, race_once, summarize, warm_up
 from hf_paged.tools.bench.settings import Settings
 from hf_paged.tools.lab.memory import PeakMemory
@@ -29,10 +29,10 @@ def prompt_lengths(settings: Settings) -> list[int]:
 
 
 def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
-    """Measure the batch; the memory of each contender in a process of its own.
+    """Measure the batch; the memory of each baseline in a process of its own.
 
     Returns:
-        `prompt_lengths`; `minimum_bytes`, the keys and values of the real tokens; `rows` for each contender, with
+        `prompt_lengths`; `minimum_bytes`, the keys and values of the real tokens; `rows` for each baseline, with
         `total_s`; `tokens_per_s`, prompt tokens and new ones over the total; `last_tokens_per_s`, over the last 256
         new tokens or all of them; `overhead` of the cache over the minimum; `peak_bytes`, what a process held beyond
         the loaded model, at most, in the median of several, `least_peak_bytes` and `most_peak_bytes`, or `peak_error`.
@@ -41,22 +41,22 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     names = settings.baselines or BASELINES
     ids, mask = subject.padded(lengths)
     num_new = settings.max_new_tokens
-    with line_up(subject.model, names, settings.page_size) as contenders:
-        warm_up(contenders, subject, len(lengths))
-        laps = [race_once(contenders, ids, mask, num_new) for _ in progress(range(settings.rounds), "mixed")]
+    with line_up(subject.model, names, settings.page_size) as baselines:
+        warm_up(baselines, subject, len(lengths))
+        laps = [race_once(baselines, ids, mask, num_new) for _ in progress(range(settings.rounds), "mixed")]
     # What the last token of a row would store is stored by the step after it.
     minimum = (sum(lengths) + len(lengths) * (num_new - 1)) * subject.token_bytes()
     rows = summarize(laps)
     for row in progress(rows, "memory"):
         if "error" in row:
             continue
-        own = [lap[row["contender"]] for lap in laps]
+        own = [lap[row["baseline"]] for lap in laps]
         row["total_s"] = statistics.median(lap.total_s for lap in own)
         row["tokens_per_s"] = (sum(lengths) + len(lengths) * num_new) / row["total_s"]
         row["last_tokens_per_s"] = statistics.median(last_tokens_per_s(lap, len(lengths)) for lap in own)
         if "kv_bytes" in row:
             row["overhead"] = row["kv_bytes"] / minimum - 1
-        row |= _peaks(settings, row["contender"], 1 if subject.device.type == "cuda" else _PEAKS_ON_CPU)
+        row |= _peaks(settings, row["baseline"], 1 if subject.device.type == "cuda" else _PEAKS_ON_CPU)
     return {"prompt_lengths": lengths, "minimum_bytes": minimum, "rows": rows}
 
 
@@ -80,7 +80,7 @@ def last_tokens_per_s(lap: Lap, num_rows: int) -> float:
 
 
 def peak(subject: Subject, settings: Settings, name: str) -> dict[str, Any]:
-    """Run the batch once with one contender in this process.
+    """Run the batch once with one baseline in this process.
 
     Returns:
         `peak_bytes`, or `error`.
@@ -88,8 +88,8 @@ def peak(subject: Subject, settings: Settings, name: str) -> dict[str, Any]:
     ids, mask = subject.padded(prompt_lengths(settings))
     subject.token_bytes()  # a forward pass, which touches weights that were not read from disk yet
     memory = PeakMemory(subject.device)
-    with line_up(subject.model, [name], settings.page_size) as contenders:
-        warm_up(contenders, subject, len(ids))
+    with line_up(subject.model, [name], settings.page_size) as baselines:
+        warm_up(baselines, subject, len(ids))
         memory.forget_peak()  # compilers take memory too, but are gone by then
-        lap = race_once(contenders, ids, mask, settings.max_new_tokens)[name]
+        lap = race_once(baselines, ids, mask, settings.max_new_tokens)[name]
         return {"peak_bytes": memory.bytes} if lap.error is None else {"error": lap.error}

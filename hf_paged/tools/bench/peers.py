@@ -129,7 +129,7 @@ def measure(paths: dict[str, str], rows: Prompts, num_new: int, rounds: int, num
     """
     figures = []
     for name, peer in PEERS.items():
-        row: dict[str, Any] = {"contender": name}
+        row: dict[str, Any] = {"baseline": name}
         if importlib.util.find_spec(peer.module) is None:
             row["error"] = f"{peer.module} is not installed. Run: pip install {peer.package}"
         elif name not in paths:

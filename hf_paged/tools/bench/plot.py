@@ -1,11 +1,11 @@
-"""Pictures of the figures, as SVG; a contender has the same colour everywhere."""
+"""Pictures of the figures, as SVG; a baseline has the same colour everywhere."""
 
 from pathlib import Path
 
-from hf_paged.tools.bench.contenders import CONTENDERS
+from hf_paged.tools.bench.baselines import BASELINES
 from hf_paged.tools.lab.chart import PALETTE, Chart, Rows, save
 
-_COLOURS = dict(zip(CONTENDERS, PALETTE, strict=True))
+_COLOURS = dict(zip(BASELINES, PALETTE, strict=True))
 
 _MIB = 2.0**20
 _STEP = Chart("Time per token against context", "ms_per_step", "ms per token", "context")
@@ -72,7 +72,7 @@ def draw(scenario: str, rows: Rows, folder: Path) -> list[Path]:
 
     Args:
         scenario: by name.
-        rows: its figures; rows without a chart's figure, such as those of a contender that failed, are left out.
+        rows: its figures; rows without a chart's figure, such as those of a baseline that failed, are left out.
         folder: where the files go; it is made if it isn't there.
 
     Returns:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hf_paged.tools.bench.contender import Contender
-from hf_paged.tools.bench.contenders import line_up
+from hf_paged.tools.bench.baseline import Baseline
+from hf_paged.tools.bench.baselines import line_up
 from hf_paged.tools.bench.mixed import prompt_lengths
 from hf_paged.tools.bench.race import Race, summarize, warm_up
 from hf_paged.tools.bench.settings import Settings
@@ -34,7 +34,7 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Take steps apart: one row at each context, and the batch of `mixed`; and the prompts of that batch.
 
     Returns:
-        `rows` for each batch and contender: `ms_per_step` without the profiler, `profiled_ms` with it, and of these
+        `rows` for each batch and baseline: `ms_per_step` without the profiler, `profiled_ms` with it, and of these
         `linear_ms` and `attention_ms`; `copies_ms`, of keys and values into the cache; `guards_ms`, dynamo's;
         `graph_ms`, what inductor compiled, with the linear layers of one token; `other_operations_ms`; and
         `python_ms`, whatever is left: Python, planning and the dispatch of operations. The prompts, all of them
@@ -45,31 +45,31 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     lengths = prompt_lengths(settings)
     batches.append((f"{len(lengths)} rows", *subject.padded(lengths)))
     rows = []
-    with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as contenders:
-        warm_up(contenders, subject)
-        warm_up(contenders, subject, len(lengths))
+    with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+        warm_up(baselines, subject)
+        warm_up(baselines, subject, len(lengths))
         for name, ids, mask in progress(batches, "profile"):
-            race = Race(contenders, ids.shape[1] + settings.max_new_tokens + _NUM_PROFILED, mask)
+            race = Race(baselines, ids.shape[1] + settings.max_new_tokens + _NUM_PROFILED, mask)
             summary = summarize([race.lap(ids, settings.max_new_tokens)])
             for row in summary:
                 if "error" not in row:
-                    row |= _taken_apart(_named(contenders, row["contender"]).step, _NUM_PROFILED)
+                    row |= _taken_apart(_named(baselines, row["baseline"]).step, _NUM_PROFILED)
                 rows.append({"context": name} | row)
             race.end()
         for row in progress([row for row in summary if "error" not in row], "prompts"):
-            contender = _named(contenders, row["contender"])
-            contender.begin(ids.shape[1] + 1, mask)
+            baseline = _named(baselines, row["baseline"])
+            baseline.begin(ids.shape[1] + 1, mask)
             rows.append(
-                {"context": f"{len(lengths)} prompts", "contender": contender.name}
-                | _taken_apart(partial(contender.feed, ids, 1), 1)
+                {"context": f"{len(lengths)} prompts", "baseline": baseline.name}
+                | _taken_apart(partial(baseline.feed, ids, 1), 1)
             )
-            contender.cache = None
+            baseline.cache = None
     return {"rows": rows}
 
 
-def _named(contenders: Sequence[Contender], name: str) -> Contender:
-    (contender,) = (contender for contender in contenders if contender.name == name)
-    return contender
+def _named(baselines: Sequence[Baseline], name: str) -> Baseline:
+    (baseline,) = (baseline for baseline in baselines if baseline.name == name)
+    return baseline
 
 
 def _taken_apart(action: Callable[[], float], times: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Contenders that take turns step by step, so that whatever slows the machine down slows all of them down."""
+"""Baselines that take turns step by step, so that whatever slows the machine down slows all of them down."""
 
 import itertools
 import logging
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from hf_paged.cache.prefill import usual_chunk
-from hf_paged.tools.bench.contender import Contender
+from hf_paged.tools.bench.baseline import Baseline
 from hf_paged.tools.lab.memory import kv_bytes
 from hf_paged.tools.lab.subject import Subject
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = Contender.name
-_STRIDE = 7  # orders from where one race begins to where the next one does: after that another contender is first
+REFERENCE = Baseline.name
+_STRIDE = 7  # orders from where one race begins to where the next one does: after that another baseline is first
 _races = itertools.count()
 _WARM_UP_STEPS = 2  # of each lap, which are not counted: a graph may be compiled for its length
 
 
 @dataclass
 class Lap:
-    """One contender's way from a prompt through its new tokens.
+    """One baseline's way from a prompt through its new tokens.
 
     Attributes:
         first_token_s: seconds to the first token.
@@ -53,12 +53,12 @@ class Lap:
 
 
 class Race:
-    """One prompt, or one batch of prompts, that all contenders decode in turns.
+    """One prompt, or one batch of prompts, that all baselines decode in turns.
 
-    A contender that raises is out, and its error is kept; the others go on.
+    A baseline that raises is out, and its error is kept; the others go on.
 
     Args:
-        contenders: in each turn in another order, so that nobody always comes after the same one; nor does anybody
+        baselines: in each turn in another order, so that nobody always comes after the same one; nor does anybody
             always come first with a prompt, of a length that a library may not have seen yet, race after race.
         max_length: columns that will be used at most.
         mask: `(num_rows, num_columns)` of the prompts, 0 for padding; None without padding.
@@ -67,18 +67,18 @@ class Race:
 
     def __init__(
         self,
-        contenders: Sequence[Contender],
+        baselines: Sequence[Baseline],
         max_length: int,
         mask: Tensor | None = None,
         after_steps: Callable[[], None] | None = None,
     ) -> None:
-        self._contenders = list(contenders)
+        self._baselines = list(baselines)
         self._after_steps = after_steps
-        orders = itertools.cycle(itertools.permutations(self._contenders))
+        orders = itertools.cycle(itertools.permutations(self._baselines))
         self._orders = itertools.islice(orders, _STRIDE * next(_races), None)
-        self._names = [contender.name for contender in contenders]
+        self._names = [baseline.name for baseline in baselines]
         self._errors: dict[str, str] = {}
-        self._turn(lambda contender: contender.begin(max_length, mask))
+        self._turn(lambda baseline: baseline.begin(max_length, mask))
 
     def lap(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> dict[str, Lap]:
         """Run a prompt, or more of it, and decode.
@@ -90,15 +90,15 @@ class Race:
         """
         laps = {name: Lap() for name in self._names}
 
-        def feed(contender: Contender) -> None:
-            laps[contender.name].first_token_s = contender.feed(ids, num_new_tokens, chunk_size)
+        def feed(baseline: Baseline) -> None:
+            laps[baseline.name].first_token_s = baseline.feed(ids, num_new_tokens, chunk_size)
 
-        def step(contender: Contender) -> None:
-            laps[contender.name].step_s.append(contender.step())
+        def step(baseline: Baseline) -> None:
+            laps[baseline.name].step_s.append(baseline.step())
 
-        def finish(contender: Contender) -> None:
-            laps[contender.name].tokens = torch.tensor(contender.tokens[-num_new_tokens:]).T
-            laps[contender.name].kv_bytes = kv_bytes(contender.cache)
+        def finish(baseline: Baseline) -> None:
+            laps[baseline.name].tokens = torch.tensor(baseline.tokens[-num_new_tokens:]).T
+            laps[baseline.name].kv_bytes = kv_bytes(baseline.cache)
 
         self._turn(feed)
         for _ in range(num_new_tokens - 1):
@@ -110,46 +110,46 @@ class Race:
 
     def end(self) -> None:
         """Drop the caches."""
-        for contender in self._contenders:
-            contender.cache = None
+        for baseline in self._baselines:
+            baseline.cache = None
 
-    def _turn(self, action: Callable[[Contender], None]) -> None:
-        for contender in next(self._orders):
-            if contender.name in self._errors:
+    def _turn(self, action: Callable[[Baseline], None]) -> None:
+        for baseline in next(self._orders):
+            if baseline.name in self._errors:
                 continue
             try:
-                action(contender)
+                action(baseline)
             except Exception as error:
-                logger.info("%s is out: %s", contender.name, error)
-                self._errors[contender.name] = f"{type(error).__name__}: {error}"
-                contender.cache = None
+                logger.info("%s is out: %s", baseline.name, error)
+                self._errors[baseline.name] = f"{type(error).__name__}: {error}"
+                baseline.cache = None
 
 
 def race_once(
-    contenders: Sequence[Contender],
+    baselines: Sequence[Baseline],
     ids: Tensor,
     mask: Tensor | None,
     num_new_tokens: int,
     after_steps: Callable[[], None] | None = None,
 ) -> dict[str, Lap]:
     """One lap from nothing, as `Race.lap`."""
-    race = Race(contenders, ids.shape[1] + num_new_tokens, mask, after_steps)
+    race = Race(baselines, ids.shape[1] + num_new_tokens, mask, after_steps)
     laps = race.lap(ids, num_new_tokens)
     race.end()
     return laps
 
 
-def warm_up(contenders: Sequence[Contender], subject: Subject, num_rows: int = 1) -> None:
+def warm_up(baselines: Sequence[Baseline], subject: Subject, num_rows: int = 1) -> None:
     """Let everyone compile what it needs, with short prompts, then with one of several pages among them.
 
     A single row is given more after its first tokens. Several rows are so many tokens that, packed, they are worth a
     compiled chunk.
     """
-    several_pages = 2 * max(contender.page_size for contender in contenders) + 1
+    several_pages = 2 * max(baseline.page_size for baseline in baselines) + 1
     short = 24 if num_rows == 1 else max(24, usual_chunk(subject.device) // (2 * num_rows) + 2)
     for first, last in ((short, short + num_rows), (40, several_pages)):
         ids, mask = subject.padded([*range(first, first + num_rows - 1), last])
-        race = Race(contenders, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
+        race = Race(baselines, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
         race.lap(ids, 3)
         if num_rows == 1:
             race.lap(ids, 3)
@@ -157,10 +157,10 @@ def warm_up(contenders: Sequence[Contender], subject: Subject, num_rows: int = 1
 
 
 def summarize(laps: Sequence[dict[str, Lap]]) -> list[dict[str, Any]]:
-    """Medians over laps of the same prompt, a row for each contender.
+    """Medians over laps of the same prompt, a row for each baseline.
 
     Returns:
-        For each contender its name and either `error`, or `first_token_s`, `ms_per_step`, `kv_bytes` where there is
+        For each baseline its name and either `error`, or `first_token_s`, `ms_per_step`, `kv_bytes` where there is
         a cache to look into, and if the reference ran: `ratio` (of the median of the steps to its median),
         `paired_ratio` (the median of the ratios step by step) and `same_tokens`.
     """
@@ -171,10 +171,10 @@ def _summarize(name: str, laps: Sequence[dict[str, Lap]]) -> dict[str, Any]:
     own = [lap[name] for lap in laps]
     errors = [lap.error for lap in own if lap.error is not None]
     if errors:
-        return {"contender": name, "error": errors[0]}
+        return {"baseline": name, "error": errors[0]}
     ms_per_step = 1e3 * statistics.median(_steps(own))
     row = {
-        "contender": name,
+        "baseline": name,
         "first_token_s": statistics.median(lap.first_token_s for lap in own),
         "ms_per_step": ms_per_step,
     }

@@ -37,7 +37,7 @@ def tables(folder: Path) -> dict[str, str]:
 
 def _with_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add how many times as fast as the reference a row is, to its first token and in all."""
-    references = {_case(row): row for row in rows if row.get("contender") == REFERENCE}
+    references = {_case(row): row for row in rows if row.get("baseline") == REFERENCE}
     extended = []
     for row in rows:
         reference = references.get(_case(row), {})
@@ -56,7 +56,7 @@ def _case(row: dict[str, Any]) -> Any:
 
 _LAP = (
     ("context", "context", str),
-    ("contender", "", str),
+    ("baseline", "", str),
     ("ms_per_step", "ms per step", digits(1)),
     ("ms_per_step_speed", "times as fast", digits(2)),
     ("first_token_s", "first token, s", digits(2)),
@@ -86,7 +86,7 @@ _COLUMNS: dict[str, Sequence[Column]] = {
         _ERROR,
     ),
     "peers": (
-        ("contender", "", str),
+        ("baseline", "", str),
         ("version", "version", str),
         ("total_s", "all, s", digits(1)),
         ("tokens_per_s", "tokens/s", digits(0)),
@@ -100,7 +100,7 @@ _COLUMNS: dict[str, Sequence[Column]] = {
     ),
     "fork": (
         ("context", "tokens", str),
-        ("contender", "", str),
+        ("baseline", "", str),
         ("ms", "ms", digits(3)),
         ("new_bytes", "new MiB", mib),
     ),
@@ -120,7 +120,7 @@ _COLUMNS: dict[str, Sequence[Column]] = {
     ),
     "plan": (("num_pages", "pages", str), ("us", "µs", digits(0))),
     "compile": (
-        ("contender", "", str),
+        ("baseline", "", str),
         ("start", "start", str),
         ("first_token_s", "first token, s", digits(1)),
         ("two_tokens_s", "second token after, s", digits(1)),
@@ -129,7 +129,7 @@ _COLUMNS: dict[str, Sequence[Column]] = {
     ),
     "profile": (
         ("context", "context", str),
-        ("contender", "", str),
+        ("baseline", "", str),
         ("ms_per_step", "ms per step", digits(1)),
         ("profiled_ms", "with the profiler", digits(1)),
         ("linear_ms", "linear layers", digits(1)),
@@ -142,7 +142,7 @@ _COLUMNS: dict[str, Sequence[Column]] = {
     ),
 }
 _FITS = (
-    ("contender", "", str),
+    ("baseline", "", str),
     ("intercept_ms", "ms at length 0", digits(1)),
     ("slope_us", "µs per token of context", digits(2)),
     ("r_squared", "R²", digits(3)),

@@ -17,12 +17,12 @@ class Settings:
         dtype: of the weights, by its name in torch.
         device: where the model runs.
         num_threads: CPU threads; None: torch's choice.
-        page_size: tokens per page of the paged contenders.
+        page_size: tokens per page of the paged baselines.
         rounds: times that each figure is taken.
         max_new_tokens: generated per row; the first of them is that of the prompt.
         contexts: tokens in the cache where the time of a token is taken.
         prompt_lengths: of the batch of `mixed`, in tokens.
-        baselines: contenders, by name.
+        baselines: baselines, by name.
         chunk_size: tokens of a long prompt that are run at a time.
     """
 

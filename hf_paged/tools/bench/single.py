@@ -13,7 +13,7 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Measure along the way; beyond the model's positions, with a tiny random one.
 
     Returns:
-        `rows` for each model, context and contender, as `grow` gives them.
+        `rows` for each model, context and baseline, as `grow` gives them.
     """
     return {
         "rows": [

@@ -16,19 +16,19 @@ from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.subject import Subject
 
 
-def start(task: str, settings: Settings, contender: str, **environment: str) -> dict[str, Any]:
+def start(task: str, settings: Settings, baseline: str, **environment: str) -> dict[str, Any]:
     """Run a task in a new process.
 
     Args:
         task: `"peak"` of `mixed`, or `"start_up"` of `compile`.
         settings: from which the process loads its model.
-        contender: by name.
+        baseline: by name.
         **environment: variables beside those of this process.
 
     Returns:
         What the task gives, or `error`: the last line that the process wrote to its standard error.
     """
-    arguments = [task, contender, json.dumps(dataclasses.asdict(settings))]
+    arguments = [task, baseline, json.dumps(dataclasses.asdict(settings))]
     done = subprocess.run(
         [sys.executable, "-m", "hf_paged.tools.bench.worker", *arguments],
         capture_output=True,
@@ -43,14 +43,14 @@ def start(task: str, settings: Settings, contender: str, **environment: str) -> 
     return figures
 
 
-def perform(task: str, contender: str, settings: Settings) -> dict[str, Any]:
+def perform(task: str, baseline: str, settings: Settings) -> dict[str, Any]:
     """Run a task in this process."""
     # Not above: these modules start workers.
     from hf_paged.tools.bench.compile import start_up
     from hf_paged.tools.bench.mixed import peak
 
     tasks: dict[str, Callable[[Subject, Settings, str], dict[str, Any]]] = {"peak": peak, "start_up": start_up}
-    return tasks[task](load(settings), settings, contender)
+    return tasks[task](load(settings), settings, baseline)
 
 
 def read_settings(text: str) -> Settings:

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from hf_paged.pages.pool import PAGE_SIZES
-from hf_paged.tools.bench.contenders import CONTENDERS
+from hf_paged.tools.bench.baselines import BASELINES
 from hf_paged.tools.bench.plot import draw
 from hf_paged.tools.bench.scenarios import DESCRIPTIONS, WITH_MODEL, WITHOUT_MODEL
 from hf_paged.tools.bench.settings import Settings, load
@@ -22,7 +22,7 @@ def add(subcommands: Any) -> None:
         "bench",
         help="measure speed and memory beside Transformers' own caches",
         description=f"Measure speed and memory beside Transformers' own caches.\n\nscenarios:\n{scenarios}",
-        epilog=f"baselines: {', '.join(CONTENDERS)}",
+        epilog=f"baselines: {', '.join(BASELINES)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
@@ -35,7 +35,7 @@ def add(subcommands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="(default: %(default)s)")
     parser.add_argument("--contexts", type=numbers, metavar="N,N,...", help="tokens (default: the scenario's own)")
     parser.add_argument("--prompt-lengths", type=numbers, metavar="N,N,...", help="of mixed (default: 16 to 1024)")
-    parser.add_argument("--baselines", type=names, metavar="NAME,...", help="contenders (default: the scenario's own)")
+    parser.add_argument("--baselines", type=names, metavar="NAME,...", help="baselines (default: the scenario's own)")
     parser.add_argument("--chunk-size", type=int, default=default.chunk_size, help="of long prompts (%(default)s)")
     add_place(parser)
     add_plot(parser)

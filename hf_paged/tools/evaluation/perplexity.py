@@ -132,9 +132,9 @@ def perplexity(
     max_length = _checked_length(model, max_length)
     stride = max_length if stride is None else stride
     _check(texts, caches, stride, max_length, chunk_size, batch_size, max_tokens)
-    contenders = candidates(model, caches, check_page_size(page_size))
-    for contender in contenders:
-        contender.model.eval()  # type: ignore[no-untyped-call]
+    baselines = candidates(model, caches, check_page_size(page_size))
+    for baseline in baselines:
+        baseline.model.eval()  # type: ignore[no-untyped-call]
     windows = list(windows_of(tokenizer, texts, max_length, stride, max_tokens))
     if not windows:
         raise ValueError("There is no token to score: no text has two tokens. Give longer texts.")
@@ -151,7 +151,7 @@ def perplexity(
             "max_tokens": max_tokens,
         }
         kept = Journal(journal, fingerprint(model, windows, **settings))
-    records = _all_records(contenders, batches, chunk_size, kept, Processes(model.device))
+    records = _all_records(baselines, batches, chunk_size, kept, Processes(model.device))
     return _summarize(caches, batches, records, token_bytes(model))
 
 
@@ -197,7 +197,7 @@ def _check(
 
 
 def _all_records(
-    contenders: Sequence[Candidate],
+    baselines: Sequence[Candidate],
     batches: Sequence[Sequences],
     chunk_size: int,
     journal: Journal | None,
@@ -211,9 +211,9 @@ def _all_records(
     new = []
     with nullcontext() if journal is None else journal.writer(processes.index) as writer:
         if own:
-            score(contenders, [window.first(2 * chunk_size + 2) for window in batches[own[0]]], chunk_size)
+            score(baselines, [window.first(2 * chunk_size + 2) for window in batches[own[0]]], chunk_size)
         for index in progress(own, "perplexity") if processes.is_main else own:
-            new.append(Record(index, score(contenders, batches[index], chunk_size)))
+            new.append(Record(index, score(baselines, batches[index], chunk_size)))
             if writer is not None:
                 writer.append(new[-1])
     return sorted([*known, *processes.gather(new)], key=lambda record: record.batch)

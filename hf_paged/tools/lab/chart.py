@@ -50,7 +50,7 @@ class Chart:
     x: str | None = None
     x_label: str = "context, tokens"
     unit: float = 1.0
-    by: str = "contender"
+    by: str = "baseline"
     is_logarithmic: bool = False
 
 

@@ -86,10 +86,10 @@ def _paged_perplexity(results: dict[str, Any]) -> tuple[int, float, float]:
 
 
 def _growth(results: Results) -> Finding:
-    fits = {row["contender"]: row for row in results["latency"]["latency"]["fits"]}
+    fits = {row["baseline"]: row for row in results["latency"]["latency"]["fits"]}
     own = [fits[name] for name in ("paged", "paged-compiled")]
     words = [
-        f"{fit['contender']}: {fit['growth']:.2f} times from {fit['growth_from']} to {fit['growth_to']} tokens, R² of "
+        f"{fit['baseline']}: {fit['growth']:.2f} times from {fit['growth_from']} to {fit['growth_to']} tokens, R² of "
         f"a line {fit['r_squared']:.3f}"
         for fit in own
     ]
@@ -143,7 +143,7 @@ def _overhead(results: Results) -> Finding:
 
 
 def _peak(results: Results) -> Finding:
-    rows = {row["context"]: row for row in results["latency"]["latency"]["rows"] if row["contender"] == "paged"}
+    rows = {row["context"]: row for row in results["latency"]["latency"]["rows"] if row["baseline"] == "paged"}
     context = max(context for context in rows if context <= 2048)
     weights = results["latency"]["latency"]["weight_bytes"]
     share = rows[context]["kv_bytes"] / weights
@@ -156,7 +156,7 @@ def _peak(results: Results) -> Finding:
 
 def _power_of_two(results: Results) -> Finding:
     rows = results["latency"]["latency"]["rows"]
-    held = {row["context"]: row["kv_bytes"] for row in rows if row["contender"] == "paged"}
+    held = {row["context"]: row["kv_bytes"] for row in rows if row["baseline"] == "paged"}
     short = [num_bytes for context, num_bytes in held.items() if context <= 2048]
     words = ", ".join(f"{num_bytes / _MIB:.1f} MiB ({context})" for context, num_bytes in held.items())
     return Finding(
@@ -165,19 +165,19 @@ def _power_of_two(results: Results) -> Finding:
     )
 
 
-def _scenario(stage: str, contender: str = "paged") -> Callable[[Results], Finding]:
+def _scenario(stage: str, baseline: str = "paged") -> Callable[[Results], Finding]:
     """Judge a scenario by its last point: the same tokens, not slower, and not more memory."""
 
     def judge(results: Results) -> Finding:
         rows = results[stage][stage]["rows"]
         last = max(row.get("context", 0) for row in rows)
-        at_end = {row["contender"]: row for row in rows if row.get("context", 0) == last}
-        own, theirs = at_end[contender], at_end["dynamic"]
+        at_end = {row["baseline"]: row for row in rows if row.get("context", 0) == last}
+        own, theirs = at_end[baseline], at_end["dynamic"]
         if "error" in own or "error" in theirs:
             return Finding(FAILS, f"It failed: {own.get('error', theirs.get('error'))}")
         step = theirs["ms_per_step"] / own["ms_per_step"]
         share = own["kv_bytes"] / theirs["kv_bytes"]
-        is_same = all(row.get("same_tokens", True) for row in rows if row["contender"] == contender)
+        is_same = all(row.get("same_tokens", True) for row in rows if row["baseline"] == baseline)
         where = f"After {last:,} tokens" if last else "The whole batch"
         model = f" ({own['model']})" if "model" in own else ""
         tokens = "the same tokens" if is_same else "other tokens"
@@ -214,8 +214,8 @@ def _gpu(results: Results) -> Finding:
     return Finding(NOT_MEASURED, "No GPU was at hand, neither a T4 nor an L4. Every figure here is of a CPU.")
 
 
-def _times(rows: list[dict[str, Any]], contender: str) -> dict[int, float]:
-    return {row["context"]: row["ms_per_step"] for row in rows if row["contender"] == contender and "error" not in row}
+def _times(rows: list[dict[str, Any]], baseline: str) -> dict[int, float]:
+    return {row["context"]: row["ms_per_step"] for row in rows if row["baseline"] == baseline and "error" not in row}
 
 
 PAPER, PACKAGE = "paper", "package"

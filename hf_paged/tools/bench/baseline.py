@@ -12,11 +12,11 @@ from hf_paged._transformers import CACHE
 from hf_paged.tools.lab.candidate import sharing_weights
 
 
-class Contender:
-    """DynamicCache and `sdpa`; a model object of its own over weights that all contenders share.
+class Baseline:
+    """DynamicCache and `sdpa`; a model object of its own over weights that all baselines share.
 
     Args:
-        model: shared with the other contenders; is not changed.
+        model: shared with the other baselines; is not changed.
         page_size: tokens per page, where there are pages.
     """
 

@@ -17,20 +17,20 @@ from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
-from hf_paged.tools.bench.contender import Contender
+from hf_paged.tools.bench.baseline import Baseline
 
 _MAX_GRAPHS = 64
 
 
 def inductor_flags() -> AbstractContextManager[Any]:
-    """The settings that a compiled contender is compiled under: constant weights, and the fastest GEMM of several."""
+    """The settings that a compiled baseline is compiled under: constant weights, and the fastest GEMM of several."""
     flags: AbstractContextManager[Any] = torch._inductor.config.patch(
         freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"
     )
     return flags
 
 
-class WithoutCudnn(Contender):
+class WithoutCudnn(Baseline):
     """The same as the reference, but without cuDNN's attention, which torch prefers on some GPUs."""
 
     name = "dynamic-no-cudnn"
@@ -42,7 +42,7 @@ class WithoutCudnn(Contender):
         return flags
 
 
-class Static(Contender):
+class Static(Baseline):
     """StaticCache of just the columns that are used, and `sdpa`."""
 
     name = "static"
@@ -98,14 +98,14 @@ class StaticCompiled(Static):
         return logits
 
 
-class Flex(Contender):
+class Flex(Baseline):
     """DynamicCache and the `flex_attention` that comes with Transformers."""
 
     name = "flex"
     attention = "flex_attention"
 
 
-class NoCache(Contender):
+class NoCache(Baseline):
     """All tokens computed again for every new one."""
 
     name = "no-cache"
@@ -128,7 +128,7 @@ class NoCache(Contender):
         return logits
 
 
-class Paged(Contender):
+class Paged(Baseline):
     """PagedCache and `paged_flex`; prompts are computed with their padding."""
 
     name = "paged"
@@ -182,7 +182,7 @@ class PagedCompiled(PagedRagged):
         return logits
 
 
-class GenerateBatch(Contender):
+class GenerateBatch(Baseline):
     """Transformers' continuous batching, which only runs as a whole.
 
     `feed` runs everything, and `step` gives the times that were noted: the k-th token of a batch is there when every
@@ -237,10 +237,10 @@ class GenerateBatch(Contender):
         return seconds
 
 
-CONTENDERS: dict[str, type[Contender]] = {
+BASELINES: dict[str, type[Baseline]] = {
     kind.name: kind
     for kind in (
-        Contender,
+        Baseline,
         WithoutCudnn,
         Static,
         StaticCompiled,
@@ -256,18 +256,18 @@ CONTENDERS: dict[str, type[Contender]] = {
 
 
 @contextmanager
-def line_up(model: PreTrainedModel, names: Sequence[str], page_size: int) -> Iterator[list[Contender]]:
-    """Make contenders for one model.
+def line_up(model: PreTrainedModel, names: Sequence[str], page_size: int) -> Iterator[list[Baseline]]:
+    """Make baselines for one model.
 
     Raises:
-        ValueError: for a name that is none of `CONTENDERS`.
+        ValueError: for a name that is none of `BASELINES`.
     """
-    unknown = [name for name in names if name not in CONTENDERS]
+    unknown = [name for name in names if name not in BASELINES]
     if unknown:
-        raise ValueError(f"Baselines {unknown} were asked for; there are {', '.join(CONTENDERS)}.")
-    contenders = [CONTENDERS[name](model, page_size) for name in names]
+        raise ValueError(f"Baselines {unknown} were asked for; there are {', '.join(BASELINES)}.")
+    baselines = [BASELINES[name](model, page_size) for name in names]
     try:
-        yield contenders
+        yield baselines
     finally:
-        for contender in contenders:
-            contender.close()
+        for baseline in baselines:
+            baseline.close()
