@@ -4,8 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from hf_paged.tools.bench.report import tables
-from hf_paged.tools.lab.page import fill
+from hf_paged.tools.bench.report import fill, tables
 from tests.sweep.results import RESULTS, Results
 
 README = Path(__file__).parent.parent / "README.md"

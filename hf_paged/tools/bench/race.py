@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_paged.cache.prefill import usual_chunk
-from hf_paged.tools.bench.baseline import Baseline
+from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.memory import kv_bytes
-from hf_paged.tools.lab.subject import Subject
+from hf_paged.tools.lab.model import MeasuredModel
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Lap:
 
     first_token_s: float = 0.0
     step_s: list[float] = field(default_factory=list)
-    tokens: Tensor | None = None
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     kv_bytes: int = 0
     error: str | None = None
 
@@ -70,13 +70,12 @@ class Race:
         baselines: Sequence[Baseline],
         max_length: int,
         mask: Tensor | None = None,
-        after_steps: Callable[[], None] | None = None,
+        after_steps: Callable[[], None] = lambda: None,
     ) -> None:
         self._baselines = list(baselines)
         self._after_steps = after_steps
         orders = itertools.cycle(itertools.permutations(self._baselines))
         self._orders = itertools.islice(orders, _STRIDE * next(_races), None)
-        self._names = [baseline.name for baseline in baselines]
         self._errors: dict[str, str] = {}
         self._turn(lambda baseline: baseline.begin(max_length, mask))
 
@@ -88,7 +87,7 @@ class Race:
             num_new_tokens: per row.
             chunk_size: columns that are run at a time; None: all.
         """
-        laps = {name: Lap() for name in self._names}
+        laps = {baseline.name: Lap() for baseline in self._baselines}
 
         def feed(baseline: Baseline) -> None:
             laps[baseline.name].first_token_s = baseline.feed(ids, num_new_tokens, chunk_size)
@@ -103,10 +102,9 @@ class Race:
         self._turn(feed)
         for _ in range(num_new_tokens - 1):
             self._turn(step)
-            if self._after_steps is not None:
-                self._after_steps()
+            self._after_steps()
         self._turn(finish)
-        return {name: Lap(error=self._errors[name]) if name in self._errors else lap for name, lap in laps.items()}
+        return laps | {name: Lap(error=error) for name, error in self._errors.items()}
 
     def end(self) -> None:
         """Drop the caches."""
@@ -130,7 +128,7 @@ def race_once(
     ids: Tensor,
     mask: Tensor | None,
     num_new_tokens: int,
-    after_steps: Callable[[], None] | None = None,
+    after_steps: Callable[[], None] = lambda: None,
 ) -> dict[str, Lap]:
     """One lap from nothing, as `Race.lap`."""
     race = Race(baselines, ids.shape[1] + num_new_tokens, mask, after_steps)
@@ -139,16 +137,16 @@ def race_once(
     return laps
 
 
-def warm_up(baselines: Sequence[Baseline], subject: Subject, num_rows: int = 1) -> None:
+def warm_up(baselines: Sequence[Baseline], model: MeasuredModel, num_rows: int = 1) -> None:
     """Let everyone compile what it needs, with short prompts, then with one of several pages among them.
 
     A single row is given more after its first tokens. Several rows are so many tokens that, packed, they are worth a
     compiled chunk.
     """
     several_pages = 2 * max(baseline.page_size for baseline in baselines) + 1
-    short = 24 if num_rows == 1 else max(24, usual_chunk(subject.device) // (2 * num_rows) + 2)
+    short = 24 if num_rows == 1 else max(24, usual_chunk(model.device) // (2 * num_rows) + 2)
     for first, last in ((short, short + num_rows), (40, several_pages)):
-        ids, mask = subject.padded([*range(first, first + num_rows - 1), last])
+        ids, mask = model.padded([*range(first, first + num_rows - 1), last])
         race = Race(baselines, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
         race.lap(ids, 3)
         if num_rows == 1:
@@ -164,35 +162,21 @@ def summarize(laps: Sequence[dict[str, Lap]]) -> list[dict[str, Any]]:
         a cache to look into, and if the reference ran: `ratio` (of the median of the steps to its median),
         `paired_ratio` (the median of the ratios step by step) and `same_tokens`.
     """
-    return [_summarize(name, laps) for name in laps[0]]
-
-
-def _summarize(name: str, laps: Sequence[dict[str, Lap]]) -> dict[str, Any]:
-    own = [lap[name] for lap in laps]
-    errors = [lap.error for lap in own if lap.error is not None]
-    if errors:
-        return {"baseline": name, "error": errors[0]}
-    ms_per_step = 1e3 * statistics.median(_steps(own))
-    row = {
-        "baseline": name,
-        "first_token_s": statistics.median(lap.first_token_s for lap in own),
-        "ms_per_step": ms_per_step,
-    }
-    kv = max(lap.kv_bytes for lap in own)
-    if kv:
-        row["kv_bytes"] = kv
     reference = [lap[REFERENCE] for lap in laps if REFERENCE in lap and lap[REFERENCE].error is None]
-    if len(reference) == len(laps):
-        pairs = zip(_steps(own), _steps(reference), strict=True)
-        row["ratio"] = ms_per_step / (1e3 * statistics.median(_steps(reference)))
-        row["paired_ratio"] = statistics.median(ours / theirs for ours, theirs in pairs)
-        row["same_tokens"] = all(_same(ours, theirs) for ours, theirs in zip(own, reference, strict=True))
+    return [_summarize(name, [lap[name] for lap in laps], reference) for name in laps[0]]
+
+
+def _summarize(name: str, own: Sequence[Lap], reference: Sequence[Lap]) -> dict[str, Any]:
+    row: dict[str, Any] = {"baseline": name}
+    if errors := [lap.error for lap in own if lap.error is not None]:
+        return row | {"error": errors[0]}
+    steps, theirs = ([seconds for lap in laps for seconds in lap.counted_s] for laps in (own, reference))
+    row["first_token_s"] = statistics.median(lap.first_token_s for lap in own)
+    row["ms_per_step"] = 1e3 * statistics.median(steps)
+    if held := max(lap.kv_bytes for lap in own):
+        row["kv_bytes"] = held
+    if len(reference) == len(own):
+        row["ratio"] = statistics.median(steps) / statistics.median(theirs)
+        row["paired_ratio"] = statistics.median(ours / other for ours, other in zip(steps, theirs, strict=True))
+        row["same_tokens"] = all(torch.equal(a.tokens, b.tokens) for a, b in zip(own, reference, strict=True))
     return row
-
-
-def _steps(laps: Sequence[Lap]) -> list[float]:
-    return [seconds for lap in laps for seconds in lap.counted_s]
-
-
-def _same(ours: Lap, theirs: Lap) -> bool:
-    return ours.tokens is not None and theirs.tokens is not None and torch.equal(ours.tokens, theirs.tokens)

@@ -2,32 +2,22 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StaticCache
 from typing_extensions import override
 
+from hf_paged._torch.dynamo import with_own_code
+from hf_paged._torch.freezing import frozen_weights
 from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
-from hf_paged.tools.bench.baseline import Baseline
-
-_MAX_GRAPHS = 64
-
-
-def inductor_flags() -> AbstractContextManager[Any]:
-    """The settings that a compiled baseline is compiled under: constant weights, and the fastest GEMM of several."""
-    flags: AbstractContextManager[Any] = torch._inductor.config.patch(
-        freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"
-    )
-    return flags
+from hf_paged.tools.lab.baseline import Baseline
 
 
 class WithoutCudnn(Baseline):
@@ -60,42 +50,47 @@ class StaticCompiled(Static):
     @override
     def open(self) -> None:
         super().open()
-        # A graph for each length of the cache: what it costs to compile is not in the time of a step.
-        mode = "reduce-overhead" if self._is_on_gpu else None  # with CUDA graphs, as generate() does
-        self._compiled = torch.compile(self.model.forward, mode=mode, dynamic=False)
-        self._caches: dict[int, StaticCache] = {}
+        self._lanes: dict[int, tuple[StaticCache, Any]] = {}
 
     @override
     def new_cache(self, max_length: int) -> Cache | None:
-        # A frozen graph holds the tensors of the cache that it was compiled with, and reads no other.
-        cache = self._caches.setdefault(max_length, StaticCache(config=self.model.config, max_cache_len=max_length))
+        # A frozen graph holds the tensors of the cache that it was compiled with, and reads no other. What a graph
+        # costs to compile is not in the time of a step.
+        if max_length not in self._lanes:
+            cache = StaticCache(config=self.model.config, max_cache_len=max_length)
+            self._lanes[max_length] = cache, self._compile()
+        cache, self._compiled = self._lanes[max_length]
         cache.reset()  # type: ignore[no-untyped-call]
         return cache
 
-    @override
-    def close(self) -> None:
-        super().close()
-        self._caches = {}
-
-    @override
-    def flags(self) -> AbstractContextManager[Any]:
-        flags = ExitStack()
-        # Beyond the limit it would run uncompiled without a word.
-        flags.enter_context(torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS))
-        if not self._is_on_gpu:
-            flags.enter_context(inductor_flags())
-        return flags
+    def _compile(self) -> Any:
+        mode = "reduce-overhead" if self._is_on_gpu else None  # with CUDA graphs, as generate() does
+        # Code of its own: dynamo runs a code uncompiled, without a word, once it has eight graphs.
+        return torch.compile(with_own_code(_forward), mode=mode, dynamic=False)
 
     @property
     def _is_on_gpu(self) -> bool:
         return bool(self.model.device.type == "cuda")
 
     @override
+    def flags(self) -> AbstractContextManager[Any]:
+        return super().flags() if self._is_on_gpu else frozen_weights()
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self._lanes = {}
+
+    @override
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
         if ids.shape[1] > 1:
             return super().compute(ids, past, **arguments)
-        logits: Tensor = self._compiled(input_ids=ids, **{CACHE: self.cache}, use_cache=True, **arguments).logits
+        logits: Tensor = self._compiled(self.model, input_ids=ids, **{CACHE: self.cache}, use_cache=True, **arguments)
         return logits
+
+
+def _forward(model: Any, **inputs: Any) -> Any:
+    return model(**inputs).logits
 
 
 class Flex(Baseline):
@@ -237,35 +232,39 @@ class GenerateBatch(Baseline):
         return seconds
 
 
-BASELINES: dict[str, type[Baseline]] = {
-    kind.name: kind
-    for kind in (
-        Baseline,
-        WithoutCudnn,
-        Static,
-        StaticCompiled,
-        Flex,
-        GenerateBatch,
-        NoCache,
-        Paged,
-        PagedRagged,
-        PagedCompiled,
-    )
-}
+_KINDS: tuple[type[Baseline], ...] = (
+    Baseline,
+    WithoutCudnn,
+    Static,
+    StaticCompiled,
+    Flex,
+    GenerateBatch,
+    NoCache,
+    Paged,
+    PagedRagged,
+    PagedCompiled,
+)
+
+BASELINES = {kind.name: kind for kind in _KINDS}
 """By name."""
+
+CACHES = {kind.name: kind for kind in (Baseline, Paged, Static)}
+"""Those that differ by the cache and the attention that reads it alone, so that `generate()` can be given it."""
 
 
 @contextmanager
-def line_up(model: PreTrainedModel, names: Sequence[str], page_size: int) -> Iterator[list[Baseline]]:
+def line_up(
+    model: PreTrainedModel, names: Sequence[str], page_size: int, among: dict[str, type[Baseline]] = BASELINES
+) -> Iterator[list[Baseline]]:
     """Make baselines for one model.
 
     Raises:
-        ValueError: for a name that is none of `BASELINES`.
+        ValueError: for a name that is none of those among which is chosen.
     """
-    unknown = [name for name in names if name not in BASELINES]
+    unknown = [name for name in names if name not in among]
     if unknown:
-        raise ValueError(f"Baselines {unknown} were asked for; there are {', '.join(BASELINES)}.")
-    baselines = [BASELINES[name](model, page_size) for name in names]
+        raise ValueError(f"Baselines {unknown} were asked for; there are {', '.join(among)}.")
+    baselines = [among[name](model, page_size) for name in names]
     try:
         yield baselines
     finally:

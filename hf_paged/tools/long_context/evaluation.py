@@ -1,7 +1,4 @@
-"""Tasks over long contexts, answered from several caches side by side.
-
-The claim is that all caches give the same answers; the score says how good these are, which is up to the model.
-"""
+"""The same examples answered from each cache, and what the answers and times come to."""
 
 import time
 from collections.abc import Sequence
@@ -11,31 +8,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from hf_paged._transformers import CACHE
-from hf_paged.tools.evaluation.example import Example, Task
-from hf_paged.tools.evaluation.longbench import LONGBENCH
-from hf_paged.tools.evaluation.tasks import OFFLINE
-from hf_paged.tools.lab.candidate import Candidate, candidates
+from hf_paged.tools.lab.baseline import Baseline
+from hf_paged.tools.lab.baselines import CACHES, line_up
 from hf_paged.tools.lab.memory import kv_bytes
-from hf_paged.tools.lab.progress import progress
-from hf_paged.tools.lab.subject import Subject
+from hf_paged.tools.lab.model import MeasuredModel, padded
+from hf_paged.tools.lab.options import names, numbers, option
+from hf_paged.tools.long_context.example import Example, Task
+from hf_paged.tools.long_context.longbench import LONGBENCH_V2
+from hf_paged.tools.long_context.tasks import OFFLINE
 
-TASKS = {task.name: task for task in (*OFFLINE, *LONGBENCH)}
+TASKS = {task.name: task for task in (*OFFLINE, LONGBENCH_V2)}
 """By name."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of the model, and how.
+    """What is asked of the model, and how; at least one of each, at least 1.
 
     Attributes:
-        tasks: names out of `TASKS`.
+        tasks: names out of passkey, documents, copy and longbench-v2.
         contexts: the most tokens of a prompt.
         limit: examples of each task and context.
-        caches: names out of `lab.candidate.CANDIDATES`; the others' answers are compared with those of the first.
+        caches: names out of dynamic, paged and static; the others' answers are compared with those of the first.
         page_size: tokens per page of the paged caches.
         batch_size: examples that are answered at once, padded on the left.
         prefill_chunk_size: tokens of a prompt that are computed at once, which bounds the memory of the activations;
@@ -44,27 +42,24 @@ class Settings:
         seed: of the tasks that are made here.
     """
 
-    tasks: tuple[str, ...] = tuple(task.name for task in OFFLINE)
-    contexts: tuple[int, ...] = (1000, 4000)
-    limit: int = 2
-    caches: tuple[str, ...] = ("dynamic", "paged")
-    page_size: int = 128
-    batch_size: int = 1
-    prefill_chunk_size: int | None = None
-    max_new_tokens: int | None = None
-    seed: int = 0
+    tasks: tuple[str, ...] = option(tuple(task.name for task in OFFLINE), "see above", names, "NAME,...")
+    contexts: tuple[int, ...] = option((1000, 4000), "prompt tokens", numbers, "N,N,...")
+    limit: int = option(2, "examples of each", int)
+    caches: tuple[str, ...] = option(("dynamic", "paged"), "the first is the reference", names, "NAME,...")
+    page_size: int = option(128, "tokens per page", int)
+    batch_size: int = option(1, "examples at once", int)
+    prefill_chunk_size: int | None = option(None, "of long prompts (default: all at once)", int, "N")
+    max_new_tokens: int | None = option(None, "of an answer (default: the task's own)", int, "N")
+    seed: int = option(0, "of the examples", int)
 
     def __post_init__(self) -> None:
-        names = ("limit", "batch_size", "prefill_chunk_size", "max_new_tokens")
-        low = {name: count for name in names if (count := getattr(self, name)) is not None and count < 1}
+        counts = ("limit", "batch_size", "prefill_chunk_size", "max_new_tokens")
+        found = {name: getattr(self, name) for name in counts}
+        low = {name: count for name, count in found.items() if count is not None and count < 1}
+        low |= {name: () for name in ("tasks", "contexts", "caches") if not getattr(self, name)}
         if low:
-            asked = " and ".join(f"{name}={count}" for name, count in low.items())
-            raise ValueError(f"{asked} was asked for; there must be at least 1.")
-        if not (self.tasks and self.contexts and self.caches):
-            raise ValueError(
-                f"tasks={self.tasks}, contexts={self.contexts} and caches={self.caches} were asked for; name at least "
-                "one of each."
-            )
+            words = " and ".join(f"{name}={value}" for name, value in low.items())
+            raise ValueError(f"{words} was asked for; there must be at least 1.")
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise ValueError(f"Tasks {unknown} were asked for; there are {', '.join(TASKS)}.")
 
@@ -96,17 +91,16 @@ _Lap = tuple[_Batch, dict[str, _Answers]]
 class _FirstToken(StoppingCriteria):
     """Notes when the first token is there; stops nothing."""
 
-    def __init__(self) -> None:
-        self.at: float | None = None
+    at = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        if self.at is None:
+        if not self.at:
             input_ids[:, -1].tolist()  # on a GPU, waits for it
             self.at = time.perf_counter()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def evaluate_long_context(subject: Subject, settings: Settings) -> dict[str, list[dict[str, Any]]]:
+def evaluate_long_context(model: MeasuredModel, settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """Let a model do tasks with each cache, greedily, and compare.
 
     The caches take turns, batch by batch. Before, each generates two tokens for the first batch of each size, so that
@@ -121,43 +115,46 @@ def evaluate_long_context(subject: Subject, settings: Settings) -> dict[str, lis
     Raises:
         ValueError: for a model without a tokenizer, an unknown cache, or a context that has no room for the question
             or leaves none for the answer.
-        ModuleNotFoundError: for tasks of LongBench without `datasets`.
     """
-    tokenizer = subject.tokenizer
+    tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ValueError(f"{subject.name} has no tokenizer, and can't be asked anything. Choose another model.")
-    compared = candidates(subject.model, settings.caches, settings.page_size)
-    batches = _batches(subject, tokenizer, settings)
-    for batch in {len(batch.examples): batch for batch in reversed(batches)}.values():
-        for candidate in compared:
-            _generate(candidate, batch, min(2, batch.max_new_tokens), settings.prefill_chunk_size)
+        raise ValueError(f"{model.name} has no tokenizer, and can't be asked anything. Choose another model.")
     laps: dict[tuple[str, int], list[_Lap]] = {}
-    for batch in progress(batches, "long context"):
-        answers = {
-            candidate.name: _generate(candidate, batch, batch.max_new_tokens, settings.prefill_chunk_size)
-            for candidate in compared
-        }
-        laps.setdefault((batch.task.name, batch.context), []).append((batch, answers))
+    with line_up(model.model, settings.caches, settings.page_size, CACHES) as baselines:
+        for baseline in baselines:
+            baseline.prepare()
+        batches = _batches(model, tokenizer, settings)
+        for batch in {len(batch.examples): batch for batch in reversed(batches)}.values():
+            for baseline in baselines:
+                _generate(baseline, batch, min(2, batch.max_new_tokens), settings.prefill_chunk_size)
+        for batch in tqdm(batches, "long context", disable=None):
+            answers = {
+                baseline.name: _generate(baseline, batch, batch.max_new_tokens, settings.prefill_chunk_size)
+                for baseline in baselines
+            }
+            laps.setdefault((batch.task.name, batch.context), []).append((batch, answers))
     rows, texts = [], []
-    for own in laps.values():
+    for (task, context), own in laps.items():
         for cache in settings.caches:
-            scored = _scored(tokenizer, own, cache)
-            rows.append(_row(own, cache, settings.caches[0]) | {"score": fmean(answer["score"] for answer in scored)})
+            place: dict[str, Any] = {"task": task, "context": context, "cache": cache}
+            scored = [place | answer for answer in _scored(tokenizer, own, cache)]
+            score = fmean(answer["score"] for answer in scored)
+            rows.append(place | _figures(own, cache, settings.caches[0]) | {"score": score})
             texts += scored
     return {"rows": rows, "answers": texts}
 
 
-def _batches(subject: Subject, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[_Batch]:
+def _batches(model: MeasuredModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[_Batch]:
     """All examples, made before anything is measured."""
     batches = []
     for task in map(TASKS.__getitem__, dict.fromkeys(settings.tasks)):
         max_new_tokens = settings.max_new_tokens or task.max_new_tokens
         for context in dict.fromkeys(settings.contexts):
-            if context + max_new_tokens > subject.max_length:
+            if context + max_new_tokens > model.max_length:
                 raise ValueError(
                     f"A context of {context} tokens and an answer of {max_new_tokens} ({task.name}) were asked for, "
-                    f"but {subject.name} has {subject.max_length} positions. Ask for a context of "
-                    f"{subject.max_length - max_new_tokens} at most."
+                    f"but {model.name} has {model.max_length} positions. Ask for a context of "
+                    f"{model.max_length - max_new_tokens} at most."
                 )
             examples = task.examples(tokenizer, context, settings.limit, settings.seed)
             for first in range(0, len(examples), settings.batch_size):
@@ -166,12 +163,10 @@ def _batches(subject: Subject, tokenizer: PreTrainedTokenizerBase, settings: Set
     return batches
 
 
-def _generate(candidate: Candidate, batch: _Batch, max_new_tokens: int, prefill_chunk_size: int | None) -> _Answers:
-    model: Any = candidate.model
-    prompts = [torch.tensor(example.prompt.input_ids) for example in batch.examples]
-    ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(model.device)
-    mask = pad_sequence(list(map(torch.ones_like, prompts)), batch_first=True, padding_side="left").to(ids.device)
-    cache = candidate.new_cache(ids.shape[1] + max_new_tokens)
+def _generate(baseline: Baseline, batch: _Batch, max_new_tokens: int, prefill_chunk_size: int | None) -> _Answers:
+    model: Any = baseline.model
+    ids, mask = padded([example.prompt.input_ids for example in batch.examples], model.device)
+    cache = baseline.new_cache(ids.shape[1] + max_new_tokens)
     first_token = _FirstToken()
     start = time.perf_counter()
     output = model.generate(
@@ -185,14 +180,9 @@ def _generate(candidate: Candidate, batch: _Batch, max_new_tokens: int, prefill_
     )
     tokens = output[:, ids.shape[1] :].tolist()
     total_s = time.perf_counter() - start
-    assert first_token.at is not None
     ends = model.generation_config.eos_token_id
-    return _Answers(
-        [_until_end(row, ends if isinstance(ends, list) else [ends]) for row in tokens],
-        first_token.at - start,
-        total_s,
-        kv_bytes(cache),
-    )
+    whole = [_until_end(row, ends if isinstance(ends, list) else [ends]) for row in tokens]
+    return _Answers(whole, first_token.at - start, total_s, kv_bytes(cache))
 
 
 def _until_end(tokens: list[int], ends: Sequence[int | None]) -> list[int]:
@@ -200,15 +190,10 @@ def _until_end(tokens: list[int], ends: Sequence[int | None]) -> list[int]:
     return tokens[: next((index for index, token in enumerate(tokens) if token in ends), None)]
 
 
-def _row(laps: Sequence[_Lap], cache: str, reference: str) -> dict[str, Any]:
-    """Figures of one task, context and cache."""
-    batch = laps[0][0]
+def _figures(laps: Sequence[_Lap], cache: str, reference: str) -> dict[str, Any]:
     prompts = [example.prompt.input_ids for batch, _ in laps for example in batch.examples]
     own = [answers[cache] for _, answers in laps]
     return {
-        "task": batch.task.name,
-        "context": batch.context,
-        "cache": cache,
         "examples": len(prompts),
         "prompt_tokens": max(map(len, prompts)),
         "same_answers": all(answers[cache].tokens == answers[reference].tokens for _, answers in laps),
@@ -219,12 +204,10 @@ def _row(laps: Sequence[_Lap], cache: str, reference: str) -> dict[str, Any]:
 
 
 def _scored(tokenizer: PreTrainedTokenizerBase, laps: Sequence[_Lap], cache: str) -> list[dict[str, Any]]:
-    """Each answer of one task, context and cache."""
     scored = []
     for batch, answers in laps:
-        place = {"task": batch.task.name, "context": batch.context, "cache": cache}
         for example, tokens in zip(batch.examples, answers[cache].tokens, strict=True):
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            score = batch.task.score(text, example)
-            scored.append(place | {"answer": text, "references": list(example.references), "score": score})
+            score = batch.task.score(text, example.reference)
+            scored.append({"answer": text, "reference": example.reference, "score": score})
     return scored

@@ -1,7 +1,9 @@
 """The plain way to decode, which every other one is compared with and derived from."""
 
+import copy
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,7 +11,12 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hf_paged._transformers import CACHE
-from hf_paged.tools.lab.candidate import sharing_weights
+
+
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model, its configuration included, but none of its weights and buffers."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 class Baseline:
@@ -76,15 +83,12 @@ class Baseline:
             self._mask = torch.cat([mask, mask.new_ones(len(mask), missing)], dim=1)
 
     def feed(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> float:
-        """Run prompts, or more of them, up to the token that follows.
+        """Run prompts, or more of them, up to the token that follows; return the seconds it took.
 
         Args:
             ids: `(num_rows, num_columns)`, what comes after the tokens so far.
             num_new_tokens: tokens that are going to be asked for, that one included.
             chunk_size: columns that are run at a time; None: all.
-
-        Returns:
-            Seconds.
         """
         if self.tokens:
             ids = torch.cat([self._last_column(), ids], dim=1)
@@ -129,14 +133,15 @@ class Baseline:
         self._num_columns += ids.shape[1]
         arguments = self.padding(past)
         with torch.no_grad(), self.flags():
-            _synchronize(ids.device)
+            synchronize(ids.device)
             start = time.perf_counter()
             tokens = self.compute(ids, past, **arguments)[:, -1].argmax(-1)
-            _synchronize(ids.device)
+            synchronize(ids.device)
             seconds = time.perf_counter() - start
             return tokens.tolist(), seconds
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was told to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
