@@ -80,13 +80,7 @@ class Race:
         self._turn(lambda baseline: baseline.begin(max_length, mask))
 
     def lap(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> dict[str, Lap]:
-        """Run a prompt, or more of it, and decode.
-
-        Args:
-            ids: `(num_rows, num_columns)`, what comes after the tokens so far.
-            num_new_tokens: per row.
-            chunk_size: columns that are run at a time; None: all.
-        """
+        """Run a prompt, or more of it, in chunks of so many columns (None: at once), and decode."""
         laps = {baseline.name: Lap() for baseline in self._baselines}
 
         def feed(baseline: Baseline) -> None:

@@ -43,12 +43,6 @@ def cut(text: int, token_ids: Sequence[int], max_length: int, stride: int) -> It
     "Perplexity of fixed-length models" in the documentation of Transformers. 6 tokens with `max_length=4` are cut into
     `0 [1 2 3]` and `4 [5]` by a stride of 4, and into `0 [1 2 3]` and `2 3 [4 5]` by one of 2, where brackets mean
     scored.
-
-    Args:
-        text: its index.
-        token_ids: of the whole text.
-        max_length: tokens in a window, at most.
-        stride: 1 to `max_length`.
     """
     end = 0
     for begin in range(0, len(token_ids), stride):
@@ -69,12 +63,7 @@ def windows_of(
 ) -> Iterator[Window]:
     """Tokenize texts that are no tokens yet, with the special tokens that the tokenizer adds, and cut them.
 
-    Args:
-        tokenizer: of the model.
-        texts: are read one by one, and no further than needed.
-        max_length: as for `cut`.
-        stride: as for `cut`.
-        max_tokens: scored in all windows together; the last window is shortened to it. None: all.
+    They are read one by one, and no further than needed: the last window is shortened so that `max_tokens` are scored.
     """
     num_scored = 0
     for index, text in enumerate(texts):

@@ -67,12 +67,7 @@ class Baseline:
         return nullcontext()
 
     def begin(self, max_length: int, mask: Tensor | None = None) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            max_length: columns that will be used at most.
-            mask: `(num_rows, num_columns)` of the prompts, 0 for padding; None without padding.
-        """
+        """Begin with an empty cache for up to `max_length` columns; the mask of the prompts has 0 for padding."""
         self.prepare()
         self.cache = self.new_cache(max_length)
         self.tokens = []
@@ -106,13 +101,7 @@ class Baseline:
         return seconds
 
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
-        """Run a forward pass; return the logits of the last column, `(num_rows, 1, vocab_size)`.
-
-        Args:
-            ids: `(num_rows, num_new)`.
-            past: columns in the cache.
-            **arguments: mask and positions, where there is padding.
-        """
+        """Run a forward pass over `past` columns; return the logits of the last one, `(num_rows, 1, vocab_size)`."""
         logits: Tensor = self.model(
             input_ids=ids, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1, **arguments
         ).logits

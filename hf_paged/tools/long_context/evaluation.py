@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
 from hf_paged._transformers import CACHE
 from hf_paged.tools.lab.baseline import Baseline
@@ -76,28 +74,15 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What came of a batch: tokens of each row, seconds since it was handed in, bytes of the cache at the end."""
+    """What came of a batch: tokens of each row, seconds, bytes of the cache at the end."""
 
     tokens: list[list[int]]
-    first_token_s: float
     total_s: float
     kv_bytes: int
 
 
 _Lap = tuple[_Batch, dict[str, _Answers]]
 """A batch, and the answers from each cache."""
-
-
-class _FirstToken(StoppingCriteria):
-    """Notes when the first token is there; stops nothing."""
-
-    at = 0.0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        if not self.at:
-            input_ids[:, -1].tolist()  # on a GPU, waits for it
-            self.at = time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def evaluate_long_context(model: MeasuredModel, settings: Settings) -> dict[str, list[dict[str, Any]]]:
@@ -108,8 +93,8 @@ def evaluate_long_context(model: MeasuredModel, settings: Settings) -> dict[str,
 
     Returns:
         Under `rows`, for each task, context and cache: the number of `examples`, the `prompt_tokens` of the longest
-        one, whether these are the `same_answers` as those of the first cache, token for token, medians over the
-        batches of `first_token_s` and `total_s`, `kv_bytes`, the most at the end of a batch, and the mean `score`.
+        one, whether these are the `same_answers` as those of the first cache, token for token, the median over the
+        batches of `total_s`, `kv_bytes`, the most at the end of a batch, and the mean `score`.
         Under `answers`, each answer and what it is scored beside.
 
     Raises:
@@ -167,7 +152,6 @@ def _generate(baseline: Baseline, batch: _Batch, max_new_tokens: int, prefill_ch
     model: Any = baseline.model
     ids, mask = padded([example.prompt.input_ids for example in batch.examples], model.device)
     cache = baseline.new_cache(ids.shape[1] + max_new_tokens)
-    first_token = _FirstToken()
     start = time.perf_counter()
     output = model.generate(
         ids,
@@ -176,13 +160,12 @@ def _generate(baseline: Baseline, batch: _Batch, max_new_tokens: int, prefill_ch
         do_sample=False,
         max_new_tokens=max_new_tokens,
         prefill_chunk_size=prefill_chunk_size,
-        stopping_criteria=[first_token],
     )
     tokens = output[:, ids.shape[1] :].tolist()
     total_s = time.perf_counter() - start
     ends = model.generation_config.eos_token_id
     whole = [_until_end(row, ends if isinstance(ends, list) else [ends]) for row in tokens]
-    return _Answers(whole, first_token.at - start, total_s, kv_bytes(cache))
+    return _Answers(whole, total_s, kv_bytes(cache))
 
 
 def _until_end(tokens: list[int], ends: Sequence[int | None]) -> list[int]:
@@ -197,7 +180,6 @@ def _figures(laps: Sequence[_Lap], cache: str, reference: str) -> dict[str, Any]
         "examples": len(prompts),
         "prompt_tokens": max(map(len, prompts)),
         "same_answers": all(answers[cache].tokens == answers[reference].tokens for _, answers in laps),
-        "first_token_s": median(answers.first_token_s for answers in own),
         "total_s": median(answers.total_s for answers in own),
         "kv_bytes": max(answers.kv_bytes for answers in own),
     }
