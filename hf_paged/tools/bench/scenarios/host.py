@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
+from hf_paged.attention.backends.kv_splits import kv_splits_of
 from hf_paged.attention.mask import NAME, PagedMask
 from hf_paged.cache.paged import PagedCache
 from hf_paged.pages.allocator import PageAllocator
@@ -93,7 +94,10 @@ def planned_steps(num_pages: int) -> list[float]:
         mask = create_causal_mask(config, embeddings, attention_mask, cache)
         assert isinstance(mask, PagedMask)
         if step:
-            mask.metadata.splits(mask.metadata.sequences.tables[0])
+            (table,) = mask.metadata.sequences.rows.tables
+            ranges = mask.metadata.ranges(table)
+            assert ranges is not None
+            kv_splits_of(table, ranges)
             seconds.append(time.perf_counter() - start)
         # Rows of one prompt would share its pages.
         tokens = torch.randn(NUM_ROWS, 1, num_new, _HEAD_DIM, generator=torch.Generator().manual_seed(step))
