@@ -35,6 +35,7 @@ def draw(rows: Sequence[Row], y: str, path: Path, title: str, by: str = "baselin
     if x is None:
         frame.set_index(by)[y].div(unit)[::-1].plot.barh(ax=axes, xlabel=heading, ylabel="")
         axes.bar_label(axes.containers[0], fmt="{:,.4g}", padding=4)
+        axes.margins(x=0.1)
     else:
         lines = frame.pivot_table(y, x, by, sort=False).sort_index().div(unit)
         lines.plot(ax=axes, marker="o", grid=True, ylabel=heading, ylim=(0, 1.08 * lines.max(axis=None)))

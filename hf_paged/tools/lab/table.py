@@ -47,7 +47,7 @@ _COLUMNS = {
 
 _ROW = DataRow("| ", " | ", " |")
 _MARKDOWN = TableFormat(None, lambda widths, _: "|---" * len(widths) + "|", None, None, _ROW, _ROW, 0, None)
-_ENDS = {"_bytes": (", MiB", ".1f"), "_ms": (", ms", ".1f"), "_s": (", s", ".2f")}
+_ENDS = {"_bytes": (", MiB", ".2f"), "_ms": (", ms", ".1f"), "_s": (", s", ".2f")}
 
 
 def table(rows: Iterable[Row], keys: Sequence[str] | None = None, markdown: bool = False) -> str:
