@@ -12,7 +12,7 @@ from hf_paged._torch.dynamo import autocast_dtype
 from hf_paged.attention.backends.base import AttentionParams
 from hf_paged.attention.backends.reference import blockwise_attention
 from hf_paged.attention.dispatch import bind
-from hf_paged.attention.marks import is_marked, layer_of, note_output, output_of
+from hf_paged.attention.marks import NEW, is_marked, layer_of, note_output, output_of
 from hf_paged.attention.mask import NAME, PagedMask, paged_flex_mask
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.shared import SharedTensor
@@ -107,7 +107,7 @@ def paged_flex_attention(
         query = query.to(key.dtype)
     metadata, layer = attention_mask.metadata, getattr(module, "layer_idx", -1)
     options = (is_causal, scale, softcap, s_aux)
-    source = layer_of(key, value)
+    source = layer_of(key, value) if hasattr(key, NEW) else None
     if source is not None:
         # In a graph; or between two that parted behind the update.
         output: Tensor = torch.ops.hf_paged.write_and_attend(
@@ -177,7 +177,11 @@ def _attend(
         return _attend_to_columns(query, key, value, metadata.by_column, is_causal, scale, softcap, sinks)
     if query.is_meta:
         return query.new_empty((num_rows, num_queries, query.shape[1], value.shape[3]))
-    table, storage = step.source_of(key, metadata.sequences.pool.group_of_layer.get(layer))
+    handed = None if step.is_cancelled else step.handed.get(key.data_ptr())
+    if handed is None:
+        table, storage = step.source_of(key, metadata.sequences.pool.group_of_layer.get(layer))
+    else:
+        _, table, storage = handed
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
     attention = metadata.attentions.get((table, table.version, *shapes))

@@ -95,7 +95,7 @@ def planned_steps(num_pages: int) -> list[float]:
         assert isinstance(mask, PagedMask)
         if step:
             (table,) = mask.metadata.sequences.rows.tables
-            ranges = mask.metadata.ranges(table)
+            ranges = mask.metadata.ranges_of(table)
             assert ranges is not None
             kv_splits_of(table, ranges)
             seconds.append(time.perf_counter() - start)

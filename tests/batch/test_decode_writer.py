@@ -6,8 +6,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from hf_paged import PagedCache
 from hf_paged.attention.mask import paged_flex_mask
-from hf_paged.batch import sequences as batch
-from hf_paged.batch.steps.routine import Routine
+from hf_paged.batch.steps import decode_writer
+from hf_paged.batch.steps.decode_writer import DecodeWriter
 from tests.models import plain, random_ids, run, tiny_llama, tiny_model
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}
@@ -112,12 +112,12 @@ def test_a_step_that_was_given_up_leaves_nothing_to_the_next():
 def test_groups_of_layers_that_take_turns_have_one_each(monkeypatch):
     made = []
 
-    class Counted(Routine):
+    class Counted(DecodeWriter):
         def __init__(self, step, group, *others):
             made.append(group)
             super().__init__(step, group, *others)
 
-    monkeypatch.setattr(batch, "Routine", Counted)
+    monkeypatch.setattr(decode_writer, "DecodeWriter", Counted)
     kinds = ["sliding_attention", "full_attention"] * 2
     model = tiny_model(Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=24, num_hidden_layers=4, layer_types=kinds)
     ids, splits = random_ids(2, 30), [20] + [1] * 10
