@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,13 +17,12 @@ from transformers import (
 )
 
 from hf_paged.packaged import load_packaged_model, prompts
-from hf_paged.tools.lab.memory import token_bytes
 
 _SEED = 0
 
 
 @dataclass(frozen=True)
-class Subject:
+class MeasuredModel:
     """A model that is measured, and text for it.
 
     Attributes:
@@ -47,37 +47,36 @@ class Subject:
         device: torch.device = self.model.device
         return device
 
-    def prompts(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Distinct prompts: equal ones would share their pages."""
-        if self.tokenizer is not None:
-            return prompts(self.tokenizer, lengths)
-        generator = torch.Generator().manual_seed(_SEED)
-        vocab_size = self.model.config.vocab_size
-        return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
-
     def prompt(self, length: int) -> Tensor:
         """One prompt, `(1, length)`."""
-        return torch.tensor(self.prompts([length]), device=self.device)
+        return self.padded([length])[0]
 
     def padded(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Distinct prompts, padded on the left: token ids and mask, each `(len(lengths), max(lengths))`."""
-        ids, mask = torch.zeros((2, len(lengths), max(lengths)), dtype=torch.long)
-        for row, prompt in enumerate(self.prompts(lengths)):
-            ids[row, -len(prompt) :] = torch.tensor(prompt)
-            mask[row, -len(prompt) :] = 1
-        return ids.to(self.device), mask.to(self.device)
+        if self.tokenizer is not None:
+            return padded(prompts(self.tokenizer, lengths), self.device)
+        generator = torch.Generator().manual_seed(_SEED)
+        vocab_size = self.model.config.vocab_size
+        return padded(
+            [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths], self.device
+        )
 
     def contexts(self, asked: Sequence[int] | None, default: Sequence[int], max_new_tokens: int) -> list[int]:
         """The context lengths asked for, or else the default ones, that leave room for the new tokens."""
         chosen = sorted(set(default if asked is None else asked))
         return [context for context in chosen if context + max_new_tokens <= self.max_length]
 
-    def token_bytes(self) -> int:
-        """Keys and values of one token in all layers, bytes."""
-        return token_bytes(self.model)
+
+def padded(prompts: Sequence[Sequence[int]], device: torch.device, side: str = "left") -> tuple[Tensor, Tensor]:
+    """Lay prompts out as rows: token ids and mask, each `(len(prompts), longest)`; padding is 0 in both."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids, mask = (
+        pad_sequence(each, batch_first=True, padding_side=side) for each in (rows, list(map(torch.ones_like, rows)))
+    )
+    return ids.to(device), mask.to(device)
 
 
-def load_subject(name: str | None = None, dtype: str = "float32", device: str = "cpu") -> Subject:
+def load_model(name: str | None = None, dtype: str = "float32", device: str | torch.device = "cpu") -> MeasuredModel:
     """Load a model and its tokenizer.
 
     Args:
@@ -91,32 +90,31 @@ def load_subject(name: str | None = None, dtype: str = "float32", device: str = 
     torch_dtype = _read_dtype(dtype)
     if name is None:
         model, tokenizer = load_packaged_model(torch_dtype)
-        return Subject("SmolLM2-135M-Instruct", _place(model, device), tokenizer)
+        return MeasuredModel("SmolLM2-135M-Instruct", _place(model, device), tokenizer)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
-    return Subject(Path(name).name, _place(model, device), AutoTokenizer.from_pretrained(name))
+    return MeasuredModel(Path(name).name, _place(model, device), AutoTokenizer.from_pretrained(name))
 
 
-def random_llama(dtype: str = "float32", device: str = "cpu") -> Subject:
+def random_llama(dtype: str = "float32", device: str | torch.device = "cpu") -> MeasuredModel:
     """Make a Llama that is small enough for prompts of 100,000 tokens; its weights are the same in all runs."""
     torch.manual_seed(_SEED)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=131072,
-            initializer_range=0.2,  # keeps the logits apart, so that greedy tokens are well defined
-            pad_token_id=0,
-        )
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=131072,
+        initializer_range=0.2,  # keeps the logits apart, so that greedy tokens are well defined
+        pad_token_id=0,
     )
+    model = LlamaForCausalLM(config)
     torch_dtype = _read_dtype(dtype)
     for weight in model.parameters():  # not the buffers: the frequencies of rotary embeddings stay in float32
         weight.data = weight.data.to(torch_dtype)
-    return Subject("random Llama", _place(model, device))
+    return MeasuredModel("random Llama", _place(model, device))
 
 
 def _read_dtype(name: str) -> torch.dtype:
@@ -126,7 +124,7 @@ def _read_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _place(model: PreTrainedModel, device: str) -> PreTrainedModel:
+def _place(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
     module: torch.nn.Module = model
     module.to(device).eval()
     return model

@@ -2,35 +2,25 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StaticCache
 from typing_extensions import override
 
+from hf_paged._torch.dynamo import with_own_code
+from hf_paged._torch.freezing import frozen_weights
 from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
-from hf_paged.tools.bench.contender import Contender
-
-_MAX_GRAPHS = 64
+from hf_paged.tools.lab.baseline import Baseline
 
 
-def inductor_flags() -> AbstractContextManager[Any]:
-    """The settings that a compiled contender is compiled under: constant weights, and the fastest GEMM of several."""
-    flags: AbstractContextManager[Any] = torch._inductor.config.patch(
-        freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"
-    )
-    return flags
-
-
-class WithoutCudnn(Contender):
+class WithoutCudnn(Baseline):
     """The same as the reference, but without cuDNN's attention, which torch prefers on some GPUs."""
 
     name = "dynamic-no-cudnn"
@@ -42,7 +32,7 @@ class WithoutCudnn(Contender):
         return flags
 
 
-class Static(Contender):
+class Static(Baseline):
     """StaticCache of just the columns that are used, and `sdpa`."""
 
     name = "static"
@@ -60,52 +50,57 @@ class StaticCompiled(Static):
     @override
     def open(self) -> None:
         super().open()
-        # A graph for each length of the cache: what it costs to compile is not in the time of a step.
-        mode = "reduce-overhead" if self._is_on_gpu else None  # with CUDA graphs, as generate() does
-        self._compiled = torch.compile(self.model.forward, mode=mode, dynamic=False)
-        self._caches: dict[int, StaticCache] = {}
+        self._lanes: dict[int, tuple[StaticCache, Any]] = {}
 
     @override
     def new_cache(self, max_length: int) -> Cache | None:
-        # A frozen graph holds the tensors of the cache that it was compiled with, and reads no other.
-        cache = self._caches.setdefault(max_length, StaticCache(config=self.model.config, max_cache_len=max_length))
+        # A frozen graph holds the tensors of the cache that it was compiled with, and reads no other. What a graph
+        # costs to compile is not in the time of a step.
+        if max_length not in self._lanes:
+            cache = StaticCache(config=self.model.config, max_cache_len=max_length)
+            self._lanes[max_length] = cache, self._compile()
+        cache, self._compiled = self._lanes[max_length]
         cache.reset()  # type: ignore[no-untyped-call]
         return cache
 
-    @override
-    def close(self) -> None:
-        super().close()
-        self._caches = {}
-
-    @override
-    def flags(self) -> AbstractContextManager[Any]:
-        flags = ExitStack()
-        # Beyond the limit it would run uncompiled without a word.
-        flags.enter_context(torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS))
-        if not self._is_on_gpu:
-            flags.enter_context(inductor_flags())
-        return flags
+    def _compile(self) -> Any:
+        mode = "reduce-overhead" if self._is_on_gpu else None  # with CUDA graphs, as generate() does
+        # Code of its own: dynamo runs a code uncompiled, without a word, once it has eight graphs.
+        return torch.compile(with_own_code(_forward), mode=mode, dynamic=False)
 
     @property
     def _is_on_gpu(self) -> bool:
         return bool(self.model.device.type == "cuda")
 
     @override
+    def flags(self) -> AbstractContextManager[Any]:
+        return super().flags() if self._is_on_gpu else frozen_weights()
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self._lanes = {}
+
+    @override
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
         if ids.shape[1] > 1:
             return super().compute(ids, past, **arguments)
-        logits: Tensor = self._compiled(input_ids=ids, **{CACHE: self.cache}, use_cache=True, **arguments).logits
+        logits: Tensor = self._compiled(self.model, input_ids=ids, **{CACHE: self.cache}, use_cache=True, **arguments)
         return logits
 
 
-class Flex(Contender):
+def _forward(model: Any, **inputs: Any) -> Any:
+    return model(**inputs).logits
+
+
+class Flex(Baseline):
     """DynamicCache and the `flex_attention` that comes with Transformers."""
 
     name = "flex"
     attention = "flex_attention"
 
 
-class NoCache(Contender):
+class NoCache(Baseline):
     """All tokens computed again for every new one."""
 
     name = "no-cache"
@@ -128,7 +123,7 @@ class NoCache(Contender):
         return logits
 
 
-class Paged(Contender):
+class Paged(Baseline):
     """PagedCache and `paged_flex`; prompts are computed with their padding."""
 
     name = "paged"
@@ -182,7 +177,7 @@ class PagedCompiled(PagedRagged):
         return logits
 
 
-class GenerateBatch(Contender):
+class GenerateBatch(Baseline):
     """Transformers' continuous batching, which only runs as a whole.
 
     `feed` runs everything, and `step` gives the times that were noted: the k-th token of a batch is there when every
@@ -237,37 +232,41 @@ class GenerateBatch(Contender):
         return seconds
 
 
-CONTENDERS: dict[str, type[Contender]] = {
-    kind.name: kind
-    for kind in (
-        Contender,
-        WithoutCudnn,
-        Static,
-        StaticCompiled,
-        Flex,
-        GenerateBatch,
-        NoCache,
-        Paged,
-        PagedRagged,
-        PagedCompiled,
-    )
-}
+_KINDS: tuple[type[Baseline], ...] = (
+    Baseline,
+    WithoutCudnn,
+    Static,
+    StaticCompiled,
+    Flex,
+    GenerateBatch,
+    NoCache,
+    Paged,
+    PagedRagged,
+    PagedCompiled,
+)
+
+BASELINES = {kind.name: kind for kind in _KINDS}
 """By name."""
+
+CACHES = {kind.name: kind for kind in (Baseline, Paged, Static)}
+"""Those that differ by the cache and the attention that reads it alone, so that `generate()` can be given it."""
 
 
 @contextmanager
-def line_up(model: PreTrainedModel, names: Sequence[str], page_size: int) -> Iterator[list[Contender]]:
-    """Make contenders for one model.
+def line_up(
+    model: PreTrainedModel, names: Sequence[str], page_size: int, among: dict[str, type[Baseline]] = BASELINES
+) -> Iterator[list[Baseline]]:
+    """Make baselines for one model.
 
     Raises:
-        ValueError: for a name that is none of `CONTENDERS`.
+        ValueError: for a name that is none of those among which is chosen.
     """
-    unknown = [name for name in names if name not in CONTENDERS]
+    unknown = [name for name in names if name not in among]
     if unknown:
-        raise ValueError(f"Baselines {unknown} were asked for; there are {', '.join(CONTENDERS)}.")
-    contenders = [CONTENDERS[name](model, page_size) for name in names]
+        raise ValueError(f"Baselines {unknown} were asked for; there are {', '.join(among)}.")
+    baselines = [among[name](model, page_size) for name in names]
     try:
-        yield contenders
+        yield baselines
     finally:
-        for contender in contenders:
-            contender.close()
+        for baseline in baselines:
+            baseline.close()

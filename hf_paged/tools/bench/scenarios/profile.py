@@ -1,4 +1,4 @@
-"""Profile: where the milliseconds of a decoding step go."""
+"""Where the milliseconds of a decoding step go."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
-from hf_paged.tools.bench.contender import Contender
-from hf_paged.tools.bench.contenders import line_up
-from hf_paged.tools.bench.mixed import prompt_lengths
 from hf_paged.tools.bench.race import Race, summarize, warm_up
-from hf_paged.tools.bench.settings import Settings
-from hf_paged.tools.lab.progress import progress
-from hf_paged.tools.lab.subject import Subject
+from hf_paged.tools.bench.scenario import Scenario
+from hf_paged.tools.bench.scenarios.mixed import prompt_lengths
+from hf_paged.tools.bench.settings import Settings, load
+from hf_paged.tools.lab.baselines import line_up
 
 CONTEXTS = (128, 2048)
 BASELINES = ("dynamic", "paged", "paged-compiled")
@@ -30,46 +29,39 @@ _OTHER = "other_operations_ms"
 _PYTHON = "python_ms"
 
 
-def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings) -> dict[str, Any]:
     """Take steps apart: one row at each context, and the batch of `mixed`; and the prompts of that batch.
 
     Returns:
-        `rows` for each batch and contender: `ms_per_step` without the profiler, `profiled_ms` with it, and of these
+        `rows` for each batch and baseline: `ms_per_step` without the profiler, `profiled_ms` with it, and of these
         `linear_ms` and `attention_ms`; `copies_ms`, of keys and values into the cache; `guards_ms`, dynamo's;
         `graph_ms`, what inductor compiled, with the linear layers of one token; `other_operations_ms`; and
         `python_ms`, whatever is left: Python, planning and the dispatch of operations. The prompts, all of them
         together, have no `ms_per_step`.
     """
-    contexts = subject.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens + _NUM_PROFILED)
-    batches: list[tuple[str, Tensor, Tensor | None]] = [(str(n), subject.prompt(n), None) for n in contexts]
-    lengths = prompt_lengths(settings)
-    batches.append((f"{len(lengths)} rows", *subject.padded(lengths)))
+    model, lengths = load(settings), prompt_lengths(settings.prompt_lengths)
+    contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens + _NUM_PROFILED)
+    batches: list[tuple[str, Tensor, Tensor | None]] = [(str(n), model.prompt(n), None) for n in contexts]
+    batches.append((f"{len(lengths)} rows", *model.padded(lengths)))
     rows = []
-    with line_up(subject.model, settings.baselines or BASELINES, settings.page_size) as contenders:
-        warm_up(contenders, subject)
-        warm_up(contenders, subject, len(lengths))
-        for name, ids, mask in progress(batches, "profile"):
-            race = Race(contenders, ids.shape[1] + settings.max_new_tokens + _NUM_PROFILED, mask)
+    with line_up(model.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+        by_name = {baseline.name: baseline for baseline in baselines}
+        warm_up(baselines, model)
+        warm_up(baselines, model, len(lengths))
+        for name, ids, mask in tqdm(batches, "profile", disable=None):
+            race = Race(baselines, ids.shape[1] + settings.max_new_tokens + _NUM_PROFILED, mask)
             summary = summarize([race.lap(ids, settings.max_new_tokens)])
             for row in summary:
                 if "error" not in row:
-                    row |= _taken_apart(_named(contenders, row["contender"]).step, _NUM_PROFILED)
+                    row |= _taken_apart(by_name[row["baseline"]].step, _NUM_PROFILED)
                 rows.append({"context": name} | row)
             race.end()
-        for row in progress([row for row in summary if "error" not in row], "prompts"):
-            contender = _named(contenders, row["contender"])
-            contender.begin(ids.shape[1] + 1, mask)
-            rows.append(
-                {"context": f"{len(lengths)} prompts", "contender": contender.name}
-                | _taken_apart(partial(contender.feed, ids, 1), 1)
-            )
-            contender.cache = None
+        for baseline in [by_name[row["baseline"]] for row in summary if "error" not in row]:
+            baseline.begin(ids.shape[1] + 1, mask)
+            figures = _taken_apart(partial(baseline.feed, ids, 1), 1)
+            rows.append({"context": f"{len(lengths)} prompts", "baseline": baseline.name} | figures)
+            baseline.cache = None
     return {"rows": rows}
-
-
-def _named(contenders: Sequence[Contender], name: str) -> Contender:
-    (contender,) = (contender for contender in contenders if contender.name == name)
-    return contender
 
 
 def _taken_apart(action: Callable[[], float], times: int) -> dict[str, float]:
@@ -96,3 +88,11 @@ def by_kind(events: Sequence[tuple[str, float]], profiled_ms: float) -> dict[str
         spent[next(kinds, _OTHER)] += milliseconds
     figures = {kind: spent[kind] for kind in (*_KINDS, _OTHER)}
     return {"profiled_ms": profiled_ms} | figures | {_PYTHON: profiled_ms - sum(figures.values())}
+
+
+PROFILE = Scenario(
+    "profile",
+    "where the milliseconds of a decoding step go",
+    measure,
+    ("context", "baseline", "ms_per_step", "profiled_ms", *_KINDS, _OTHER, _PYTHON, "error"),
+)

@@ -6,17 +6,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_paged.tools.evaluation.answer_metrics import Metric
-
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given.
-
-    Attributes:
-        text: in the tokenizer's chat template, where it has one.
-        input_ids: its tokens.
-    """
+    """What a model is given: text, in the tokenizer's chat template where it has one, and its tokens."""
 
     text: str
     input_ids: list[int]
@@ -24,10 +17,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its right answers, of which one is enough."""
+    """A prompt and its right answer."""
 
     prompt: Prompt
-    references: tuple[str, ...]
+    reference: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class Task:
     Attributes:
         name: for the command line.
         description: one line.
-        metric: of one answer and one reference.
+        score: of an answer and the reference, 0 to 1.
         max_new_tokens: room for an answer.
         examples: makes `limit` of them, or as many as there are, given a tokenizer, the most tokens of a prompt,
             `limit` and a seed.
@@ -45,23 +38,13 @@ class Task:
 
     name: str
     description: str
-    metric: Metric
+    score: Callable[[str, str], float]
     max_new_tokens: int
     examples: Callable[[PreTrainedTokenizerBase, int, int, int], list[Example]]
 
-    def score(self, answer: str, example: Example) -> float:
-        """Score an answer beside the reference that it is nearest to."""
-        return max(self.metric(answer, reference) for reference in example.references)
-
 
 def compose(tokenizer: PreTrainedTokenizerBase, message: str, answer_prefix: str = "") -> Prompt:
-    """Make a prompt.
-
-    Args:
-        tokenizer: its chat template is used, if it has one.
-        message: what the user says.
-        answer_prefix: how the answer begins, which leads weak models to the point.
-    """
+    """Make a prompt of what the user says, and how the answer begins, which leads weak models to the point."""
     if tokenizer.chat_template is None:
         text = "\n".join(filter(None, (message, answer_prefix)))
         return Prompt(text, tokenizer(text)["input_ids"])
@@ -72,12 +55,7 @@ def compose(tokenizer: PreTrainedTokenizerBase, message: str, answer_prefix: str
 
 
 def fill(make: Callable[[Sequence[str]], Prompt], words: Sequence[str], context: int) -> Prompt:
-    """Make the prompt with as many words as fit.
-
-    Args:
-        make: turns words into a prompt.
-        words: at least `context` of them.
-        context: the most tokens of the prompt, which falls short of it by less than its next word takes.
+    """Make the prompt with as many words as fit into `context` tokens, of which there are at least as many.
 
     Raises:
         ValueError: if the prompt is too long without any words.
@@ -92,10 +70,7 @@ def fill(make: Callable[[Sequence[str]], Prompt], words: Sequence[str], context:
 
 
 def truncate(tokenizer: PreTrainedTokenizerBase, message: str, context: int) -> Prompt:
-    """Make a prompt of a message, without its middle if it has too many tokens.
-
-    Source:
-        LongBench: Bai et al., 2023. Beginning and end hold the instructions.
+    """Make a prompt of a message, without its middle if it has too many tokens: its ends hold the instructions.
 
     Raises:
         ValueError: if the chat template alone is too long.

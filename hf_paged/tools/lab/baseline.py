@@ -1,7 +1,9 @@
 """The plain way to decode, which every other one is compared with and derived from."""
 
+import copy
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,14 +11,19 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hf_paged._transformers import CACHE
-from hf_paged.tools.lab.candidate import sharing_weights
 
 
-class Contender:
-    """DynamicCache and `sdpa`; a model object of its own over weights that all contenders share.
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model, its configuration included, but none of its weights and buffers."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+class Baseline:
+    """DynamicCache and `sdpa`; a model object of its own over weights that all baselines share.
 
     Args:
-        model: shared with the other contenders; is not changed.
+        model: shared with the other baselines; is not changed.
         page_size: tokens per page, where there are pages.
     """
 
@@ -60,12 +67,7 @@ class Contender:
         return nullcontext()
 
     def begin(self, max_length: int, mask: Tensor | None = None) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            max_length: columns that will be used at most.
-            mask: `(num_rows, num_columns)` of the prompts, 0 for padding; None without padding.
-        """
+        """Begin with an empty cache for up to `max_length` columns; the mask of the prompts has 0 for padding."""
         self.prepare()
         self.cache = self.new_cache(max_length)
         self.tokens = []
@@ -76,15 +78,12 @@ class Contender:
             self._mask = torch.cat([mask, mask.new_ones(len(mask), missing)], dim=1)
 
     def feed(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> float:
-        """Run prompts, or more of them, up to the token that follows.
+        """Run prompts, or more of them, up to the token that follows; return the seconds it took.
 
         Args:
             ids: `(num_rows, num_columns)`, what comes after the tokens so far.
             num_new_tokens: tokens that are going to be asked for, that one included.
             chunk_size: columns that are run at a time; None: all.
-
-        Returns:
-            Seconds.
         """
         if self.tokens:
             ids = torch.cat([self._last_column(), ids], dim=1)
@@ -102,13 +101,7 @@ class Contender:
         return seconds
 
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
-        """Run a forward pass; return the logits of the last column, `(num_rows, 1, vocab_size)`.
-
-        Args:
-            ids: `(num_rows, num_new)`.
-            past: columns in the cache.
-            **arguments: mask and positions, where there is padding.
-        """
+        """Run a forward pass over `past` columns; return the logits of the last one, `(num_rows, 1, vocab_size)`."""
         logits: Tensor = self.model(
             input_ids=ids, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1, **arguments
         ).logits
@@ -129,14 +122,15 @@ class Contender:
         self._num_columns += ids.shape[1]
         arguments = self.padding(past)
         with torch.no_grad(), self.flags():
-            _synchronize(ids.device)
+            synchronize(ids.device)
             start = time.perf_counter()
             tokens = self.compute(ids, past, **arguments)[:, -1].argmax(-1)
-            _synchronize(ids.device)
+            synchronize(ids.device)
             seconds = time.perf_counter() - start
             return tokens.tolist(), seconds
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was told to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,17 +1,21 @@
 """Tasks over long contexts that need no download: facts hidden in the packaged prose.
 
 Their shapes are those of LongBench's and RULER's: retrieval, a question about one of several documents, and a copy.
+Each is made for a `context`, the most tokens of the prompt, which falls short of it by less than one more word would
+take; a `seed` chooses facts and prose; `depth` is the share of the prose that comes before what is asked for, 0 to 1.
+A context without room for the question and a depth beyond 0 and 1 raise a `ValueError`.
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from hf_paged.packaged import prose
-from hf_paged.tools.evaluation.answer_metrics import string_match, word_similarity
-from hf_paged.tools.evaluation.example import Example, Prompt, Task, compose, fill
+from hf_paged.tools.long_context.example import Example, Prompt, Task, compose, fill
 
 NUM_DOCUMENTS = 5
 NUM_PASSAGE_WORDS = 48
@@ -23,20 +27,7 @@ _LONGEST_WORD = 20  # characters; the rules of a table would make lengths jump
 
 
 def passkey(tokenizer: PreTrainedTokenizerBase, context: int, depth: float, seed: int = 0) -> Example:
-    """Hide a number in prose and ask for it at the end.
-
-    Args:
-        tokenizer: counts the tokens.
-        context: the most tokens of the prompt, which falls short of it by less than one more word would take.
-        depth: share of the prose that comes before the number, 0 to 1.
-        seed: chooses number and prose.
-
-    Raises:
-        ValueError: if the context has no room for the question, or for a depth beyond 0 and 1.
-
-    Source:
-        Mohtashami and Jaggi, 2023.
-    """
+    """Hide a number in prose and ask for it at the end (Mohtashami and Jaggi, 2023)."""
     generator = random.Random(f"passkey {seed}")
     key = str(generator.randrange(10000, 100000))
     needle = f"The special magic number is {key}. Remember it: the special magic number is {key}."
@@ -49,20 +40,11 @@ def passkey(tokenizer: PreTrainedTokenizerBase, context: int, depth: float, seed
         )
         return compose(tokenizer, message, "The special magic number is")
 
-    return Example(fill(make, _words(generator, context), context), (key,))
+    return Example(fill(make, _words(generator, context), context), key)
 
 
 def documents(tokenizer: PreTrainedTokenizerBase, context: int, seed: int = 0) -> Example:
-    """Plant a fact in each of several numbered documents, and ask for one of them.
-
-    Args:
-        tokenizer: counts the tokens.
-        context: the most tokens of the prompt, which falls short of it by less than one more word would take.
-        seed: chooses facts, their places, and the prose around them.
-
-    Raises:
-        ValueError: if the context has no room for the question.
-    """
+    """Plant a fact in each of several numbered documents, and ask for one of them."""
     generator = random.Random(f"documents {seed}")
     cities = generator.sample(_CITIES, NUM_DOCUMENTS)
     numbers = [str(number) for number in generator.sample(range(10000, 100000), NUM_DOCUMENTS)]
@@ -82,21 +64,11 @@ def documents(tokenizer: PreTrainedTokenizerBase, context: int, seed: int = 0) -
         )
         return compose(tokenizer, message, f"The number of the safe in {cities[asked]} is")
 
-    return Example(fill(make, _words(generator, context), context), (numbers[asked],))
+    return Example(fill(make, _words(generator, context), context), numbers[asked])
 
 
 def copy(tokenizer: PreTrainedTokenizerBase, context: int, depth: float, seed: int = 0) -> Example:
-    """Ask for a passage that stands somewhere in prose, word for word; its first words are given.
-
-    Args:
-        tokenizer: counts the tokens.
-        context: the most tokens of the prompt, which falls short of it by less than one more word would take.
-        depth: share of the prose that comes before the passage, 0 to 1.
-        seed: chooses passage and prose.
-
-    Raises:
-        ValueError: if the context has no room for the passage, or for a depth beyond 0 and 1.
-    """
+    """Ask for a passage that stands somewhere in prose, word for word; its first words are given."""
     generator = random.Random(f"copy {seed}")
     words = _words(generator, context + NUM_PASSAGE_WORDS)
     passage, filler = words[:NUM_PASSAGE_WORDS], words[NUM_PASSAGE_WORDS:]
@@ -107,7 +79,21 @@ def copy(tokenizer: PreTrainedTokenizerBase, context: int, depth: float, seed: i
         message = f"{text}\n\nRepeat the text between <passage> and </passage> word for word."
         return compose(tokenizer, message, given)
 
-    return Example(fill(make, filler, context), (asked,))
+    return Example(fill(make, filler, context), asked)
+
+
+def string_match(prediction: str, reference: str) -> float:
+    """1 if the reference stands in the prediction, not as a part of a longer word or number; letter case aside."""
+    return float(re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", prediction, re.IGNORECASE) is not None)
+
+
+def word_similarity(prediction: str, reference: str) -> float:
+    """Share of the reference's words that the prediction begins with, in order.
+
+    What comes after as many words as the reference has does not count. `"a b x d e"` beside `"a b c d"` gives 3/4.
+    """
+    wanted = reference.split()
+    return SequenceMatcher(None, prediction.split()[: len(wanted)], wanted, autojunk=False).ratio()
 
 
 def _at_all_depths(
