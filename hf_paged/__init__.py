@@ -9,6 +9,7 @@ from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.stopping import ReleaseFinished
 from hf_paged.compile.api import compiled
+from hf_paged.compile.weights import gather_weights
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
@@ -22,6 +23,7 @@ __all__ = [
     "PagedEncoderDecoderCache",
     "ReleaseFinished",
     "compiled",
+    "gather_weights",
 ]
 
 register()

@@ -23,7 +23,6 @@ from hf_paged.compile import linear
 from hf_paged.compile.cpu_replay import compile_step
 from hf_paged.compile.cuda_graph import StepGraphs
 from hf_paged.compile.ops import WithoutUnusedAttention, unmark
-from hf_paged.compile.weights import gather_weights
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +87,7 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     takes about half a minute for each on the first use on a machine, and some seconds in each process after that; a
     log message tells. The linear layers are compiled to read the weights as they are, without a second copy in
     another layout. What changes about the model meanwhile, such as a hook, an adapter or a weight, counts from the
-    next step on. On a CPU the weights are moved once, together into memory with huge pages, where all of them are
-    read faster: parameters remain the same objects with the same values, and stay there after the context; but like
-    `model.to`, the first context must not begin while another thread runs the model. Contexts nest, and threads may
+    next step on. Contexts nest, and threads may
     enter and leave them in any order: the model is as it was when the last one is left. On a GPU each step is also
     recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
 
@@ -117,7 +114,6 @@ def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         logger.warning("%s, so %s runs uncompiled within compiled().", reason, type(model).__name__)
         yield model
         return
-    gather_weights(model)
     decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     settings: Any = model.generation_config
     with _lock:

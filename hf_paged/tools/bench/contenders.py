@@ -17,6 +17,7 @@ from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
+from hf_paged.compile.weights import gather_weights
 from hf_paged.tools.bench.contender import Contender
 
 _MAX_GRAPHS = 64
@@ -166,6 +167,7 @@ class PagedCompiled(PagedRagged):
     @override
     def open(self) -> None:
         super().open()
+        gather_weights(self.model)
         self._opened.enter_context(compiled(self.model))
 
     @override
