@@ -4,6 +4,8 @@ Importing this package registers `attn_implementation="paged_flex"` with Transfo
 """
 
 from hf_paged import _versions  # noqa: F401 (first: it may have something to say)
+from hf_paged._support import support
+from hf_paged._torch.tricks import check_switches
 from hf_paged.attention.interface import register
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
@@ -24,6 +26,8 @@ __all__ = [
     "ReleaseFinished",
     "compiled",
     "gather_weights",
+    "support",
 ]
 
+check_switches()
 register()

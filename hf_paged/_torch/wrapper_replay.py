@@ -11,6 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_paged._torch.tricks import Trick
+
+WRAPPER_REPLAY = Trick(
+    "wrapper_replay",
+    "of a kernel on a CPU, layers after the first call the loops alone",
+    "each layer calls what inductor put around the loops, too",
+)
+
 _PREFIX = "cpp_fused"  # of the names that inductor gives to loops
 _DTYPES = {"float32", "bfloat16", "float16"}
 # What else that function may refer to. Nothing of it reads or writes what is in a tensor.

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from hf_paged._torch.opaque import Opaque, opaque
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
 from hf_paged.attention.backends.flex import Attention
 from hf_paged.attention.backends.kv_splits import KVSplits
@@ -11,19 +12,9 @@ from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.step import Step
 from hf_paged.pages.block_table import BlockTable
 
-try:
-    from torch._custom_class_base import CustomClassBase  # type: ignore[import-not-found]
-    from torch._library.opaque_object import register_custom_class  # type: ignore[attr-defined]
 
-    _BY_REFERENCE = "symbolic"
-except ImportError:  # their names before torch 2.14, which warns of them
-    from torch._library.opaque_object import register_opaque_type as register_custom_class
-    from torch._opaque_base import OpaqueBase as CustomClassBase
-
-    _BY_REFERENCE = "reference"
-
-
-class AttentionMetadata(CustomClassBase):  # type: ignore[misc]
+@opaque
+class AttentionMetadata(Opaque):  # type: ignore[misc]
     """One step, and what its queries see.
 
     A compiled graph takes it as an input that it can't look into. So nothing that changes from pass to pass is
@@ -128,6 +119,3 @@ class AttentionMetadata(CustomClassBase):  # type: ignore[misc]
         if self.visible is not None:
             return None
         return self.step.splits(self.sequences.builders[table], self.window, self._queries)
-
-
-register_custom_class(AttentionMetadata, typ=_BY_REFERENCE)

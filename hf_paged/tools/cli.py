@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from hf_paged.tools.commands import audit, bench, long_context, ppl, reproduce
+from hf_paged.tools.commands import audit, bench, env, long_context, ppl, reproduce
 
-COMMANDS = (bench, ppl, audit, long_context, reproduce)
+COMMANDS = (bench, ppl, audit, long_context, reproduce, env)
 Run = Callable[[argparse.Namespace], None]
 
 

@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
+import torch.compiler.config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StaticCache
@@ -23,12 +22,8 @@ from hf_paged.tools.bench.contender import Contender
 _MAX_GRAPHS = 64
 
 
-def inductor_flags() -> AbstractContextManager[Any]:
-    """The settings that a compiled contender is compiled under: constant weights, and the fastest GEMM of several."""
-    flags: AbstractContextManager[Any] = torch._inductor.config.patch(
-        freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"
-    )
-    return flags
+INDUCTOR_OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+"""What a compiled contender is compiled with on a CPU: constant weights, and the fastest GEMM of several."""
 
 
 class WithoutCudnn(Contender):
@@ -62,8 +57,10 @@ class StaticCompiled(Static):
     def open(self) -> None:
         super().open()
         # A graph for each length of the cache: what it costs to compile is not in the time of a step.
-        mode = "reduce-overhead" if self._is_on_gpu else None  # with CUDA graphs, as generate() does
-        self._compiled = torch.compile(self.model.forward, mode=mode, dynamic=False)
+        how: dict[str, Any] = {"mode": "reduce-overhead"}  # with CUDA graphs, as generate() does
+        if self.model.device.type == "cpu":
+            how = {"options": INDUCTOR_OPTIONS}
+        self._compiled = torch.compile(self.model.forward, dynamic=False, **how)
         self._caches: dict[int, StaticCache] = {}
 
     @override
@@ -80,16 +77,10 @@ class StaticCompiled(Static):
 
     @override
     def flags(self) -> AbstractContextManager[Any]:
-        flags = ExitStack()
         # Beyond the limit it would run uncompiled without a word.
-        flags.enter_context(torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS))
-        if not self._is_on_gpu:
-            flags.enter_context(inductor_flags())
+        config: Any = torch.compiler.config
+        flags: AbstractContextManager[Any] = config.patch(recompile_limit=_MAX_GRAPHS)
         return flags
-
-    @property
-    def _is_on_gpu(self) -> bool:
-        return bool(self.model.device.type == "cuda")
 
     @override
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
