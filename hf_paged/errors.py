@@ -13,3 +13,7 @@ class UnclearPassError(ValueError):
 
     Nothing has changed. `PagedCache.roll_back()` forgets the pass.
     """
+
+
+class NotPackable(ValueError):
+    """Raised where a prompt can't be computed packed; it says why, as the end of a sentence."""

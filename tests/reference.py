@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from hf_paged import PagedCache, PagePool
-from hf_paged.batch.step import View
+from hf_paged.batch.steps.step import View
 from hf_paged.pages.block_table import BlockTable
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 2, 2, 8
@@ -188,7 +188,7 @@ def assert_same(cache: PagedCache, reference: ReferenceCache) -> None:
 
 def table_of(cache: PagedCache, group: int = 0) -> BlockTable:
     """The block tables of a cache for one group of layers."""
-    return cache._sequences.tables[group]
+    return cache._sequences.rows.tables[group]
 
 
 def count_holders(*tables) -> dict[int, int]:

@@ -10,18 +10,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_paged._torch.dynamo import autocast_dtype, outside_of_graphs
 from hf_paged._torch.opaque import OPAQUE_INPUTS
 from hf_paged._torch.surroundings import profiled
-from hf_paged.attention.backends import flex as kernel
-from hf_paged.attention.backends.block_lists import Layout
-from hf_paged.attention.backends.flex import Attention
+from hf_paged.attention.backends.base import AttentionParams
 from hf_paged.attention.backends.reference import blockwise_attention
-from hf_paged.attention.backends.split_kv import split_kv_attention
-from hf_paged.attention.backends.varlen_sdpa import varlen_attention
+from hf_paged.attention.dispatch import bind
 from hf_paged.attention.marks import is_marked, layer_of, note_output, output_of
 from hf_paged.attention.mask import NAME, PagedMask, paged_flex_mask
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.shared import SharedTensor
-from hf_paged.batch.step import View
-from hf_paged.pages.block_table import BlockTable
+from hf_paged.batch.steps.step import View
 from hf_paged.pages.storage import holds_pages
 
 
@@ -186,55 +182,15 @@ def _attend(
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
     attention = metadata.attentions.get((table, table.version, *shapes))
     if attention is None:
-        if avoids_tiles(query.device):
-            attention = _without_tiles(metadata, table, query, key, value, scale, softcap, sinks)
-        if attention is None:
-            sink_page = None if sinks is None else table.group.sink_page()
-            if sink_page is not None and storage is not None:
-                key, value = storage.tensors  # taking the page may have let the storage grow
-                shapes = (query.shape, key.shape, value.shape, *shapes[3:])
-            layout = Layout(
-                gqa_ratio=query.shape[1] // key.shape[1],
-                max_tile_rows=kernel.max_tile_rows(query.dtype, query.device),
-                device=query.device,
-                lists_full=kernel.lists_full_pages(query.device),
-                sink_page=sink_page,
-            )
-            block_lists = metadata.block_lists(table, layout, key.shape[2])
-            has_sinks = sink_page is not None
-            attention = kernel.paged_attention(
-                query, key, value, block_lists, table.group.page_size, scale, softcap, has_sinks
-            )
+        attention = bind(
+            metadata, table, storage, query, key, value, AttentionParams(scale, softcap, sinks is not None)
+        )
+        if storage is not None:
+            key, value = storage.tensors  # they may have grown for a page of sinks
+            shapes = (query.shape, key.shape, value.shape, *shapes[3:])
         metadata.attentions[table, table.version, *shapes] = attention
     with profiled("paged_attention"):
         return attention(query, key, value, sinks)
-
-
-def avoids_tiles(device: torch.device) -> bool:
-    """Whether packed queries, and single ones, have ways of their own instead of FlexAttention's tiles.
-
-    On a CPU these are faster. On a GPU a packed chunk has many rows, each of which would be several launches.
-    """
-    return device.type == "cpu"
-
-
-def _without_tiles(
-    metadata: AttentionMetadata,
-    table: BlockTable,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Attention | None:
-    varlen_rows = metadata.varlen_rows(table)
-    if varlen_rows is not None:
-        return varlen_attention(query, value, varlen_rows, scale, softcap, sinks is not None)
-    splits = metadata.splits(table)
-    if splits is not None:
-        return split_kv_attention(query, key, value, splits, scale, softcap, sinks is not None)
-    return None
 
 
 def _attend_to_columns(

@@ -18,9 +18,10 @@ from transformers.masking_utils import (
 
 from hf_paged._torch.dynamo import outside_of_graphs
 from hf_paged._transformers import num_decoder_layers
+from hf_paged.attention.dispatch import reads_pages
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.sequences import Sequences
-from hf_paged.batch.step import View
+from hf_paged.batch.steps.step import View
 
 NAME = "paged_flex"
 
@@ -222,7 +223,11 @@ def _planned(
     )
     sequences = kv_length.sequences
     step = sequences.reserve(
-        batch_size, q_length, attention_mask, None if config is None else num_decoder_layers(config)
+        batch_size,
+        q_length,
+        attention_mask,
+        num_layers=None if config is None else num_decoder_layers(config),
+        reads_pages=reads_pages(sequences.pool, q_length),
     )
     if step.view is not View.PAGES:
         # Contiguous keys and values, those that are new if they are all there is: SDPA reads them faster.

@@ -3,13 +3,12 @@
 from torch import Tensor
 
 from hf_paged._torch.opaque import Opaque, opaque
+from hf_paged.attention.backends.base import Attention
+from hf_paged.attention.backends.block_list_builder import block_lists_of, block_lists_of_tokens
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
-from hf_paged.attention.backends.flex import Attention
-from hf_paged.attention.backends.kv_splits import KVSplits
-from hf_paged.attention.backends.varlen_sdpa import VarlenRow
 from hf_paged.batch.padding import BoolMatrix
 from hf_paged.batch.sequences import Sequences
-from hf_paged.batch.step import Step
+from hf_paged.batch.steps.step import KVRanges, Step, check_tokens_kept
 from hf_paged.pages.block_table import BlockTable
 
 
@@ -84,6 +83,17 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         pool = self.sequences.pool
         return self.step.read(pool.group_of_layer[layer], pool.open_storage(layer, keys, values), keys, values)
 
+    def ranges(self, table: BlockTable) -> KVRanges | None:
+        """What each query sees of its row in a group of layers; None where it is said token by token (`visible`).
+
+        Raises:
+            ValueError: if a token is to be seen that was dropped.
+        """
+        if self.visible is not None:
+            check_tokens_kept(table, self.visible)
+            return None
+        return self.step.kv_ranges(table, self.window, self._queries)
+
     def block_lists(self, table: BlockTable, layout: Layout, num_slots: int) -> BlockLists:
         """Block lists over the pages of `table`, made once for all layers of its group.
 
@@ -95,27 +105,11 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         """
         key = (table, table.version, layout, num_slots)
         if key not in self.made_block_lists:
-            builder = self.sequences.builders[table]
-            if self.visible is not None:
-                self.made_block_lists[key] = builder.dense(self.visible[:, self._queries], layout)
+            ranges = self.ranges(table)
+            if ranges is None:
+                assert self.visible is not None
+                lists = block_lists_of_tokens(table, self.visible[:, self._queries], layout)
             else:
-                self.made_block_lists[key] = self.step.block_lists(builder, self.window, self._queries, layout)
+                lists = block_lists_of(table, ranges, layout)
+            self.made_block_lists[key] = lists
         return self.made_block_lists[key]
-
-    def varlen_rows(self, table: BlockTable) -> list[VarlenRow] | None:
-        """The queries row by row, if they come packed.
-
-        Raises:
-            ValueError: if a token is to be seen that was dropped.
-        """
-        return self.step.varlen_rows(table, self.window, self._queries)
-
-    def splits(self, table: BlockTable) -> KVSplits | None:
-        """The pages of `table` that the only query of each row reads; None where queries are more, or have a mask.
-
-        Raises:
-            ValueError: if a token is to be seen that was dropped.
-        """
-        if self.visible is not None:
-            return None
-        return self.step.splits(self.sequences.builders[table], self.window, self._queries)

@@ -7,17 +7,13 @@ noticed, by its version, and goes into the pages before anything else happens to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hf_paged.batch.padding import Columns, token_places
-from hf_paged.errors import OutOfPagesError
-from hf_paged.pages.block_table import BlockTable
+from hf_paged.batch.padding import Columns
+from hf_paged.batch.rewrite import replace, rewrite
 from hf_paged.pages.storage import LayerStorage
 
 if TYPE_CHECKING:
@@ -94,7 +90,7 @@ class Edits:
             OutOfPagesError: if there are too few pages; nothing has changed.
             ValueError: as for `assign`, or if keys and values don't belong together; nothing has changed.
         """
-        sequences.settle()
+        sequences.commit()
         if sequences.step is not None:
             raise _changed_in_a_pass(layer)
         storage = sequences.pool.storage(layer)
@@ -110,15 +106,15 @@ class Edits:
             num_rows,
             _width(sequences, layer, count),
         ):
-            sequences.absorb()
-            _rewrite(sequences, {layer: (keys.detach(), values.detach())})
+            sequences.apply_edits()
+            rewrite(sequences.rows, {layer: (keys.detach(), values.detach())})
             self.copies.pop(layer, None)
             return
         copy = self._copy(sequences, layer)
         copy.assign(0, keys)
         copy.assign(1, values)
         if not self._misfits(sequences, *self._shape(sequences)):
-            sequences.absorb()
+            sequences.apply_edits()
 
     def check_untouched(self, layer: int) -> None:
         """Raise ValueError if a layer was changed that the forward pass under way is about to write."""
@@ -133,7 +129,7 @@ class Edits:
         if not self._misfits(sequences, num_rows, count):
             return count
         keys = self.copies[layer].tensors[0] if layer in self.copies else None
-        return sequences.columns.count if keys is None or sequences.pool.layers[layer].window else keys.shape[2]
+        return sequences.rows.columns.count if keys is None or sequences.pool.layers[layer].window else keys.shape[2]
 
     def absorb(self, sequences: Sequences) -> None:
         """Let the pages hold what was changed.
@@ -163,46 +159,51 @@ class Edits:
                 "keys and values of every layer, or call cache.reset()."
             )
         if (num_rows, count) == _held_shape(sequences):
-            _rewrite(sequences, {layer: _pair(copy) for layer, copy in changed.items()})
+            rewrite(sequences.rows, {layer: _pair(copy) for layer, copy in changed.items()})
         else:
-            sequences.replace(
-                {layer: _pair(self.copies[layer]) for layer in sequences.holding_layers}, num_rows, count
+            replace(
+                sequences, {layer: _pair(self.copies[layer]) for layer in sequences.holding_layers}, num_rows, count
             )
         for layer, copy in list(self.copies.items()):
-            copy.columns = sequences.columns
+            copy.columns = sequences.rows.columns
             copy.note_unchanged()
-            if not copy.is_watched or _pair(copy)[0].shape[2] != _width(sequences, layer, sequences.columns.count):
+            if not copy.is_watched or _pair(copy)[0].shape[2] != _width(
+                sequences, layer, sequences.rows.columns.count
+            ):
                 del self.copies[layer]
 
-    def truncated(self, sequences: Sequences, columns: Columns) -> dict[int, Copy]:
-        """Return the copies with the first columns only, `columns`, which `sequences` still has to drop."""
-        kept: dict[int, Copy] = {}
+    def truncated(self, sequences: Sequences, count: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the keys and values of the copies that go on when only the first `count` columns are kept."""
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        columns = sequences.rows.columns
         for layer, copy in self.copies.items():
-            width = _width(sequences, layer, columns.count)
-            is_beginning = (
-                sequences.columns.count - _width(sequences, layer, sequences.columns.count) == columns.count - width
-            )
-            if copy.columns is sequences.columns and is_beginning and width:
+            width = _width(sequences, layer, count)
+            is_beginning = columns.count - _width(sequences, layer, columns.count) == count - width
+            if copy.columns is columns and is_beginning and width:
                 keys, values = _pair(copy)
-                kept[layer] = Copy(columns, keys[:, :, :width], values[:, :, :width])
+                kept[layer] = keys[:, :, :width], values[:, :, :width]
         return kept
 
+    def hold(self, sequences: Sequences, copies: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Have these keys and values as copies of what is cached now."""
+        self.copies = {layer: Copy(sequences.rows.columns, *pair) for layer, pair in copies.items()}
+
     def _drop_old(self, sequences: Sequences) -> None:
-        self.copies = {layer: copy for layer, copy in self.copies.items() if copy.columns is sequences.columns}
+        self.copies = {layer: copy for layer, copy in self.copies.items() if copy.columns is sequences.rows.columns}
 
     def _copy(self, sequences: Sequences, layer: int) -> Copy:
-        sequences.settle()
-        if sequences.is_past(layer):
+        sequences.commit()
+        if sequences.has_written(layer):
             raise ValueError(
                 f"Keys or values of layer {layer} were read in the middle of the forward pass that has written them, "
                 "or after one that failed. A PagedCache shows them between two passes: read and change them then; "
                 "after a pass that failed, call cache.roll_back() first."
             )
         copy = self.copies.get(layer)
-        if copy is None or copy.columns is not sequences.columns:
+        if copy is None or copy.columns is not sequences.rows.columns:
             # Inference tensors would have no version.
             with torch.inference_mode(False), torch.no_grad():
-                copy = Copy(sequences.columns, *sequences.copied(layer))
+                copy = Copy(sequences.rows.columns, *sequences.copied(layer))
             self.copies[layer] = copy
         return copy
 
@@ -232,123 +233,6 @@ class Edits:
                 elif tensor.shape[0] != num_rows or tensor.shape[2] not in (count, _width(sequences, layer, count)):
                     misfits.append(f"layer {layer} has {name} of {tensor.shape[0]} rows and {tensor.shape[2]} columns")
         return misfits
-
-
-@dataclass
-class _Change:
-    """What is to be written into the pages of one group of layers.
-
-    Attributes:
-        table: the rows.
-        rows: `(num_tokens,)` row of each token, ascending, where some layer has something new.
-        positions: `(num_tokens,)` its place in the row, ascending within a row.
-        tokens: for each storage the keys and values, each `(num_kv_heads, num_tokens, head_dim)`.
-    """
-
-    table: BlockTable
-    rows: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    tokens: list[tuple[LayerStorage, Tensor, Tensor]]
-
-    def shared_pages(self) -> tuple[list[int], list[list[int]]]:
-        """Pages that must be copied first, as somebody holds them too who is not to get the same.
-
-        Returns:
-            The place of each in its row, and the rows that get the same there.
-        """
-        page_size, allocator = self.table.group.page_size, self.table.group.allocator
-        places = self.positions // page_size
-        starts = np.flatnonzero(np.diff(self.rows, prepend=-1) | np.diff(places, prepend=-1))
-        by_page: dict[int, list[slice]] = {}
-        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(places)], strict=True):
-            page = int(self.table.block_table[self.rows[start], places[start]])
-            by_page.setdefault(page, []).append(slice(start, stop))
-        copied_places, sharing = [], []
-        for page, pieces in by_page.items():
-            parts: list[list[slice]] = []
-            for piece in pieces:
-                alike = next((part for part in parts if self._are_equal(part[0], piece)), None)
-                if alike is None:
-                    parts.append([piece])
-                else:
-                    alike.append(piece)
-            keeps_page = allocator.ref_count(page) == len(pieces)
-            for part in parts[1:] if keeps_page else parts:
-                copied_places.append(int(places[part[0].start]))
-                sharing.append([int(self.rows[piece.start]) for piece in part])
-        return copied_places, sharing
-
-    def write(self) -> None:
-        """Store the tokens, all in pages that only rows which get the same hold."""
-        page_size = self.table.group.page_size
-        pages = self.table.block_table[self.rows, self.positions // page_size].astype(np.int64)
-        slots, index = np.unique(pages * page_size + self.positions % page_size, return_index=True)
-        for storage, keys, values in self.tokens:
-            chosen, targets = (torch.from_numpy(array).to(storage.device) for array in (index, slots))
-            storage.write(keys.index_select(1, chosen), values.index_select(1, chosen), targets)
-
-    def _are_equal(self, piece: slice, other: slice) -> bool:
-        if not np.array_equal(self.positions[piece], self.positions[other]):
-            return False
-        tensors = [tensor for _, *pair in self.tokens for tensor in pair]
-        return all(torch.equal(_bits(tensor[:, piece]), _bits(tensor[:, other])) for tensor in tensors)
-
-
-@torch.no_grad()
-def _rewrite(sequences: Sequences, edited: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Write padded keys and values of some layers into their pages, as far as they differ.
-
-    Raises:
-        OutOfPagesError: if pages are shared and there are too few to copy them; nothing has changed.
-    """
-    changes = [
-        change
-        for index, table in enumerate(sequences.tables)
-        if (layers := {layer: pair for layer, pair in edited.items() if sequences.pool.group_of_layer[layer] == index})
-        and (change := _change(sequences, table, layers)) is not None
-    ]
-    shared = [change.shared_pages() for change in changes]
-    taken: list[list[int]] = []
-    try:
-        for change, (places, _) in zip(changes, shared, strict=True):
-            taken.append(change.table.group.take(len(places)) if places else [])
-    except OutOfPagesError:
-        for change, pages in zip(changes, taken, strict=False):
-            change.table.group.allocator.release(pages)
-        raise
-    for change, (places, sharing), pages in zip(changes, shared, taken, strict=True):
-        if places:
-            change.table.replace(places, sharing, pages)
-        change.write()
-
-
-def _change(sequences: Sequences, table: BlockTable, edited: dict[int, tuple[Tensor, Tensor]]) -> _Change | None:
-    """Find the tokens of a group's layers that differ from what the pages hold; None if there are none."""
-    first_column = sequences.first_column(next(iter(edited)))
-    positions, absent = token_places(table, sequences.columns, first_column)
-    rows, columns = np.nonzero(~absent)
-    positions = positions[rows, columns]
-    page_size = table.group.page_size
-    slots = table.block_table[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
-    token_index = torch.from_numpy(rows * absent.shape[1] + columns)
-    is_new = np.zeros(len(rows), dtype=bool)
-    tokens: list[tuple[LayerStorage, Tensor, Tensor]] = []
-    for layer, pair in edited.items():
-        storage = sequences.pool.storage(layer)
-        assert storage is not None
-        index = token_index.to(storage.device)
-        keys, values = (tensor.transpose(0, 1).flatten(1, 2).index_select(1, index) for tensor in pair)
-        held = storage.gather(torch.from_numpy(slots).to(storage.device))
-        for given, other in zip((keys, values), held, strict=True):
-            is_new |= (_bits(given) != _bits(other)).any(dim=2).any(dim=0).cpu().numpy()
-        tokens.append((storage, keys, values))
-    if not is_new.any():
-        return None
-    chosen = torch.from_numpy(np.flatnonzero(is_new))
-    for place, (storage, keys, values) in enumerate(tokens):
-        index = chosen.to(storage.device)
-        tokens[place] = storage, keys.index_select(1, index), values.index_select(1, index)
-    return _Change(table, rows[is_new], positions[is_new], tokens)
 
 
 def _check(storage: LayerStorage | None, layer: int, which: int, tensor: Tensor | None) -> None:
@@ -396,15 +280,10 @@ def _version(tensor: Tensor | None) -> int:
 
 
 def _held_shape(sequences: Sequences) -> tuple[int, int]:
-    return sequences.num_rows if sequences.columns.count else 0, sequences.columns.count
+    return sequences.rows.count if sequences.rows.columns.count else 0, sequences.rows.columns.count
 
 
 def _width(sequences: Sequences, layer: int, count: int) -> int:
     """Columns that a layer hands out of `count`."""
     window = sequences.pool.layers[layer].window
     return count if window is None else min(count, window - 1)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The bytes: every dtype can be compared by them, and NaN is what it is."""
-    return tensor.contiguous().view(torch.uint8)

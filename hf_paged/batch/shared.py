@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_paged.batch.padding import gather_columns
-from hf_paged.batch.step import Step
+from hf_paged.batch.steps.step import Step
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage
 
@@ -58,7 +58,7 @@ class SharedStates:
             self._copies, self._versions = (keys, values), (keys._version, values._version)
         return self._copies
 
-    def part(self) -> None:
+    def unshare(self) -> None:
         """Be copies alone: the pages are about to change."""
         self._pages = self.copies()
         self._step = None

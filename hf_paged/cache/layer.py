@@ -142,9 +142,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if torch.compiler.is_dynamo_compiling():
             return self._mask_sizes_between_graphs(query_length)
         self._sequences.begin_pass(self.index)
-        self._sequences.known_ids.begin_pass(self._sequences, self._sequences.columns.count, query_length)
-        first = self._sequences.first_column(self.index)
-        length = PlannedLength(self._sequences.columns.count - first + query_length, self._sequences)
+        self._sequences.rows.known_ids.begin_pass(self._sequences, self._sequences.rows.columns.count, query_length)
+        first = self._sequences.rows.first_column(self.index)
+        length = PlannedLength(self._sequences.rows.columns.count - first + query_length, self._sequences)
         # That one's mask function is compiled, and dynamo fails at an `int` that is more than an `int`.
         return (int(length) if self._sequences.pool.config._attn_implementation == "flex_attention" else length), first
 
@@ -157,7 +157,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         """Columns before the forward pass under way, padding included."""
         if torch.compiler.is_dynamo_compiling():
-            return self._sequences.columns.count
+            return self._sequences.rows.columns.count
         return PastLength(self._sequences.count(self.index))
 
     def get_max_length(self) -> int:

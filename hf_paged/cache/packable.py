@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
-from hf_paged.batch.packed import NotPackable
+from hf_paged.errors import NotPackable
 
 # Whose hooks look at no rows and columns: they move weights, or note outputs.
 _TRUSTED = ("accelerate.", "hf_paged.", "torch.", "transformers.")

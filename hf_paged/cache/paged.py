@@ -109,7 +109,7 @@ class PagedCache(Cache):
             )
         cache = (PagedEncoderDecoderCache if config.is_encoder_decoder else cls)(config, num_pages, page_size)
         decoder = cache if isinstance(cache, PagedCache) else cache.self_attention_cache
-        decoder._sequences.num_layers = num_attention_layers(model, len(decoder.layers))
+        decoder._sequences.progress.num_layers = num_attention_layers(model, len(decoder.layers))
         return cache
 
     def __repr__(self) -> str:
@@ -172,8 +172,8 @@ class PagedCache(Cache):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         # `generate()` sets this on a cache that it was given, once, before it computes anything.
-        self._sequences.settle()
-        self._sequences.known_ids.check(self._sequences.columns)
+        self._sequences.commit()
+        self._sequences.rows.known_ids.check(self._sequences.rows.columns)
         self._was_given = value
 
     def prefill(
@@ -264,8 +264,8 @@ class PagedCache(Cache):
             ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
                 have left a sliding window; nothing has changed.
         """
-        self._sequences.rest()
-        held = self._sequences.columns.count
+        self._sequences.end_step()
+        held = self._sequences.rows.columns.count
         if tokens_to_remove > 0 or held + tokens_to_remove < 0:
             raise ValueError(
                 f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "
@@ -378,8 +378,8 @@ class PagedCache(Cache):
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
-        self._sequences.tidy()
-        return self.pool.account([[table] for table in self._sequences.tables])
+        self._sequences.drop_past()
+        return self.pool.account([[table] for table in self._sequences.rows.tables])
 
     def memory_map(self, width: int = 64) -> str:
         """Draw the pages of each group of layers, and list the pages of each row.
@@ -387,8 +387,8 @@ class PagedCache(Cache):
         Args:
             width: pages to a line.
         """
-        self._sequences.settle()
-        return draw(self._sequences.tables, width)
+        self._sequences.commit()
+        return draw(self._sequences.rows.tables, width)
 
 
 def _pool_for(

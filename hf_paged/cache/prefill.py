@@ -20,12 +20,13 @@ from transformers.masking_utils import create_masks_for_generate
 from hf_paged._torch.dynamo import let_vary
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._transformers import CACHE, layer_specs
-from hf_paged.batch.packed import Chunk, NotPackable, PackedSequences
+from hf_paged.batch.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
+from hf_paged.batch.steps.packed import Chunk
 from hf_paged.cache.layer import layers_over
 from hf_paged.cache.packable import check_model, check_prompt
 from hf_paged.compile.api import MIN_TOKENS, Filling, compiled_filling
-from hf_paged.errors import OutOfPagesError
+from hf_paged.errors import NotPackable, OutOfPagesError
 
 if TYPE_CHECKING:
     from hf_paged.cache.paged import PagedCache
@@ -71,10 +72,10 @@ def prefill(
         max_tokens = usual_chunk(input_ids.device)
     _check_fits(model, sequences)
     _check_arguments(model, inputs)
-    sequences.rest()
-    _check_ids(input_ids, attention_mask, max_tokens, sequences.columns.count)
+    sequences.end_step()
+    _check_ids(input_ids, attention_mask, max_tokens, sequences.rows.columns.count)
     num_columns = input_ids.shape[1]
-    if num_columns == sequences.columns.count + 1:
+    if num_columns == sequences.rows.columns.count + 1:
         return
     filled = cache.fork()
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -158,16 +159,15 @@ def _compute_packed(
 ) -> None:
     """Compute the prompt packed, and let `filled`, a fork of `sequences`, hold it."""
     decoder = check_model(model)
-    num_cached, num_columns = sequences.columns.count, input_ids.shape[1]
+    num_cached, num_columns = sequences.rows.columns.count, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
     attention_mask = inputs.get("attention_mask")
     ids = input_ids[:, num_cached:-1]
     filled.clear()  # or else its pages would be copied, as shared ones
-    packed = PackedSequences(sequences)
+    packed = PackedPrompt(sequences, ids, None if attention_mask is None else attention_mask[:, :-1], max_tokens)
     try:
-        packed.pack(ids, None if attention_mask is None else attention_mask[:, :-1], max_tokens)
         _check_rotary(decoder, packed.longest)
-        cache = Cache(layers=layers_over(packed))
+        cache = Cache(layers=layers_over(packed.sequences))
         num_tokens = packed.num_tokens
         for first in range(0, num_tokens, max_tokens):
             num_queries = min(max_tokens, num_tokens - first)
@@ -181,10 +181,10 @@ def _compute_packed(
             if input_ids.device.type == "cpu" and num_freed >= _CHUNK_ON_CPU:
                 give_back_freed()  # what activations leave in C's heap while the pages fill up
         packed.unpack()
-        packed.known_ids.note(input_ids.clone(), num_cached, num_columns - 1)
-        filled.exchange(packed)
+        packed.sequences.rows.known_ids.note(input_ids.clone(), num_cached, num_columns - 1)
+        filled.exchange(packed.sequences)
     finally:
-        packed.clear()
+        packed.sequences.clear()
 
 
 def _compute_padded(
@@ -202,15 +202,15 @@ def _compute_padded(
     """
     num_columns = input_ids.shape[1]
     filled.become_fork_of(sequences)
-    filled.supersede(sequences)
+    filled.rows.supersede(sequences.rows)
     filled.records_past = True
     scores = getattr(model._prefill(input_ids, generation_config, inputs), "logits", None)  # type: ignore[operator]
-    filled.rest()
-    if filled.columns.count != num_columns:
+    filled.end_step()
+    if filled.rows.columns.count != num_columns:
         raise ValueError(
-            f"{type(model).__name__} was given {num_columns} ids, after which the cache held {filled.columns.count} "
-            "columns, so that generate() could not go on from there. Leave out cache.prefill(): generate() computes "
-            "this prompt by itself."
+            f"{type(model).__name__} was given {num_columns} ids, after which the cache held "
+            f"{filled.rows.columns.count} columns, so that generate() could not go on from there. Leave out "
+            "cache.prefill(): generate() computes this prompt by itself."
         )
     filled.truncate(num_columns - 1, keeps_past=sequences.records_past)
     return None if scores is None else scores[:, -1]

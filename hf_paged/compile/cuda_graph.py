@@ -19,7 +19,7 @@ from hf_paged._torch.tricks import Trick
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.sequences import Sequences
-from hf_paged.batch.step import View
+from hf_paged.batch.steps.step import View
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class _Recording:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._moving = {index: inputs[index].clone() for index in moving}
         self._lists: list[tuple[int, int, Layout, int, BlockLists]] = [
-            (number, metadata.sequences.tables.index(table), layout, num_slots, block_lists)
+            (number, metadata.sequences.rows.tables.index(table), layout, num_slots, block_lists)
             for number, metadata in enumerate(all_metadata)
             for (table, _, layout, num_slots), block_lists in metadata.made_block_lists.items()
         ]
@@ -151,7 +151,7 @@ class _Recording:
     def fits(self, all_metadata: list[AttentionMetadata]) -> bool:
         """Whether the lists of pages for these plans are where they were; makes them."""
         made = (
-            all_metadata[number].block_lists(all_metadata[number].sequences.tables[group], layout, num_slots)
+            all_metadata[number].block_lists(all_metadata[number].sequences.rows.tables[group], layout, num_slots)
             is block_lists
             for number, group, layout, num_slots, block_lists in self._lists
         )
@@ -184,7 +184,9 @@ class _Recording:
 def _is_repeatable(metadata: AttentionMetadata) -> bool:
     step = metadata.step
     is_plain = step.num_new == 1 and step.view is View.PAGES and metadata.visible is None
-    return is_plain and step.is_settled and metadata.sequences.is_untouched
+    sequences = metadata.sequences
+    is_untouched = sequences.is_written_by_attention and not sequences.progress.has_begun
+    return is_plain and step.is_settled and is_untouched
 
 
 def _may_move(value: Any) -> bool:

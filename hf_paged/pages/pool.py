@@ -67,6 +67,10 @@ class PagePool:
         """Storage of a layer; None before its first key."""
         return self.groups[self.group_of_layer[layer]].storage(layer)
 
+    def any_storage(self) -> LayerStorage | None:
+        """Storage of some layer; None before the first key of any."""
+        return next((storage for group in self.groups for storage in group.storages()), None)
+
     def open_storage(self, layer: int, keys: Tensor, values: Tensor) -> LayerStorage:
         """Return the storage of a layer, made on the first call for keys and values like these.
 

@@ -7,6 +7,7 @@ import torch
 
 from hf_paged._torch import inductor
 from hf_paged._torch.wrapper_replay import capture
+from hf_paged.attention.backends.base import AttentionParams
 from hf_paged.attention.backends.kv_splits import KVSplits
 from hf_paged.attention.backends.split_kv import split_kv_attention
 
@@ -50,7 +51,7 @@ def test_other_layers_get_what_they_would_get_alone(num_rows, num_heads, num_kv_
 
     def made_for(layer):
         query, keys, values, sinks = layer
-        return split_kv_attention(query, keys, values, lists, 0.2, has_sinks=sinks is not None)
+        return split_kv_attention(query, keys, values, lists, AttentionParams(0.2, has_sinks=sinks is not None))
 
     attend = made_for(layers[0])
     together = [attend(*layer) for layer in layers]

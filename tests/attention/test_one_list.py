@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_paged import PagedCache
-from hf_paged.attention import interface as attention
+from hf_paged.attention import dispatch
 from hf_paged.attention.backends import flex as kernel
 from tests.families import FAMILIES, new_cache
 from tests.models import generate, left_padded, paged_cache, random_ids, run, tiny_llama
@@ -13,7 +13,7 @@ from tests.models import generate, left_padded, paged_cache, random_ids, run, ti
 
 @pytest.fixture(autouse=True)
 def one_list(monkeypatch):
-    monkeypatch.setattr(attention, "avoids_tiles", lambda device: False)
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: dispatch.Backend.FLEX)
     monkeypatch.setattr(kernel, "lists_full_pages", lambda device: False)
 
 

@@ -47,8 +47,8 @@ for num_rows in (1, 2, 5):
 """
 
 BY_TILES = """
-from hf_paged.attention import interface as attention
-attention.avoids_tiles = lambda device: False
+from hf_paged.attention import dispatch
+dispatch.choose_backend = lambda *_: dispatch.Backend.FLEX
 """
 
 SHORT_RUN = """

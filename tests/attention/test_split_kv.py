@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from hf_paged._torch import inductor
-from hf_paged.attention.backends.kv_splits import KVSplitBuilder
+from hf_paged.attention.backends.base import AttentionParams
+from hf_paged.attention.backends.kv_splits import kv_splits_of
 from hf_paged.attention.backends.split_kv import split_kv_attention
+from hf_paged.batch.steps.step import KVRanges
 
 PAGE = 16
 
@@ -23,7 +25,8 @@ class Table:
 
 
 def filled(table, kv_stop, kv_start=None):
-    return KVSplitBuilder(table).fill(np.array(kv_stop), None if kv_start is None else np.array(kv_start))
+    kv_start = None if kv_start is None else np.array(kv_start)[:, None]
+    return kv_splits_of(table, KVRanges(np.array(kv_stop)[:, None], kv_start))
 
 
 def expected_output(query, keys, values, table, kv_stop, kv_start, scale, softcap=None, sinks=None):
@@ -58,7 +61,7 @@ def attention_of(
     sinks = torch.randn(num_kv_heads * group) if options.pop("has_sinks", False) else None
     softcap = options.pop("softcap", None)
     splits = filled(table, kv_stop, kv_start)
-    attend = split_kv_attention(query, keys, values, splits, 0.3, softcap, sinks is not None)
+    attend = split_kv_attention(query, keys, values, splits, AttentionParams(0.3, softcap, sinks is not None))
     output = attend(query, keys, values, sinks)
     kv_start = [0] * len(kv_stop) if kv_start is None else kv_start
     return output, expected_output(query, keys, values, table, kv_stop, kv_start, 0.3, softcap, sinks)
@@ -72,7 +75,7 @@ def seed():
     torch.manual_seed(0)
 
 
-def test_units_are_in_the_order_of_memory():
+def test_splits_are_in_the_order_of_memory():
     splits = filled(Table(THREE_ROWS), [33, 20, 64])
     assert splits.pieces.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 9]
     assert splits.counts.tolist() == [3, 2, 4]
@@ -84,16 +87,15 @@ def test_units_are_in_the_order_of_memory():
     assert [int(splits.kv_stop[splits.by_row[count - 1, row]]) for row, count in enumerate([3, 2, 4])] == [1, 4, 16]
 
 
-def test_units_are_made_anew_only_for_other_pieces():
+def test_splits_are_made_anew_only_for_other_pieces():
     table = Table(THREE_ROWS)
-    decode = KVSplitBuilder(table)
-    first = decode.fill(np.array([33, 20, 50]), None)
-    assert decode.fill(np.array([34, 21, 51]), None) is first
+    first = filled(table, [33, 20, 50])
+    assert filled(table, [34, 21, 51]) is first
     assert int(first.kv_stop[first.by_row[2, 0]]) == 2
-    assert decode.fill(np.array([34, 33, 51]), None) is not first
+    assert filled(table, [34, 33, 51]) is not first
     table.block_table[1] = [3, 4, 5, 0]
     table.version += 1
-    assert decode.fill(np.array([34, 33, 51]), None).pieces.tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7]
+    assert filled(table, [34, 33, 51]).pieces.tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7]
 
 
 def test_of_a_large_page_the_pieces_that_are_filled_are_read():
@@ -165,7 +167,7 @@ def test_what_is_not_a_number_stays_in_its_row(spoilt):
     values[:, :, spoilt * PAGE : (spoilt + 1) * PAGE] = torch.nan
     keys[:, :, spoilt * PAGE : (spoilt + 1) * PAGE] = torch.inf
     splits = filled(table, [33, 20, 64])
-    output = split_kv_attention(query, keys, values, splits, 0.3)(query, keys, values, None)
+    output = split_kv_attention(query, keys, values, splits, AttentionParams(0.3))(query, keys, values, None)
     assert [bool(row.isfinite().all()) for row in output] == [spoilt not in row for row in THREE_ROWS]
 
 
@@ -174,7 +176,9 @@ def test_extreme_scores():
     query, keys, values = torch.randn(3, 6, 1, 16), torch.randn(1, 2, 160, 16), torch.randn(1, 2, 160, 16)
     keys *= 1e4
     kv_stop = [33, 20, 64]
-    output = split_kv_attention(query, keys, values, filled(table, kv_stop), 0.3)(query, keys, values, None)
+    output = split_kv_attention(query, keys, values, filled(table, kv_stop), AttentionParams(0.3))(
+        query, keys, values, None
+    )
     expected = expected_output(query, keys, values, table, kv_stop, [0] * 3, 0.3)
     torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
 

@@ -30,7 +30,7 @@ def plain(model: PreTrainedModel, ids: Tensor, **arguments) -> Tensor:
 
 def known(cache: PagedCache) -> tuple[int, int]:
     """Columns that are known, from and to."""
-    record: KnownIds = cache._sequences.known_ids
+    record: KnownIds = cache._sequences.rows.known_ids
     return (record._first, record._end) if record._ids is not None else (0, 0)
 
 

@@ -7,7 +7,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from hf_paged import PagedCache
 from hf_paged.attention.mask import paged_flex_mask
 from hf_paged.batch import sequences as batch
-from hf_paged.batch.routine import Routine
+from hf_paged.batch.steps.routine import Routine
 from tests.models import plain, random_ids, run, tiny_llama, tiny_model
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}

@@ -234,7 +234,7 @@ def test_padded_turns_go_on_and_leave_windows_as_they_are(attention, records_pas
     if records_past:
         kv_cache.activate_past_recording()
     assert torch.equal(talk(kv_cache, attention), expected)
-    assert records_past != any(table.starts.any() for table in kv_cache._sequences.tables)
+    assert records_past != any(table.starts.any() for table in kv_cache._sequences.rows.tables)
 
 
 # Hooks

@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from hf_paged import OutOfPagesError, PagedCache, PagedEncoderDecoderCache, PagePool
+from hf_paged.attention.dispatch import Backend
 from hf_paged.attention.interface import paged_flex_attention
-from hf_paged.batch.packed import NotPackable, PackedSequences
+from hf_paged.batch.packed_prompt import PackedPrompt
 from hf_paged.cache.layer import layers_over
 from hf_paged.cache.prefill import _say
+from hf_paged.errors import NotPackable
 from hf_paged.packaged import load_packaged_model, prompts
 from tests.families import FAMILIES, Family, Outcome, new_cache
 from tests.models import generate, left_padded, random_ids, run, tiny_llama, tiny_model
@@ -62,10 +64,11 @@ def mistral() -> PreTrainedModel:
 MODELS = pytest.mark.parametrize("load", [llama, mistral])
 
 
-@pytest.fixture(params=["segments", "tiles"])
+@pytest.fixture(params=[Backend.VARLEN_SDPA, Backend.FLEX], ids=["varlen", "block_lists"])
 def way(request, monkeypatch):
     """How packed queries attend: as on a CPU, and as on a GPU."""
-    monkeypatch.setattr("hf_paged.attention.interface.avoids_tiles", lambda device: request.param == "segments")
+    if request.param is Backend.FLEX:
+        monkeypatch.setattr("hf_paged.attention.dispatch.choose_backend", lambda *_: Backend.FLEX)
 
 
 def paged(model: PreTrainedModel, **arguments) -> PagedCache:
@@ -84,7 +87,7 @@ def padding(side: str, lengths=tuple(LENGTHS), num_columns: int = NUM_COLUMNS) -
 
 
 def pages(cache: PagedCache) -> list[list[list[int]]]:
-    return [[table.row_pages(row) for row in range(table.num_rows)] for table in cache._sequences.tables]
+    return [[table.row_pages(row) for row in range(table.num_rows)] for table in cache._sequences.rows.tables]
 
 
 def num_held(cache: PagedCache) -> list[int]:
@@ -96,11 +99,11 @@ def assert_same_content(cache: PagedCache, other: PagedCache, **tolerance: float
     assert cache.get_seq_length() == other.get_seq_length()
     assert cache.lengths == other.lengths
     for record, expected in zip(
-        vars(cache._sequences.columns).values(), vars(other._sequences.columns).values(), strict=True
+        vars(cache._sequences.rows.columns).values(), vars(other._sequences.rows.columns).values(), strict=True
     ):
         assert np.array_equal(record, expected)
     other.stats()  # releases what has left a window
-    for table, expected in zip(cache._sequences.tables, other._sequences.tables, strict=True):
+    for table, expected in zip(cache._sequences.rows.tables, other._sequences.rows.tables, strict=True):
         assert np.array_equal(table.starts, expected.starts)
     assert num_held(cache) == num_held(other)
     if not any(cache.lengths):
@@ -232,7 +235,7 @@ def test_a_chat_goes_on_turn_by_turn(load, max_tokens, records_past):
     if records_past:
         cache.activate_past_recording()
     assert torch.equal(talk(cache, "paged_flex"), expected)
-    assert not records_past or not any(table.starts.any() for table in cache._sequences.tables)
+    assert not records_past or not any(table.starts.any() for table in cache._sequences.rows.tables)
 
 
 @contextmanager
@@ -354,9 +357,9 @@ def test_two_turns_of_rows_that_end_at_the_edges_of_pages_leave_what_padded_ones
     num_columns=st.lists(st.integers(2, 40), min_size=1, max_size=3),
     max_tokens=st.integers(1, 70),
     load=st.sampled_from([llama, mistral]),
-    is_by_segment=st.booleans(),
+    is_by_row=st.booleans(),
 )
-def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_columns, max_tokens, load, is_by_segment):
+def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_columns, max_tokens, load, is_by_row):
     model, total = load(), sum(num_columns)
     seed = data.draw(st.integers(0, 2**16))
     generator = torch.Generator().manual_seed(seed)
@@ -371,7 +374,8 @@ def test_any_ragged_turns_leave_what_padded_ones_leave(data, num_rows, num_colum
     for count in num_columns:
         stop = done + count
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hf_paged.attention.interface.avoids_tiles", lambda device: is_by_segment)
+            if not is_by_row:
+                patch.setattr("hf_paged.attention.dispatch.choose_backend", lambda *_: Backend.FLEX)
             cache.prefill(model, ids[:, :stop], mask[:, :stop], max_tokens=max_tokens)
         assert cache.get_seq_length() == stop - 1
         assert cache.lengths == mask[:, : stop - 1].sum(1).tolist()
@@ -706,30 +710,27 @@ def test_another_model_than_that_of_the_pool_raises():
 
 
 def test_layers_that_are_left_out_keep_a_prompt_from_packing():
-    packed = PackedSequences(paged(llama())._sequences)
-    packed.pack(random_ids(2, 19), None, 8)
+    packed = PackedPrompt(paged(llama())._sequences, random_ids(2, 19), None, 8)
     packed.begin(0, 8)
-    packed.reserve(1, 8, None)
-    layers_over(packed)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
+    packed.sequences.reserve(1, 8, None)
+    layers_over(packed.sequences)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
     with pytest.raises(NotPackable, match=r"passed over layers \[1\]"):
         packed.end()
 
 
 def test_writing_without_asking_for_a_mask_keeps_a_prompt_from_packing():
-    packed = PackedSequences(paged(llama())._sequences)
-    packed.pack(random_ids(2, 19), None, 8)
+    packed = PackedPrompt(paged(llama())._sequences, random_ids(2, 19), None, 8)
     with pytest.raises(NotPackable, match="makes a pass of its own"):
-        layers_over(packed)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
+        layers_over(packed.sequences)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
 
 
 def test_the_mask_of_other_tokens_keeps_a_prompt_from_packing():
-    packed = PackedSequences(paged(llama())._sequences)
-    packed.pack(random_ids(2, 19), None, 8)
+    packed = PackedPrompt(paged(llama())._sequences, random_ids(2, 19), None, 8)
     packed.begin(0, 8)
-    assert packed.reserve(1, 8, torch.ones(1, 8)).num_new == 8
+    assert packed.sequences.reserve(1, 8, torch.ones(1, 8)).num_new == 8
     for num_rows, num_new, mask in ((1, 9, None), (2, 8, None), (1, 8, torch.zeros(1, 8))):
         with pytest.raises(NotPackable, match="makes a pass of its own"):
-            packed.reserve(num_rows, num_new, mask)
+            packed.sequences.reserve(num_rows, num_new, mask)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, MaxLengthCriteria
 
 from hf_paged import PagedCache, PagePool, ReleaseFinished
+from hf_paged.attention.backends import kv_splits
 from tests.models import generate, left_padded, random_ids, run, tiny_llama
 from tests.reference import assert_same, filled, forward, random_layers, tiny_config
 
@@ -73,7 +74,7 @@ def test_a_released_row_neither_grows_nor_costs_attention_work(model):
     position = torch.tensor([[40], [21], [0]])
     for column in range(40, 60):
         kv_length, _ = cache.get_mask_sizes(1, 0)
-        tables = kv_length.sequences.tables
+        tables = kv_length.sequences.rows.tables
         with torch.no_grad():
             model(
                 ids[:, column : column + 1],
@@ -82,9 +83,8 @@ def test_a_released_row_neither_grows_nor_costs_attention_work(model):
                 attention_mask=mask[:, : column + 1],
             )
         position += 1
-        (builder,) = kv_length.sequences.builders.values()
-        (decode,) = builder._splits.values()
-        assert decode._splits.counts.tolist() == [0, *(-(-tables[0].lengths[1:] // 16))]
+        (builder,) = kv_splits._builders[tables[0]].values()
+        assert builder._splits.counts.tolist() == [0, *(-(-tables[0].lengths[1:] // 16))]
         assert tables[0].row_pages(0) == []
     assert cache.lengths == [0, 41, 20]
 

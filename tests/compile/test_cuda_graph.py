@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from hf_paged import PagedCache, ReleaseFinished
-from hf_paged.attention import interface as attention
+from hf_paged.attention import dispatch
 from hf_paged.attention.backends import flex as kernel
 from hf_paged.compile import api
 from hf_paged.compile import cuda_graph as cuda_graphs
@@ -53,7 +53,7 @@ def steps(way, monkeypatch):
     if way != "cuda":
         record, repeat = keep, run_again
         monkeypatch.setattr(recording, "send", send_and_remember)
-        monkeypatch.setattr(attention, "avoids_tiles", lambda device: False)
+        monkeypatch.setattr(dispatch, "choose_backend", lambda *_: dispatch.Backend.FLEX)
         monkeypatch.setattr(kernel, "lists_full_pages", lambda device: False)
         monkeypatch.setattr(api, "compile_graph", lambda graph, *arguments: cuda_graphs.StepGraphs(graph))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

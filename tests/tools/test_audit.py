@@ -38,7 +38,7 @@ def counted(*caches):
     for index, group in enumerate(caches[0].pool.groups):
         token_bytes = len(group.layers) * 2 * 2 * 16 * 4
         slots, pages, num_tokens = set(), set(), 0
-        for table in (cache._sequences.tables[index] for cache in caches):
+        for table in (cache._sequences.rows.tables[index] for cache in caches):
             for row in range(table.num_rows):
                 start, held = int(table.starts[row]), table.row_pages(row)
                 places = range(start, int(table.lengths[row]))
@@ -187,7 +187,7 @@ def test_a_static_cache_that_is_too_small_is_left_out(llama):
 def test_little_is_wasted_on_prompts_of_16_to_1024_tokens(page_size, limit):
     pool = PagePool(tiny_llama().config, page_size=page_size)
     cache = PagedCache(pool=pool)
-    (table,) = cache._sequences.tables
+    (table,) = cache._sequences.rows.tables
     lengths = np.array(prompt_lengths(Settings()))
     table.open_rows(len(lengths))
     for layer in (0, 1):

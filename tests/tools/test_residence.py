@@ -109,7 +109,7 @@ def claim(name, factor):
 
 
 def claim_tokens_that_nobody_wrote(monkeypatch, cache):
-    (table,) = cache._sequences.tables
+    (table,) = cache._sequences.rows.tables
     table.reserve(np.array([600]))
     table.commit(np.array([600]))
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hf_paged.attention.backends.query_tiles import QueryTiles
 from hf_paged.batch.padding import Counts
-from hf_paged.pages.block_table import BlockTable
 
 Pages = npt.NDArray[np.int32]
 
@@ -84,6 +83,6 @@ def listed(pages: Pages, places: Counts) -> Pages:
     return np.take_along_axis(pages, np.minimum(places, pages.shape[1] - 1), axis=1)
 
 
-def pages_in_window(table: BlockTable, window: int) -> int:
+def pages_in_window(page_size: int, window: int) -> int:
     """Pages of a row that the window of one query reaches into at most."""
-    return (window - 2) // table.group.page_size + 2
+    return (window - 2) // page_size + 2

@@ -10,15 +10,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hf_paged._torch.inductor import Kernel, compiled_kernel
-from hf_paged.attention.backends.block_lists import BlockLists
+from hf_paged.attention.backends.base import NO_SINKS, Attention, AttentionParams
+from hf_paged.attention.backends.block_lists import BlockLists, Layout
 
 _QUERY_BLOCK = 128
 # FlexAttention's decoding kernel on GPU takes fewer than 128 rows; with fewer always, no size decides on the kernel.
 _TILE_ROWS = 127
 _TILE_ROWS_WITHOUT_REPACKING = 63
-
-
-NO_SINKS = torch.zeros(1, 1)
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,8 @@ class Variant:
         gqa_ratio: query heads on one key/value head.
         head_dims: head size of the keys and of the values.
         page_size: tokens per page.
-        scale: factor on the scores.
-        softcap: bound of the scores, `softcap * tanh(score / softcap)`; None without.
+        params: what the layer wants.
         is_dense: whether the mask is given token by token.
-        has_sinks: whether there are attention sinks.
         lists_full: whether full pages have a list of their own.
         num_tiles: tiles, where the kernel is made for one number of them; None for any.
     """
@@ -46,10 +42,8 @@ class Variant:
     gqa_ratio: int
     head_dims: tuple[int, int]
     page_size: int
-    scale: float
-    softcap: float | None
+    params: AttentionParams
     is_dense: bool
-    has_sinks: bool
     lists_full: bool
     num_tiles: int | None
 
@@ -67,6 +61,17 @@ def repacks_storage(dtype: torch.dtype, device: torch.device) -> bool:
 def max_tile_rows(dtype: torch.dtype, device: torch.device) -> int:
     """Stacked queries that one tile may have."""
     return _TILE_ROWS_WITHOUT_REPACKING if repacks_storage(dtype, device) else _TILE_ROWS
+
+
+def layout_for(query: Tensor, keys: Tensor, sink_page: int | None) -> Layout:
+    """Say what the kernel wants its block lists to be like, for tensors of these shapes, dtype and device."""
+    return Layout(
+        gqa_ratio=query.shape[1] // keys.shape[1],
+        max_tile_rows=max_tile_rows(query.dtype, query.device),
+        device=query.device,
+        lists_full=lists_full_pages(query.device),
+        sink_page=sink_page,
+    )
 
 
 def lists_full_pages(device: torch.device) -> bool:
@@ -93,29 +98,13 @@ class _Arguments(NamedTuple):
     sinks: Tensor
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""Attends to the pages of each row.
-
-Args:
-    query: `(num_rows, num_heads, num_queries, head_dim)`.
-    keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer.
-    values: `(1, num_kv_heads, num_slots, value_head_dim)`.
-    sinks: `(num_heads,)` score of a token that every query sees and whose value is 0; None without.
-
-Returns:
-    `(num_rows, num_queries, num_heads, value_head_dim)`. Queries that see nothing give 0.
-"""
-
-
 def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     block_lists: BlockLists,
     page_size: int,
-    scale: float,
-    softcap: float | None = None,
-    has_sinks: bool = False,
+    params: AttentionParams,
 ) -> Attention:
     """Return the attention of layers with tensors of these shapes, dtype and device.
 
@@ -125,9 +114,7 @@ def paged_attention(
         values: `(1, num_kv_heads, num_slots, value_head_dim)`.
         block_lists: the pages to read, for `num_queries` queries and `num_heads // num_kv_heads` as gqa_ratio.
         page_size: tokens per page.
-        scale: factor on the scores.
-        softcap: bound of the scores; None without.
-        has_sinks: whether there are attention sinks. The sink page of `block_lists` is their token.
+        params: what the layer wants. The sink page of `block_lists` is the token of its sinks.
 
     Raises:
         ValueError: for a dtype that FlexAttention does not take.
@@ -150,10 +137,8 @@ def paged_attention(
         gqa_ratio=block_lists.gqa_ratio,
         head_dims=(keys.shape[3], values.shape[3]),
         page_size=page_size,
-        scale=scale,
-        softcap=softcap,
+        params=params,
         is_dense=block_lists.seen.dtype == torch.bool,
-        has_sinks=has_sinks,
         lists_full=block_lists.full_kv_indices is not None,
         num_tiles=_fixed_num_tiles(query.shape[2], block_lists),
     )
@@ -167,7 +152,7 @@ def paged_attention(
     )
     num_rows, num_heads, num_queries, _ = query.shape
     by_kv_head = (keys.shape[1], block_lists.gqa_ratio)
-    scores = query.new_zeros(by_kv_head) if has_sinks else NO_SINKS
+    scores = query.new_zeros(by_kv_head) if params.has_sinks else NO_SINKS
     arguments = _Arguments(pack_gqa(query, block_lists), keys, values, *lists, scores)
     kernel = _kernel(variant, arguments).bound_to(arguments)
     num_missing = len(block_lists.kv_num_blocks) - len(query) if num_queries == 1 else 0
@@ -243,7 +228,8 @@ def _dynamic_sizes(variant: Variant, name: str) -> tuple[int, ...]:
 
 
 def _build(variant: Variant) -> Callable[..., Tensor]:
-    page_size, gqa_ratio, softcap = variant.page_size, variant.gqa_ratio, variant.softcap
+    page_size, gqa_ratio = variant.page_size, variant.gqa_ratio
+    scale, softcap, has_sinks = variant.params
     # A tile is one query block, however many rows it has.
     query_block = -(-gqa_ratio // _QUERY_BLOCK) * _QUERY_BLOCK
     kernel_options = _kernel_options(variant)
@@ -269,10 +255,10 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
         def mask_mod(tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
             token = token_at(slot)
             if variant.is_dense:
-                is_seen = paged_seen[tile, row // gqa_ratio, token.clamp(min=0) if variant.has_sinks else token]
+                is_seen = paged_seen[tile, row // gqa_ratio, token.clamp(min=0) if has_sinks else token]
             else:
                 is_seen = (token < paged_seen[tile, row, 0]) & (token >= paged_seen[tile, row, 1])
-            if variant.has_sinks:
+            if has_sinks:
                 # The sink page is at place -1; its first slot is the sink, and nothing else in it is seen.
                 is_seen = torch.where(token < 0, token == -page_size, is_seen)
             return is_seen
@@ -280,7 +266,7 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
         def score_mod(score: Tensor, tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)
-            if variant.has_sinks:
+            if has_sinks:
                 score = torch.where(token_at(slot) < 0, paged_sinks[head, row % gqa_ratio], score)
             return score
 
@@ -301,9 +287,9 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
             paged_query,
             paged_keys,
             paged_values,
-            score_mod=None if softcap is None and not variant.has_sinks else score_mod,
+            score_mod=None if softcap is None and not has_sinks else score_mod,
             block_mask=block_mask,
-            scale=variant.scale,
+            scale=scale,
             kernel_options=kernel_options,
         )
         return output

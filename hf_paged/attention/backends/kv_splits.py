@@ -6,12 +6,14 @@ is still at hand for the next one, and of the last page no more is read than is 
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_paged.batch.padding import Counts
+from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
 
 _MAX_SIZE = 32  # tokens: with 64 values each, keys of a split take a quarter of a processor's first cache
@@ -42,25 +44,40 @@ class KVSplits:
     counts: Tensor
 
 
-class KVSplitBuilder:
-    """Makes the splits of each step, anew only if a row reads other pieces than in the step before.
+_builders: WeakKeyDictionary[BlockTable, dict[int | None, "_Builder"]] = WeakKeyDictionary()
+
+
+def kv_splits_of(table: BlockTable, ranges: KVRanges) -> KVSplits:
+    """Cut what the only query of each row sees; the next step changes what this returned.
 
     Args:
-        table: the rows.
+        table: the rows whose pages are read.
+        ranges: of one query for each row.
+    """
+    builders = _builders.setdefault(table, {})
+    builder = builders.get(ranges.window)
+    if builder is None:
+        builder = builders[ranges.window] = _Builder(table.group.page_size)
+    return builder.fill(table, ranges.kv_stop[:, 0], None if ranges.kv_start is None else ranges.kv_start[:, 0])
+
+
+class _Builder:
+    """Makes the splits of each step, anew only if a row reads other pieces than in the step before.
+
+    It doesn't hold the rows, which are freed as soon as nobody else does.
     """
 
-    def __init__(self, table: BlockTable) -> None:
-        self._table = table
-        self._size = min(table.group.page_size, _MAX_SIZE)
+    def __init__(self, page_size: int) -> None:
+        self._size = min(page_size, _MAX_SIZE)
+        self._num_pieces = page_size // self._size
         self._state: tuple[int, bytes] = (-1, b"")
 
-    def fill(self, kv_stop: Counts, kv_start: Counts | None) -> KVSplits:
-        """Return the splits of rows that see tokens from `kv_start` to `kv_stop`, both `(num_rows,)`; None: from 0."""
+    def fill(self, table: BlockTable, kv_stop: Counts, kv_start: Counts | None) -> KVSplits:
         ends = -(-kv_stop // self._size)
         begins = np.zeros_like(ends) if kv_start is None else np.minimum(kv_start // self._size, ends)
-        state = self._table.version, ends.tobytes() + begins.tobytes()
+        state = table.version, ends.tobytes() + begins.tobytes()
         if state != self._state:
-            self._cut(begins, ends)
+            self._cut(table, begins, ends)
             self._state = state
         rows = self._read_rows
         self._kv_stop[self._last_splits] = (kv_stop - (ends - 1) * self._size)[rows]
@@ -68,14 +85,13 @@ class KVSplitBuilder:
             self._kv_start[self._first_splits] = (kv_start - begins * self._size)[rows]
         return self._splits
 
-    def _cut(self, begins: Counts, ends: Counts) -> None:
+    def _cut(self, table: BlockTable, begins: Counts, ends: Counts) -> None:
         counts = ends - begins
         num_splits, num_rows = int(counts.sum()), len(counts)
         rows = np.repeat(np.arange(num_rows), counts)
         offsets = np.arange(num_splits) - np.repeat(counts.cumsum() - counts, counts)
-        num_pieces = self._table.group.page_size // self._size
-        pages, parts = np.divmod(offsets + begins[rows], num_pieces)
-        pieces = self._table.block_table[rows, pages] * np.int64(num_pieces) + parts
+        pages, parts = np.divmod(offsets + begins[rows], self._num_pieces)
+        pieces = table.block_table[rows, pages] * np.int64(self._num_pieces) + parts
         order = np.argsort(pieces, kind="stable")
         by_row = np.zeros((max(_MIN_SPLITS, int(counts.max(initial=0))), num_rows), dtype=np.int64)
         by_row[offsets[order], rows[order]] = np.arange(num_splits)

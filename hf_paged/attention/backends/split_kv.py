@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_paged._torch.inductor import compiled_kernel
-from hf_paged.attention.backends.flex import NO_SINKS, Attention
+from hf_paged.attention.backends.base import NO_SINKS, Attention, AttentionParams
 from hf_paged.attention.backends.kv_splits import KVSplits
 
 _LANES = 16  # values that the inner loop takes at a time: a vector of 512 bits
@@ -29,9 +29,7 @@ class _Variant:
     gqa_ratio: int
     head_dims: tuple[int, int]
     split_size: int
-    scale: float
-    softcap: float | None
-    has_sinks: bool
+    params: AttentionParams
     has_one_row: bool
 
 
@@ -40,9 +38,7 @@ def split_kv_attention(
     keys: Tensor,
     values: Tensor,
     splits: KVSplits,
-    scale: float,
-    softcap: float | None = None,
-    has_sinks: bool = False,
+    params: AttentionParams,
 ) -> Attention:
     """Return the attention of layers with tensors of these shapes and dtype, on a CPU.
 
@@ -51,9 +47,7 @@ def split_kv_attention(
         keys: `(1, num_kv_heads, num_slots, head_dim)`, the storage of a layer; will be read where `splits` says.
         values: `(1, num_kv_heads, num_slots, value_head_dim)`.
         splits: what to read.
-        scale: factor on the scores.
-        softcap: bound of the scores; None without.
-        has_sinks: whether there are attention sinks.
+        params: what the layer wants.
 
     Source:
         Flash-Decoding: Dao et al., 2023. Pages that rows share, read once: Juravsky et al., 2024 (Hydragen).
@@ -66,13 +60,11 @@ def split_kv_attention(
         gqa_ratio=gqa_ratio,
         head_dims=(query.shape[3], value_head_dim),
         split_size=splits.size,
-        scale=scale,
-        softcap=softcap,
-        has_sinks=has_sinks,
+        params=params,
         has_one_row=query.shape[0] == 1,
     )
     lists = splits.pieces, splits.rows, splits.kv_start, splits.kv_stop, splits.by_row, splits.counts
-    scores = query.new_zeros(num_kv_heads, gqa_ratio) if has_sinks else NO_SINKS
+    scores = query.new_zeros(num_kv_heads, gqa_ratio) if params.has_sinks else NO_SINKS
     arguments = query.contiguous(), keys, values, *lists, scores
     kernel = compiled_kernel(variant, partial(_build, variant), arguments, _dynamic_sizes).bound_to(arguments)
 
@@ -96,6 +88,7 @@ def _dynamic_sizes(name: str) -> tuple[int, ...]:
 
 
 def _build(variant: _Variant) -> Callable[..., Tensor]:
+    scale, softcap, has_sinks = variant.params
     num_sums = variant.gqa_ratio * -(-variant.head_dims[1] // _LANES)
     sum_up = _sum_in_one_go if num_sums <= _MAX_SUMS else _sum_head_by_head
     # With a single row, what counts is to have few buffers; see `_sum_in_one_go`.
@@ -118,9 +111,9 @@ def _build(variant: _Variant) -> Callable[..., Tensor]:
         split_keys, split_values = (_cut(tensor, variant.split_size)[:, pieces].float() for tensor in (keys, values))
         token = torch.arange(variant.split_size, dtype=torch.int32)
         is_seen = (token >= kv_start[:, None]) & (token < kv_stop[:, None])
-        scores = score(queries, split_keys) * variant.scale
-        if variant.softcap is not None:
-            scores = variant.softcap * torch.tanh(scores / variant.softcap)
+        scores = score(queries, split_keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         scores = torch.where(is_seen[:, None], scores, -math.inf)
         top = scores.amax(-1)  # (num_kv_heads, num_splits, gqa_ratio)
         weights = torch.exp(scores - top[..., None])
@@ -132,12 +125,12 @@ def _build(variant: _Variant) -> Callable[..., Tensor]:
         is_held = (torch.arange(by_row.shape[0])[:, None] < counts)[..., None]  # (num_places, num_rows, 1)
         tops = torch.where(is_held, top[:, by_row], -math.inf)
         best = tops.amax(1)  # (num_kv_heads, num_rows, gqa_ratio)
-        if variant.has_sinks:
+        if has_sinks:
             best = torch.maximum(best, sinks[:, None].float())
         best = torch.where(best == -math.inf, 0.0, best)  # of a row that sees nothing
         share = torch.exp(tops - best[:, None])
         total = torch.where(is_held, share * sums[:, by_row], 0.0).sum(1)
-        if variant.has_sinks:
+        if has_sinks:
             total = total + torch.exp(sinks[:, None].float() - best)
         # What is not held is another row's, which must not spoil this one even if it is NaN.
         held = torch.where(is_held[..., None], share[..., None] * part[:, by_row], 0.0)

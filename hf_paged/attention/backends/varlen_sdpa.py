@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_paged.attention.backends.block_list_builder import check_kept
-from hf_paged.attention.backends.flex import Attention
+from hf_paged.attention.backends.base import Attention, AttentionParams
 from hf_paged.attention.backends.reference import blockwise_attention
 from hf_paged.batch.padding import Counts
+from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
 
 _BLOCK = 64  # queries at a time: the fused kernel computes what a mask hides, too
@@ -62,22 +62,18 @@ class VarlenRow:
     blocks: Sequence[Block]
 
 
-def varlen_rows_of(table: BlockTable, rows: Counts, kv_stop: Counts, kv_start: Counts | None) -> list[VarlenRow]:
-    """Cut packed queries that see the tokens of their row from `kv_start` up to, not including, `kv_stop`.
+def varlen_rows_of(table: BlockTable, ranges: KVRanges) -> list[VarlenRow]:
+    """Cut packed queries by their rows.
 
-    With 3 queries of a row that they begin, and 100 of one that holds 5 tokens already, the one reads 3 tokens for
-    a block of 3 queries. The other reads 105: the first 69 of them for a block of 64 queries, all for one of 36.
+    With 3 queries of a row that they begin, and 100 of one that holds 5 tokens already, one of these reads 3 tokens
+    for a block of 3 queries. The other reads 105: the first 69 of them for a block of 64 queries, all for one of 36.
 
     Args:
         table: the rows whose pages are read.
-        rows: `(num_tokens,)` row of each query, ascending.
-        kv_stop: `(num_tokens,)`, ascending within a row.
-        kv_start: likewise, but may stay the same; None: from the beginning.
-
-    Raises:
-        ValueError: if a token is to be seen that was dropped.
+        ranges: of packed queries: `kv_stop` ascends within a row, `kv_start` does or stays the same.
     """
-    check_kept(table, table.starts[rows], kv_stop, kv_start)
+    rows, kv_stop, kv_start = ranges.rows, ranges.kv_stop, ranges.kv_start
+    assert rows is not None
     if kv_start is None:
         kv_start = np.zeros_like(kv_stop)
     begins = np.unique(rows, return_index=True)[1].tolist()
@@ -105,9 +101,7 @@ def varlen_attention(
     query: Tensor,
     values: Tensor,
     varlen_rows: Sequence[VarlenRow],
-    scale: float,
-    softcap: float | None = None,
-    has_sinks: bool = False,
+    params: AttentionParams,
 ) -> Attention:
     """Return the attention of layers with tensors of these shapes and dtype.
 
@@ -115,13 +109,12 @@ def varlen_attention(
         query: `(1, num_heads, num_queries, head_dim)`. Those behind the rows' belong to no row and give 0.
         values: `(1, num_kv_heads, num_slots, value_head_dim)`.
         varlen_rows: in the order of their queries, which leave none out before the last of them.
-        scale: factor on the scores.
-        softcap: bound of the scores; None without.
-        has_sinks: whether there are attention sinks.
+        params: what the layer wants.
     """
     num_queries, num_kv_heads, value_dim = query.shape[2], values.shape[1], values.shape[3]
     gqa_ratio = query.shape[1] // num_kv_heads
     num_tokens = varlen_rows[-1].blocks[-1].queries.stop if varlen_rows else 0
+    scale, softcap, has_sinks = params
     is_fused = softcap is None and not has_sinks
     # The query heads of a key/value head are stacked, so that a block has work for every thread.
     masks = _Masks(varlen_rows, gqa_ratio if is_fused else 1, query.dtype)

@@ -55,7 +55,7 @@ def steps(num_pages: int) -> list[float]:
         mask = create_causal_mask(config, embeddings, attention_mask, cache)
         assert isinstance(mask, PagedMask)
         if step:
-            mask.metadata.splits(mask.metadata.sequences.tables[0])
+            mask.metadata.splits(mask.metadata.sequences.rows.tables[0])
             seconds.append(time.perf_counter() - start)
         # Rows of one prompt would share its pages.
         tokens = torch.randn(NUM_ROWS, 1, num_new, _HEAD_DIM, generator=torch.Generator().manual_seed(step))

@@ -2,18 +2,13 @@
 
 import enum
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_paged.attention.backends.block_list_builder import BlockListBuilder
-from hf_paged.attention.backends.block_lists import BlockLists, Layout
-from hf_paged.attention.backends.kv_splits import KVSplits
-from hf_paged.attention.backends.varlen_sdpa import VarlenRow
-from hf_paged.batch.duplicates import Originals, confirmed_duplicates, parted_duplicates, possible_duplicates
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
-from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage, Slots
 
@@ -24,6 +19,59 @@ class View(enum.Enum):
     NEW = "the new keys and values as they came; enough when the cache was empty"
     PAGES = "the whole storage of the layer, to be read through block tables"
     DENSE = "a padded copy, `(num_rows, num_kv_heads, num_columns, head_dim)`, for any other attention"
+
+
+@dataclass(frozen=True)
+class KVRanges:
+    """What each query sees of its row: the tokens from `kv_start` up to, not including, `kv_stop`.
+
+    Of two rows that hold 5 and 2 tokens and get 2 more each, the queries see up to `[[6, 7], [3, 4]]`. Packed, with 2
+    new tokens of the first row and one of the second, up to `[6, 7, 3]`, in rows `[0, 0, 1]`.
+
+    Attributes:
+        kv_stop: `(num_rows, num_queries)`, 0 for queries that see nothing; packed: `(num_tokens,)`.
+        kv_start: like `kv_stop`; None: from the beginning.
+        window: tokens that a query sees at most; None where `kv_start` is.
+        rows: packed: `(num_tokens,)` the row of each query, ascending; None where queries come row by row.
+        num_queries: packed: queries, of which those behind `num_tokens` belong to no row.
+    """
+
+    kv_stop: Counts
+    kv_start: Counts | None = None
+    window: int | None = None
+    rows: Counts | None = None
+    num_queries: int = 0
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each row has one query."""
+        return self.rows is None and self.kv_stop.shape[1] == 1
+
+    def check_kept(self, table: BlockTable) -> None:
+        """Raise ValueError if a token is to be seen that was dropped."""
+        if table.group.window is not None:
+            starts = table.starts[:, None] if self.rows is None else table.starts[self.rows]
+            if (starts > (0 if self.kv_start is None else self.kv_start))[self.kv_stop > 0].any():
+                raise _dropped(table)
+
+
+def check_tokens_kept(table: BlockTable, visible: BoolMatrix) -> None:
+    """Raise ValueError if a token is to be seen that was dropped.
+
+    Args:
+        table: the rows, in a group of layers.
+        visible: `(num_rows, num_queries, max_tokens)` which tokens of its row each query sees.
+    """
+    starts = table.starts[:, None]
+    if starts.any() and (visible.any(axis=1) & (np.arange(visible.shape[2]) < starts)).any():
+        raise _dropped(table)
+
+
+def _dropped(table: BlockTable) -> ValueError:
+    return ValueError(
+        f"The mask wants tokens to be seen that have left the window of {table.group.window} tokens and were dropped. "
+        "Use a model whose configuration names the window of these layers as it is, or a mask within it."
+    )
 
 
 class Step(ABC):
@@ -84,40 +132,23 @@ class Step(ABC):
         """
 
     @abstractmethod
-    def block_lists(self, builder: BlockListBuilder, window: int | None, queries: slice, layout: Layout) -> BlockLists:
-        """Make the block lists of queries that see their row up to themselves.
+    def _seen(self, window: int | None, queries: slice) -> "KVRanges":
+        """As `kv_ranges`, unchecked."""
+
+    def kv_ranges(self, table: BlockTable, window: int | None, queries: slice) -> "KVRanges":
+        """Say which tokens queries see that see their row up to themselves.
 
         Args:
-            builder: of the layer's rows.
+            table: the rows, in a group of layers.
             window: tokens that a query sees, itself included; None: all before it.
             queries: which of the new columns ask.
-            layout: how to stack them.
 
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
-
-    def varlen_rows(self, table: BlockTable, window: int | None, queries: slice) -> list[VarlenRow] | None:
-        """Cut queries that see their row up to themselves by their rows; arguments as for `block_lists`.
-
-        Returns:
-            The rows; None where queries don't come packed.
-
-        Raises:
-            ValueError: if a token is to be seen that was dropped.
-        """
-        return None
-
-    def splits(self, builder: BlockListBuilder, window: int | None, queries: slice) -> KVSplits | None:
-        """List the pages that the only query of each row reads; arguments as for `block_lists`.
-
-        Returns:
-            The splits; None where there are several queries of a row.
-
-        Raises:
-            ValueError: if a token is to be seen that was dropped.
-        """
-        return None
+        ranges = self._seen(window, queries)
+        ranges.check_kept(table)
+        return ranges
 
     @abstractmethod
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
@@ -201,157 +232,6 @@ class Step(ABC):
             "that did not return them. In training mode Transformers takes the cache away from layers with gradient "
             "checkpointing: call model.eval() first. Otherwise pass on what cache.update() returned in this pass."
         )
-
-
-class PaddedStep(Step):
-    """A pass over the new columns of a padded batch.
-
-    Args:
-        tables: the rows, in each group of layers.
-        columns: the padded view before this step.
-        num_new: new columns.
-        new: `(num_rows, num_new)` True for tokens; None if there is no padding among them.
-        past_is_visible: whether every cached token may be seen.
-        reads_pages: whether attention is to read pages, if any are filled.
-        keeps_all: whether tokens that have left a window are stored, too.
-    """
-
-    def __init__(
-        self,
-        tables: list[BlockTable],
-        columns: Columns,
-        num_new: int,
-        new: BoolMatrix | None,
-        past_is_visible: bool,
-        reads_pages: bool,
-        keeps_all: bool,
-    ) -> None:
-        num_rows = tables[0].num_rows
-        super().__init__(
-            View.NEW if columns.count == 0 else View.PAGES if reads_pages else View.DENSE,
-            columns,
-            columns.extended(new, num_rows, num_new),
-            (num_rows, num_new),
-            past_is_visible,
-        )
-        self.new = new
-        starts = tables[0].lengths[:, None]
-        if new is None:
-            self.counts = np.full(num_rows, num_new, dtype=np.int64)
-            self.kv_stop: Counts = starts + np.arange(1, num_new + 1)
-        else:
-            self.counts = new.sum(axis=1, dtype=np.int64)
-            # Padding sees what is before it, as with Transformers' own caches: at the end of a row generate() goes on
-            # from what it gives.
-            self.kv_stop = starts + new.cumsum(axis=1)
-        self.placements = [Placement(table, None if keeps_all else self._unread(table)) for table in tables]
-        self.originals: Originals | None = None
-        self._possible_duplicates = possible_duplicates(tables, num_new, new)
-        self._is_reserved = False
-        if self._possible_duplicates is None:
-            self._reserve()
-
-    @property
-    def is_settled(self) -> bool:
-        """See `Step`."""
-        return self._is_reserved and self.originals is None
-
-    def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
-        """See `Step`."""
-        same = self.new is new if self.new is None or new is None else np.array_equal(self.new, new)
-        return same and (self.num_rows, self.num_new) == (num_rows, num_new)
-
-    def settle_duplicates(self, keys: Tensor, values: Tensor) -> None:
-        """See `Step`."""
-        if self.is_settled:
-            return
-        if not self._is_reserved:
-            assert self._possible_duplicates is not None
-            self.originals = confirmed_duplicates(self._possible_duplicates, keys, values)
-            self._reserve()
-        else:
-            assert self.originals is not None
-            for row in parted_duplicates(self.originals, keys, values):
-                for placement in self.placements:
-                    placement.table.part(row)
-                self.originals[row] = row
-
-    def stored(self, placement: "Placement") -> tuple[Counts, Counts, Counts | None]:
-        """See `Step`."""
-        stored, starts = self.new, placement.starts
-        positions = placement.table.lengths[:, None] + np.arange(self.num_new) if stored is None else self.kv_stop - 1
-        if starts is not None:
-            is_kept = positions >= starts[:, None]
-            stored = is_kept if stored is None else stored & is_kept
-        if self.originals is not None:
-            leads = np.broadcast_to((self.originals == np.arange(self.num_rows))[:, None], positions.shape)
-            stored = leads if stored is None else stored & leads
-        if stored is None:
-            return np.arange(self.num_rows)[:, None], positions, None
-        rows, new_columns = np.nonzero(stored)
-        return rows, positions[rows, new_columns], rows * self.num_new + new_columns
-
-    def block_lists(self, builder: BlockListBuilder, window: int | None, queries: slice, layout: Layout) -> BlockLists:
-        """See `Step`."""
-        return builder.causal(*self._seen(window, queries), window, layout)
-
-    def splits(self, builder: BlockListBuilder, window: int | None, queries: slice) -> KVSplits | None:
-        """See `Step`."""
-        kv_stop, kv_start = self._seen(window, queries)
-        if kv_stop.shape[1] > 1:
-            return None
-        return builder.splits(kv_stop[:, 0], None if kv_start is None else kv_start[:, 0], window)
-
-    def _seen(self, window: int | None, queries: slice) -> tuple[Counts, Counts | None]:
-        """`(num_rows, num_queries)` tokens of its row up to which each query sees, and from which, None for the first.
-
-        Padding may stand so far behind the tokens of its row that it sees none of them through a window.
-        """
-        kv_stop = self.kv_stop[:, queries]
-        if window is None:
-            return kv_stop, None
-        kv_start = self.kv_start(window)[:, queries]
-        return np.where(kv_start < kv_stop, kv_stop, 0), kv_start
-
-    def kv_start(self, window: int) -> Counts:
-        """`(num_rows, num_new)` tokens of its row that each query no longer sees through a window."""
-        queries = self.columns.count + np.arange(self.num_new)
-        return self.next_columns.num_tokens_before(queries + 1 - window, self.num_rows)
-
-    def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
-        """See `Step`. It has to be the same for all heads."""
-        if mask.shape[1] != 1:
-            raise ValueError(f"A mask of its own for each of {mask.shape[1]} heads is not supported over pages.")
-        by_column = mask[:, 0].cpu().numpy()
-        lengths = self.placements[0].table.lengths + self.counts
-        page_size = self.placements[0].table.group.page_size
-        max_tokens = -(-max(1, int(lengths.max())) // page_size) * page_size
-        by_token = np.zeros((self.num_rows, self.num_new, max_tokens), dtype=bool)
-        real = self.next_columns.real
-        if real is None:
-            by_token[:, :, first_column : self.next_columns.count] = by_column
-        else:
-            kv_start = real[:, :first_column].sum(axis=1)
-            for row in range(self.num_rows):
-                by_token[row, :, kv_start[row] : lengths[row]] = by_column[row][:, real[row, first_column:]]
-        return by_token
-
-    def _unread(self, table: BlockTable) -> Counts | None:
-        """`(num_rows,)` new tokens at the beginning of each row that nobody reads from pages; None: none."""
-        window, count = table.group.window, self.next_columns.count
-        if self.view is not View.NEW or window is None or count < window:
-            return None
-        return self.next_columns.num_tokens_before(np.array([count + 1 - window]), self.num_rows)[:, 0]
-
-    def _reserve(self) -> None:
-        for done, placement in enumerate(self.placements):
-            try:
-                placement.table.reserve(self.counts, placement.starts, self.originals)
-            except OutOfPagesError:
-                for other in self.placements[:done]:
-                    other.table.rollback()
-                raise
-        self._is_reserved = True
 
 
 class Placement:

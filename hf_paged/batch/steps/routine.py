@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hf_paged.batch.step import Step, View
+from hf_paged.batch.steps.step import Step, View
 from hf_paged.pages.storage import LayerStorage
 
 

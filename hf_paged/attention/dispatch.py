@@ -1,0 +1,88 @@
+"""Which backend attends to pages, and what it is told."""
+
+import enum
+
+import torch
+from torch import Tensor
+
+from hf_paged._torch.inductor import can_compile
+from hf_paged.attention.backends import flex
+from hf_paged.attention.backends.base import Attention, AttentionParams
+from hf_paged.attention.backends.kv_splits import kv_splits_of
+from hf_paged.attention.backends.split_kv import split_kv_attention
+from hf_paged.attention.backends.varlen_sdpa import varlen_attention, varlen_rows_of
+from hf_paged.attention.metadata import AttentionMetadata
+from hf_paged.batch.steps.step import KVRanges
+from hf_paged.pages.block_table import BlockTable
+from hf_paged.pages.pool import PagePool
+from hf_paged.pages.storage import LayerStorage
+
+
+class Backend(enum.Enum):
+    """Ways to attend to pages; where none of them reads pages, SDPA is handed a copy."""
+
+    FLEX = "FlexAttention over block lists"
+    SPLIT_KV = "single queries over pieces of pages, shared out among the threads of a CPU"
+    VARLEN_SDPA = "SDPA over one row of packed queries after another, copied out of the pages"
+
+
+def reads_pages(pool: PagePool, num_new: int) -> bool:
+    """Whether a pass over `num_new` new columns reads pages in place; else SDPA is handed a copy, layer by layer."""
+    if not can_compile():
+        return False
+    storage = pool.any_storage()
+    if storage is None:
+        return True
+    # Where tiles must be small, many queries are SDPA's.
+    return flex.takes(storage.dtype) and (num_new == 1 or not flex.repacks_storage(storage.dtype, storage.device))
+
+
+def choose_backend(device: torch.device, ranges: KVRanges | None) -> Backend:
+    """Say what attends, from where the queries are and what they see (None: token by token).
+
+    On a CPU packed queries, and single ones, have ways of their own, which are faster there. On a GPU a packed chunk
+    has many rows, each of which would be several launches.
+    """
+    if device.type == "cpu" and ranges is not None:
+        if ranges.rows is not None:
+            return Backend.VARLEN_SDPA
+        if ranges.is_single:
+            return Backend.SPLIT_KV
+    return Backend.FLEX
+
+
+def bind(
+    metadata: AttentionMetadata,
+    table: BlockTable,
+    storage: LayerStorage | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+) -> Attention:
+    """Return the attention of layers with tensors of these shapes, dtype and device in this pass.
+
+    Args:
+        metadata: of the pass.
+        table: the rows, in the layers' group.
+        storage: of the layer that is computed first; None where its keys are something else by now.
+        query: `(num_rows, num_heads, num_queries, head_dim)`.
+        key: `(1, num_kv_heads, num_slots, head_dim)`.
+        value: `(1, num_kv_heads, num_slots, value_head_dim)`.
+        params: what the layers want.
+
+    Raises:
+        ValueError: if a token is to be seen that was dropped, or for a dtype that the backend does not take.
+    """
+    ranges = metadata.ranges(table)
+    backend = choose_backend(query.device, ranges)
+    if backend is Backend.VARLEN_SDPA and ranges is not None:
+        return varlen_attention(query, value, varlen_rows_of(table, ranges), params)
+    if backend is Backend.SPLIT_KV and ranges is not None:
+        return split_kv_attention(query, key, value, kv_splits_of(table, ranges), params)
+    sink_page = table.group.sink_page() if params.has_sinks else None
+    if sink_page is not None and storage is not None:
+        key, value = storage.tensors  # taking the page may have let the storage grow
+    layout = flex.layout_for(query, key, sink_page)
+    block_lists = metadata.block_lists(table, layout, key.shape[2])
+    return flex.paged_attention(query, key, value, block_lists, table.group.page_size, params)

@@ -1,0 +1,222 @@
+"""What a cache holds between two forward passes: rows of tokens in pages, and their padded view."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from hf_paged.batch.known_ids import KnownIds
+from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
+from hf_paged.pages.block_table import BlockTable
+from hf_paged.pages.pool import PagePool
+
+
+class Rows:
+    """Rows in the pages of a pool, and while a step is under way the room that it has reserved behind them.
+
+    Args:
+        pool: where the pages are.
+
+    Attributes:
+        tables: block tables, for each group of layers.
+        columns: which columns of the padded view are tokens.
+        known_ids: which tokens they are, as far as that is known.
+        absent: layers that hold none of the tokens, as the model passes over them.
+        is_fanned_out: whether the step under way made several rows of one.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.tables = [BlockTable(group) for group in pool.groups]
+        self.columns = Columns()
+        self.known_ids = KnownIds()
+        self.absent: frozenset[int] = frozenset()
+        self.is_fanned_out = False
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.tables[0].num_rows
+
+    @property
+    def num_committed(self) -> int:
+        """Rows without what a step under way made of them."""
+        if self.columns.count == 0:
+            return 0
+        return 1 if self.is_fanned_out else self.count
+
+    @property
+    def lengths(self) -> Counts:
+        """`(count,)` tokens of each row, padding excluded."""
+        return self.tables[0].lengths
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether there are no tokens, and no padding either."""
+        return self.columns.count == 0 and not self.lengths.any()
+
+    def split(self, num_rows: int, num_new: int, mask: BoolMatrix | None) -> tuple[Columns, BoolMatrix | None, bool]:
+        """Compare a padded batch with the rows; `Columns.split` says how.
+
+        Args:
+            num_rows: rows of the batch, which may be more than the one that is cached.
+            num_new: new columns.
+            mask: `(num_rows, num_columns)`, True for tokens; None without padding.
+
+        Returns:
+            The columns that are cached, as such a batch has them, `(num_rows, num_new)` which of the new ones are
+            tokens, None for all, and whether every token that is cached may still be seen.
+
+        Raises:
+            ValueError: if they don't fit.
+        """
+        self.check_shape(num_rows, num_new)
+        columns = self.columns_for(num_rows)
+        return columns, *columns.split(mask, num_rows, num_new)
+
+    def check_shape(self, num_rows: int, num_new: int) -> None:
+        """Raise ValueError if a padded batch of this shape can't be new columns of these rows."""
+        if num_new < 1:
+            raise ValueError(f"A forward pass needs at least one new token, but was given {num_new}.")
+        if self.columns.count and num_rows != self.num_committed and not self._fans_out(num_rows):
+            raise ValueError(
+                f"This cache holds {self.num_committed} rows, but a batch of {num_rows} was given. Use a new "
+                "PagedCache, reset() this one, or batch_repeat_interleave() or batch_select_indices() its rows."
+            )
+
+    def _fans_out(self, num_rows: int) -> bool:
+        return self.num_committed == 1 and num_rows > 1
+
+    def columns_for(self, num_rows: int) -> Columns:
+        """The columns as a batch of `num_rows` has them, which may be more than one cached row, or as many again."""
+        columns = self.columns
+        if columns.count == 0 or num_rows == self.count:
+            return columns
+        return columns.selected([0] * num_rows)
+
+    def existing(self, indices: Sequence[int]) -> list[int]:
+        """Return indices of rows that count from the beginning; raise ValueError if a row does not exist."""
+        num_rows = self.num_committed
+        wrong = [index for index in indices if not -num_rows <= index < num_rows]
+        if wrong:
+            raise ValueError(f"Rows {wrong} were asked for, but this cache holds {num_rows} rows.")
+        return [index % num_rows for index in indices]
+
+    def admit(self, num_rows: int) -> None:
+        """Have `num_rows` rows, where there are none yet or one, as long as the step under way lasts."""
+        if self.columns.count == 0:
+            for table in self.tables:
+                table.open_rows(num_rows)
+        elif self._fans_out(num_rows):
+            self.select([0] * num_rows)
+            self.is_fanned_out = True
+
+    def commit(self, counts: Counts, columns: Columns) -> None:
+        """Hold the tokens of a step.
+
+        Args:
+            counts: `(count,)` how many each row got.
+            columns: the padded view with them.
+        """
+        for table in self.tables:
+            table.commit(counts)
+        self.columns = columns
+        self.known_ids.end_pass()
+        self.is_fanned_out = False
+
+    def roll_back(self) -> None:
+        """Give back the room that a step has reserved."""
+        self.known_ids.abandon_pass()
+        for table in self.tables:
+            table.rollback()
+            if self.columns.count == 0:
+                table.clear()
+        if self.is_fanned_out:
+            self.select([0])
+            self.is_fanned_out = False
+
+    def clear(self) -> None:
+        """Release all pages and have no rows."""
+        for table in self.tables:
+            table.clear()
+        self.columns = Columns()
+        self.known_ids = KnownIds()
+        self.absent = frozenset()
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Let row `i` be what row `indices[i]` was."""
+        for table in self.tables:
+            table.select(indices)
+        self.columns = self.columns.selected(indices)
+        self.known_ids.select(indices)
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Give back the pages of rows that are finished."""
+        for table in self.tables:
+            table.release(rows)
+        self.columns = self.columns.without(rows, self.count)
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` columns.
+
+        Raises:
+            ValueError: if that takes tokens which have left a window; nothing has changed.
+        """
+        kept = self.columns.num_tokens_before(np.array([count]), self.count)[:, 0]
+        for table in self.tables:
+            if table.group.window is None or count == 0:
+                continue
+            first = self.columns.num_tokens_before(np.array([count + 1 - table.group.window]), self.count)[:, 0]
+            if (first < table.starts).any():
+                raise ValueError(
+                    f"Taking {self.columns.count - count} tokens back would need tokens that have left the window of "
+                    f"{table.group.window} and were dropped. Call cache.activate_past_recording() before the passes "
+                    "that may be taken back."
+                )
+        for table in self.tables:
+            table.truncate(kept)
+        self.columns = self.columns.truncated(count)
+        self.known_ids.truncate(count)
+
+    def drop_past(self) -> None:
+        """Release the pages whose tokens no query will see any more, since they have left a window."""
+        for table in self.tables:
+            window = table.group.window
+            if window is not None and self.columns.count >= window:
+                first = np.array([self.columns.count + 1 - window])
+                table.drop(self.columns.num_tokens_before(first, self.count)[:, 0])
+
+    def fork(self) -> "Rows":
+        """Return rows that hold the same, sharing the pages."""
+        other = Rows.__new__(Rows)
+        other.pool = self.pool
+        other.tables = [table.fork() for table in self.tables]
+        other.columns = self.columns
+        other.known_ids = self.known_ids.fork()
+        other.absent = self.absent
+        other.is_fanned_out = False
+        return other
+
+    def supersede(self, other: "Rows") -> None:
+        """Write behind the tokens of `other` in the pages that both hold, as `other` won't do any more."""
+        for table, superseded in zip(self.tables, other.tables, strict=True):
+            table.supersede(superseded)
+
+    def first_column(self, layer: int) -> int:
+        """The first column that the next query of a layer sees."""
+        window = self.pool.layers[layer].window
+        return 0 if window is None else max(0, self.columns.count + 1 - window)
+
+    def copied(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Copy a layer into the padded layout; `(None, None)` when empty.
+
+        Returns:
+            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
+            with a window begin at the first column that the next query sees.
+        """
+        storage = self.pool.storage(layer)
+        if storage is None or self.columns.count == 0 or layer in self.absent:
+            return None, None
+        table = self.tables[self.pool.group_of_layer[layer]]
+        keys, values = gather_columns(storage, table, self.columns, self.first_column(layer))
+        return keys[: self.num_committed], values[: self.num_committed]

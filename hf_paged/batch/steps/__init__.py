@@ -1,0 +1,1 @@
+"""One forward pass: which tokens are new, where they go, what each query sees."""

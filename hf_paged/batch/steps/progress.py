@@ -1,0 +1,79 @@
+"""Which layers a step has written, and whether it is over."""
+
+from collections.abc import Iterable
+
+from hf_paged.errors import UnclearPassError
+
+
+class Progress:
+    """The way of a step through the layers of a model.
+
+    A step is complete when each layer that holds tokens was written. In the first one nothing says yet which do: the
+    model may have been cut or changed. There the last layer ends it, and those that it has passed over are absent.
+
+    Args:
+        layers: indices of the layers that may hold tokens.
+        num_layers: layers that the model has; more may be counted by its configuration.
+    """
+
+    def __init__(self, layers: Iterable[int], num_layers: int) -> None:
+        self._layers = sorted(layers)
+        self.num_layers = num_layers
+        self.missing: set[int] = set()
+        """Layers that are still to be written."""
+        self.last = -1
+        """The last layer that was written; -1 for none."""
+        self._last_awaited = -1
+
+    def begin(self, absent: frozenset[int], num_layers: int | None) -> None:
+        """Begin a step.
+
+        Args:
+            absent: layers that hold nothing.
+            num_layers: in the first step, layers that the model has by its configuration; else None.
+        """
+        self.missing = set(self._layers) - absent
+        end = self.num_layers if num_layers is None else min(num_layers, self.num_layers)
+        self._last_awaited = max((layer for layer in self.missing if layer < end), default=self._layers[-1])
+        self.last = -1
+
+    def note(self, layer: int) -> None:
+        """Note that a layer was written."""
+        self.missing.discard(layer)
+        self.last = max(layer, self.last)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a layer was written."""
+        return self.last >= 0
+
+    @property
+    def has_reached_the_end(self) -> bool:
+        """Whether the last layer was written, whichever were passed over."""
+        return self.last >= self._last_awaited
+
+    def unclear(self, num_layers: int) -> UnclearPassError:
+        """Return what is raised when another pass begins and the step is not complete.
+
+        Args:
+            num_layers: layers that the cache was made for.
+        """
+        if self.has_reached_the_end:
+            return UnclearPassError(
+                f"The forward pass before left out layers {sorted(self.missing)}, which hold the tokens before it. "
+                "Call cache.roll_back() to forget that pass; when the layers of a model are changed, use a new "
+                "PagedCache, or reset() this one."
+            )
+        return UnclearPassError(
+            f"The forward pass before went through layer {self.last} and no further, but this cache was made for a "
+            f"model with {num_layers} layers. If that pass failed, call cache.roll_back() to forget it. If the model "
+            "ends there, make its cache by PagedCache.from_model(model) after its layers are cut off."
+        )
+
+    def updated_twice(self, layer: int) -> UnclearPassError:
+        """Return what is raised when a layer is written again and the step is not complete."""
+        return UnclearPassError(
+            f"Layer {layer} was updated twice in one forward pass, but layers {sorted(self.missing)} not yet. Update "
+            "every layer once per pass; after a pass that failed, call cache.roll_back() first. What an encoder says "
+            "needs a cache of its own: use PagedEncoderDecoderCache."
+        )
