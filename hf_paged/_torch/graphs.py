@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_paged._torch.dynamo import with_own_code
 from hf_paged._torch.inductor import AUTOGRAD_CONFIG, COMPILE_FX, COMPILE_FX_INNER
 from hf_paged._torch.private import Private
 from hf_paged._torch.tricks import Trick
@@ -75,8 +76,15 @@ def compile_graph(
             return _without_graph(COMPILE_FX.value(graph, inputs, config_patches=options))
         except Exception as error:
             ONE_COMPILATION.fall_back(error)
-    again: Callable[..., Any] = torch.compile(graph, fullgraph=True, dynamic=None, options=dict(options))
-    return again
+    # Not one that waits with its code, nor called itself: dynamo looks into neither.
+    plain = torch.fx.GraphModule(graph, graph.graph)
+
+    def run(*inputs: Any) -> Any:
+        return plain(*inputs)
+
+    again: Callable[..., Any] = torch.compile(with_own_code(run), fullgraph=True, options=dict(options))
+    # What torch.compile returns would be taken off by dynamo, which has the result of a backend run as it is.
+    return lambda *inputs: again(*inputs)
 
 
 def _compile_replaced(

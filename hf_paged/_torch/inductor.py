@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+import torch.compiler.config
 from torch import Tensor
 
 from hf_paged._torch.dynamo import (
@@ -31,6 +32,8 @@ def _entered(context: Callable[[], Any]) -> None:
     with context():
         pass
 
+
+_MAX_GRAPHS = 64  # of one kernel, which torch.compile makes one by one where it isn't told which sizes change
 
 COMPILE_FX = Private("torch._inductor.compile_fx:compile_fx", check=callable)
 COMPILE_FX_INNER = Private("torch._inductor.compile_fx:compile_fx_inner", check=callable)
@@ -72,9 +75,11 @@ class GuardedKernel:
     def bound_to(self, arguments: Sequence[Tensor | None]) -> BoundKernel:
         """Return what attends with these arguments, of which queries, keys, values and sinks are given anew."""
         others = arguments[3:-1]
+        config: Any = torch.compiler.config
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor) -> Tensor:
-            return _call(self.run, [query, keys, values, *others, sinks])
+            with config.patch(recompile_limit=_MAX_GRAPHS):
+                return _call(self.run, [query, keys, values, *others, sinks])
 
         return attend
 
@@ -199,9 +204,9 @@ def _compile(
 
 
 def _compile_with_guards(attend: Callable[..., Tensor], arguments: Sequence[Tensor | None]) -> GuardedKernel:
-    # With dynamic=True, as a model may be compiled, what is a constant of the kernel would become an input.
-    dynamic = False if DYNAMIC_SIZES.is_on else None
-    kernel = GuardedKernel(torch.compile(with_own_code(attend), fullgraph=True, dynamic=dynamic))
+    # Sizes that change become dynamic by themselves, one after the other. With dynamic=True, as a model may be
+    # compiled, what is a constant of the kernel would become an input.
+    kernel = GuardedKernel(torch.compile(with_own_code(attend), fullgraph=True, dynamic=None))
     _call(kernel.run, arguments)
     return kernel
 
@@ -226,7 +231,7 @@ def _compile_without_guards(attend: Callable[..., Tensor], arguments: Sequence[T
         compiled.append(compile_fx_inner(graph, inputs, **options))
         return compiled[-1]
 
-    _call(torch.compile(with_own_code(attend), backend=backend, fullgraph=True, dynamic=False), arguments)
+    expected = _call(torch.compile(with_own_code(attend), backend=backend, fullgraph=True, dynamic=False), arguments)
     if not compiled:
         raise RuntimeError("torch.compile has not called inductor; its log says why")
     (graph,) = compiled
@@ -235,7 +240,11 @@ def _compile_without_guards(attend: Callable[..., Tensor], arguments: Sequence[T
     query, keys, values = (inputs.index(name) for name in names[:3])
     sinks = inputs.index(names[-1]) if names[-1] in inputs else -1
     inputs_of = eval(f"lambda {', '.join(names)}: [{', '.join(inputs)}]")
-    return UnguardedKernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
+    kernel = UnguardedKernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
+    output = kernel.run(kernel.inputs_of(*arguments))[0]
+    if not torch.allclose(output, expected, rtol=0.01, atol=0.01, equal_nan=True):
+        raise RuntimeError("without guards, inductor's function gives something else")
+    return kernel
 
 
 @outside_of_graphs  # where the stance can't be changed

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,9 +87,14 @@ def _surroundings() -> tuple[tuple[Callable[[], bool], str], ...]:
 
 def profiled(name: str) -> AbstractContextManager[object]:
     """Have what happens within shown by torch's profiler as `hf_paged::{name}`."""
-    if PROFILER.is_on and _PROFILER.value._is_profiler_enabled:
+    if _profiler()._is_profiler_enabled:
         return torch.autograd.profiler.record_function(f"hf_paged::{name}")
     return _NO_PROFILER
+
+
+@cache
+def _profiler() -> Any:
+    return _PROFILER.value if PROFILER.is_on else SimpleNamespace(_is_profiler_enabled=False)
 
 
 def _keys(module: Any) -> tuple[Any, ...]:

@@ -87,6 +87,8 @@ def capture(
     loops = {name for name in names if name.startswith(_PREFIX)}
     if not isinstance(function, FunctionType) or names - loops - _HARMLESS - set(operations):
         return run(inputs), None
+    if not loops.issubset(function.__globals__):
+        return run(inputs), None
     calls: list[Call] = []
 
     def captured(step: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:

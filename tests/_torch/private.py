@@ -46,4 +46,9 @@ def forget(monkeypatch):
         monkeypatch.setattr(trick, "_failure", None)
         if "_is_able" in vars(trick):
             monkeypatch.delitem(vars(trick), "_is_able")
+    forget_caches()
+
+
+def forget_caches():
     surroundings._surroundings.cache_clear()
+    surroundings._profiler.cache_clear()

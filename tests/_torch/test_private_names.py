@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor import compile_fx
 from transformers import DynamicCache
 
 from hf_paged import PagedCache, support
-from hf_paged._torch import inductor, opaque, private, surroundings, tricks
+from hf_paged._torch import inductor, opaque, private, tricks
 from hf_paged.compile.api import compiled
-from tests._torch.private import Changed, forget, lose
+from tests._torch.private import Changed, forget, forget_caches, lose
 from tests.models import generate, left_padded, random_ids, tiny_llama
 
 AT_IMPORT = [name for name in private.NAMES if name in (opaque._BASE, opaque._REGISTER)]
@@ -26,7 +28,7 @@ def new_torch(monkeypatch):
     monkeypatch.setattr(inductor, "_kernels", {})
     forget(monkeypatch)
     yield monkeypatch
-    surroundings._surroundings.cache_clear()
+    forget_caches()
     torch.compiler.reset()
 
 
@@ -41,6 +43,16 @@ def check_tokens(is_prompt=False):
         if is_prompt:
             cache.prefill(model, ids, mask)
         tokens = generate(model, "paged_flex", cache, ids, attention_mask=mask, max_new_tokens=5)
+    assert torch.equal(tokens, expected)
+
+
+def check_torch_compile():
+    """Compare the tokens of three rows under plain `torch.compile`, whose graphs part, with those of DynamicCache."""
+    model, ids = tiny_llama(), random_ids(3, 20)
+    expected = generate(model, "sdpa", DynamicCache(), ids, max_new_tokens=5)
+    model.set_attn_implementation("paged_flex")
+    model.forward = torch.compile(model.forward, backend="eager")
+    tokens = generate(model, "paged_flex", PagedCache.from_model(model, page_size=16), ids, max_new_tokens=5)
     assert torch.equal(tokens, expected)
 
 
@@ -77,6 +89,28 @@ def test_what_fails_when_it_is_called_costs_no_token(name, new_torch, caplog):
     assert all("no longer what it was" in message for message in told)
 
 
+def test_without_inductor_s_entry_graphs_are_compiled_by_torch_compile(new_torch):
+    counters.clear()
+    lose(new_torch, [inductor.COMPILE_FX])
+    check_tokens()
+    assert counters["stats"]["unique_graphs"] == 4, (
+        "the model as captured, and again; the kernel in inference mode and out"
+    )
+    assert counters["aot_autograd"]["ok"] == 3
+
+
+def test_a_kernel_with_guards_is_compiled_a_few_times_for_all_lengths(new_torch):
+    lose(new_torch, [name for name in LATER if repr(name).endswith(("compile_fx", "mark_dynamic"))])
+    new_torch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **options: graph)  # dynamo's part counts
+    model, ids = tiny_llama(), random_ids(2, 40)
+    expected = generate(model, "sdpa", DynamicCache(), ids, max_new_tokens=150)
+    model.set_attn_implementation("paged_flex")
+    counters.clear()
+    cache = PagedCache.from_model(model, page_size=16)
+    assert torch.equal(generate(model, "paged_flex", cache, ids, max_new_tokens=150), expected)
+    assert counters["stats"]["unique_graphs"] <= 8
+
+
 IMPORT = """
 import sys
 from importlib.machinery import PathFinder
@@ -104,9 +138,10 @@ class Finder:
         return spec
 
 sys.meta_path.insert(0, Finder)
-from tests._torch.test_private_names import check_tokens
+from tests._torch.test_private_names import check_tokens, check_torch_compile
 check_tokens()
 check_tokens(is_prompt=True)
+check_torch_compile()
 """
 
 
