@@ -26,7 +26,7 @@ demo: $(STAMP) ## generate with a paged cache, beside DynamicCache (ARGS goes to
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 bench: $(STAMP) ## measure everything that docs show, into docs/results (hours; ARGS goes to hf-paged bench)
-	@$(BIN)/hf-paged bench latency mixed beam fork no-cache allocator plan compile chat single \
+	@$(BIN)/hf-paged bench latency mixed beam allocator plan compile chat single \
 		--json docs/results/bench.json --plot docs/results $(ARGS)
 
 bench-llama: $(STAMP) ## measure the contiguous cache alone: latency and a mixed batch (ARGS goes to hf-paged bench)

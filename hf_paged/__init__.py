@@ -16,7 +16,7 @@ from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MemoryStats",
     "OutOfPagesError",

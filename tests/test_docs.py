@@ -20,6 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
 from hf_paged.tools.cli import main, make_parser
+from tests.rooms import diagram
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -52,7 +53,7 @@ def in_navigation(entry) -> list[Path]:
             return in_navigation(list(entry.values()))
 
 
-PAGES = [README, *in_navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])]
+PAGES = [README, *in_navigation(yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)["nav"])]
 
 
 def blocks(page: Path) -> list[Block]:
@@ -242,3 +243,7 @@ def test_every_file_of_results_is_listed():
 def test_the_links_of_the_readme_lead_somewhere():
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text())
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_figure_of_the_rooms_is_that_of_the_imports():
+    assert diagram() in (ROOT / "docs" / "design.md").read_text()

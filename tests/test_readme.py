@@ -4,8 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from hf_paged.tools.bench.report import tables
-from hf_paged.tools.lab.page import fill
+from hf_paged.tools.bench.report import fill, tables
 from tests.sweep.results import RESULTS, Results
 
 README = Path(__file__).parent.parent / "README.md"
@@ -16,7 +15,7 @@ def speed_lines() -> list[str]:
 
     def rows(name, scenario):
         results = json.loads((README.parent / "docs" / "results" / "bench" / f"{name}.json").read_text())[scenario]
-        return {(row.get("context"), row["contender"]): row for row in results["rows"]}, results
+        return {(row.get("context"), row["baseline"]): row for row in results["rows"]}, results
 
     mixed, results = rows("mixed-2", "mixed")
     latency, _ = rows("latency-2", "latency")

@@ -1,6 +1,7 @@
 """Graphs of whole models, compiled by inductor."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -154,3 +155,16 @@ def graph_pass(change: Callable[[torch.fx.Graph], None], uuid: str) -> Any:
     """
     members = {"__call__": lambda self, graph: change(graph), "uuid": lambda self: uuid}
     return type("GraphPass", (_GRAPH_PASS.value,), members)()
+
+
+def frozen_weights() -> AbstractContextManager[Any]:
+    """While it is open, graphs are compiled by inductor at its fastest: weights as constants, the best of products.
+
+    Options of `torch.compile` are not enough: dynamo looks whether weights are frozen before inductor is given them.
+    """
+    from torch._inductor import config  # nothing to go on without: only measurements ask for it
+
+    flags: AbstractContextManager[Any] = config.patch(
+        freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"
+    )
+    return flags

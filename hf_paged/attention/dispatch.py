@@ -46,7 +46,7 @@ def choose_backend(device: torch.device, ranges: KVRanges | None) -> Backend:
     if device.type == "cpu" and ranges is not None:
         if ranges.rows is not None:
             return Backend.VARLEN_SDPA
-        if ranges.is_single:
+        if ranges.kv_stop.shape[1] == 1:
             return Backend.SPLIT_KV
     return Backend.FLEX
 
@@ -74,7 +74,7 @@ def bind(
     Raises:
         ValueError: if a token is to be seen that was dropped, or for a dtype that the backend does not take.
     """
-    ranges = metadata.ranges(table)
+    ranges = metadata.ranges if table.group.window is None else metadata.ranges_of(table)
     backend = choose_backend(query.device, ranges)
     if backend is Backend.VARLEN_SDPA and ranges is not None:
         return varlen_attention(query, value, varlen_rows_of(table, ranges), params)

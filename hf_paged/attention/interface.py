@@ -13,8 +13,8 @@ from hf_paged._torch.surroundings import profiled
 from hf_paged.attention.backends.base import AttentionParams
 from hf_paged.attention.backends.reference import blockwise_attention
 from hf_paged.attention.dispatch import bind
-from hf_paged.attention.marks import is_marked, layer_of, note_output, output_of
-from hf_paged.attention.mask import NAME, PagedMask, paged_flex_mask
+from hf_paged.attention.marks import NEW, is_marked, layer_of, note_output, output_of
+from hf_paged.attention.mask import ALLOWED, NAME, PagedMask, paged_flex_mask
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.shared import SharedTensor
 from hf_paged.batch.steps.step import View
@@ -94,7 +94,8 @@ def paged_flex_attention(
                 "Keys in pages were given to the attention function with a mask that the model made itself. Load the "
                 'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.',
             )
-        return _attend_to_columns(query, key, value, attention_mask, is_causal, scale, softcap, s_aux), None
+        mask = getattr(attention_mask, ALLOWED, attention_mask)
+        return _attend_to_columns(query, key, value, mask, is_causal, scale, softcap, s_aux), None
     is_traced = torch.compiler.is_dynamo_compiling()
     if not is_traced and getattr(module, "training", False) and attention_mask.metadata.is_unwritten:
         raise ValueError(
@@ -106,7 +107,7 @@ def paged_flex_attention(
         query = query.to(key.dtype)
     metadata, layer = attention_mask.metadata, getattr(module, "layer_idx", -1)
     options = (is_causal, scale, softcap, s_aux)
-    source = layer_of(key, value)
+    source = layer_of(key, value) if hasattr(key, NEW) else None
     if source is not None:
         # In a graph; or between two that parted behind the update.
         output: Tensor = torch.ops.hf_paged.write_and_attend(
@@ -177,7 +178,11 @@ def _attend(
         return _attend_to_columns(query, key, value, metadata.by_column, is_causal, scale, softcap, sinks)
     if query.is_meta:
         return query.new_empty((num_rows, num_queries, query.shape[1], value.shape[3]))
-    table, storage = step.source_of(key, metadata.sequences.pool.group_of_layer.get(layer))
+    handed = None if step.is_cancelled else step.handed.get(key.data_ptr())
+    if handed is None:
+        table, storage = step.source_of(key, metadata.sequences.pool.group_of_layer.get(layer))
+    else:
+        _, table, storage = handed
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
     attention = metadata.attentions.get((table, table.version, *shapes))

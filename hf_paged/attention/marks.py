@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEW = "_hf_paged_new"
+"""The attribute of new keys and values that are not written yet."""
+
 
 def marked(tokens: Tensor, layer: int, is_key: bool) -> Tensor:
     """Mark new keys or values as those of a layer which are not written yet."""
@@ -19,13 +22,13 @@ def marked(tokens: Tensor, layer: int, is_key: bool) -> Tensor:
 
 def layer_of(key: Any, value: Any) -> int | None:
     """The layer whose new keys and values these are; None for anything else."""
-    layer, is_key = getattr(key, "_hf_paged_new", (None, False))
-    return layer if is_key and getattr(value, "_hf_paged_new", None) == (layer, False) else None
+    layer, is_key = getattr(key, NEW, (None, False))
+    return layer if is_key and getattr(value, NEW, None) == (layer, False) else None
 
 
 def is_marked(tokens: Any) -> bool:
     """Whether these are new keys or values as `marked` returned them."""
-    return hasattr(tokens, "_hf_paged_new")
+    return hasattr(tokens, NEW)
 
 
 def note_output(key: Tensor, output: Tensor) -> None:

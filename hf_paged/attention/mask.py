@@ -25,6 +25,12 @@ from hf_paged.batch.steps.step import View
 
 NAME = "paged_flex"
 
+ALLOWED = "_hf_paged_allowed"
+"""The attribute of a mask that may be added to scores: the bool mask that it was made of.
+
+They differ for a query that may see nothing: SDPA gives 0 there, and scores that are all the least number are alike.
+"""
+
 
 # Transformers passes the length of a cache on as an `int`; neither the mask function nor the slicing of the prompt
 # ever sees the cache itself. An `int` with a memory is the way to reach it that patches nothing.
@@ -178,7 +184,9 @@ def paged_flex_mask(
         return mask
     # An encoder may compute attention by itself, and add the mask to its scores.
     dtype = kwargs.get("dtype", torch.float32)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    setattr(added, ALLOWED, mask)
+    return added
 
 
 def _dense(

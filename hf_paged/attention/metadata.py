@@ -8,7 +8,7 @@ from hf_paged.attention.backends.block_list_builder import block_lists_of, block
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
 from hf_paged.batch.padding import BoolMatrix
 from hf_paged.batch.sequences import Sequences
-from hf_paged.batch.steps.step import KVRanges, Step, check_tokens_kept
+from hf_paged.batch.steps.step import KVRanges, Step, View, check_tokens_kept
 from hf_paged.pages.block_table import BlockTable
 
 
@@ -48,6 +48,9 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         self._queries = queries
         self.shape = step.num_rows, 1, len(range(step.num_new)[queries]), step.next_columns.count
         """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
+        is_by_range = step.view is View.PAGES and visible is None
+        self.ranges = step.kv_ranges(window, queries) if is_by_range else None
+        """What each query sees of its row; None without `View.PAGES`, or where `visible` says it."""
         self.attentions: dict[tuple[object, ...], Attention] = {}
         """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
         self.made_block_lists: dict[tuple[BlockTable, int, Layout, int], BlockLists] = {}
@@ -83,16 +86,18 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         pool = self.sequences.pool
         return self.step.read(pool.group_of_layer[layer], pool.open_storage(layer, keys, values), keys, values)
 
-    def ranges(self, table: BlockTable) -> KVRanges | None:
-        """What each query sees of its row in a group of layers; None where it is said token by token (`visible`).
+    def ranges_of(self, table: BlockTable) -> KVRanges | None:
+        """Return `ranges`, checked for a group of layers.
 
         Raises:
             ValueError: if a token is to be seen that was dropped.
         """
-        if self.visible is not None:
-            check_tokens_kept(table, self.visible)
-            return None
-        return self.step.kv_ranges(table, self.window, self._queries)
+        if table.group.window is not None:
+            if self.ranges is not None:
+                self.ranges.check_kept(table)
+            elif self.visible is not None:
+                check_tokens_kept(table, self.visible)
+        return self.ranges
 
     def block_lists(self, table: BlockTable, layout: Layout, num_slots: int) -> BlockLists:
         """Block lists over the pages of `table`, made once for all layers of its group.
@@ -105,7 +110,7 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         """
         key = (table, table.version, layout, num_slots)
         if key not in self.made_block_lists:
-            ranges = self.ranges(table)
+            ranges = self.ranges_of(table)
             if ranges is None:
                 assert self.visible is not None
                 lists = block_lists_of_tokens(table, self.visible[:, self._queries], layout)

@@ -123,7 +123,10 @@ class Edits:
             raise _changed_in_a_pass(layer)
 
     def count(self, sequences: Sequences, layer: int) -> int:
-        """Columns of a layer, between two forward passes; of it alone, where not all have been assigned yet."""
+        """Columns before the step under way; of a layer alone, where not all have been assigned yet."""
+        sequences.commit()
+        if not self.copies or sequences.step is not None:
+            return sequences.rows.columns.count
         self._drop_old(sequences)
         num_rows, count = self._shape(sequences)
         if not self._misfits(sequences, num_rows, count):
@@ -162,7 +165,10 @@ class Edits:
             rewrite(sequences.rows, {layer: _pair(copy) for layer, copy in changed.items()})
         else:
             replace(
-                sequences, {layer: _pair(self.copies[layer]) for layer in sequences.holding_layers}, num_rows, count
+                sequences,
+                {layer: _pair(self.copies[layer]) for layer in sequences.rows.holding_layers},
+                num_rows,
+                count,
             )
         for layer, copy in list(self.copies.items()):
             copy.columns = sequences.rows.columns
@@ -193,7 +199,7 @@ class Edits:
 
     def _copy(self, sequences: Sequences, layer: int) -> Copy:
         sequences.commit()
-        if sequences.has_written(layer):
+        if sequences.step is not None and layer not in sequences.progress.missing | sequences.rows.absent:
             raise ValueError(
                 f"Keys or values of layer {layer} were read in the middle of the forward pass that has written them, "
                 "or after one that failed. A PagedCache shows them between two passes: read and change them then; "
@@ -203,7 +209,7 @@ class Edits:
         if copy is None or copy.columns is not sequences.rows.columns:
             # Inference tensors would have no version.
             with torch.inference_mode(False), torch.no_grad():
-                copy = Copy(sequences.rows.columns, *sequences.copied(layer))
+                copy = Copy(sequences.rows.columns, *sequences.rows.copied(layer))
             self.copies[layer] = copy
         return copy
 
@@ -221,7 +227,7 @@ class Edits:
         """Say in words which layers don't have these rows and columns."""
         misfits = []
         is_new = (num_rows, count) != _held_shape(sequences)
-        for layer in sequences.holding_layers:
+        for layer in sequences.rows.holding_layers:
             copy = self.copies.get(layer)
             if copy is None:
                 if is_new:

@@ -82,8 +82,9 @@ class PackedPrompt:
         Raises:
             NotPackable: if it did not go through all layers.
         """
-        missing = self.sequences.end_pass()
-        if missing:
+        self.sequences.commit()
+        if self.sequences.step is not None:
+            missing = sorted(self.sequences.progress.missing)
             raise NotPackable(f"it passed over layers {missing}, which its configuration has")
 
     def unpack(self) -> None:

@@ -51,6 +51,11 @@ class Rows:
         return self.tables[0].lengths
 
     @property
+    def holding_layers(self) -> list[int]:
+        """The layers that hold the tokens."""
+        return [layer for layer in sorted(self.pool.group_of_layer) if layer not in self.absent]
+
+    @property
     def are_empty(self) -> bool:
         """Whether there are no tokens, and no padding either."""
         return self.columns.count == 0 and not self.lengths.any()

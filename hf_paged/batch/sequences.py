@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from weakref import WeakSet
 
 from torch import Tensor
 
@@ -10,14 +9,15 @@ from hf_paged._torch.surroundings import check_surroundings
 from hf_paged.batch.edits import Edits
 from hf_paged.batch.padding import BoolMatrix, Counts
 from hf_paged.batch.rows import Rows
-from hf_paged.batch.shared import SharedStates
+from hf_paged.batch.shared import Shared
+from hf_paged.batch.steps.decode_writer import DecodeWriter, decode_writers
 from hf_paged.batch.steps.padded import PaddedStep
 from hf_paged.batch.steps.progress import Progress
-from hf_paged.batch.steps.routine import Routine
 from hf_paged.batch.steps.step import Step
 from hf_paged.errors import NotPackable, UnclearPassError
 from hf_paged.pages.pool import PagePool
-from hf_paged.pages.storage import LayerStorage
+
+_OWN_WAY = "it makes a pass of its own while it is given a packed one"
 
 
 class Sequences:
@@ -37,6 +37,7 @@ class Sequences:
         step: the one under way; None between two of them.
         progress: of that step through the layers.
         edits: what callers have done to copies.
+        shared: keys and values of the last pass that the model may have handed on.
     """
 
     def __init__(self, pool: PagePool, *, begins_steps: bool = True) -> None:
@@ -45,23 +46,18 @@ class Sequences:
         self.step: Step | None = None
         self.progress = Progress(pool.group_of_layer, len(pool.layers))
         self.edits = Edits()
+        self.shared = Shared()
         self._begins_steps = begins_steps
-        self._shared: WeakSet[SharedStates] = WeakSet()
         self._is_reserved_by_mask = False  # whether it was our mask function that has begun the pass under way
         self._captured_layers: list[int] | None = None  # those of the pass under way, if it is only captured
         self._records_past = False
-        self._routines: dict[int, Routine] = {}  # how to write the others of a group, once one is written
+        self._writers: dict[int, DecodeWriter] = {}  # by group, where a step adds one token to each row
 
     @property
     def lengths(self) -> Counts:
         """`(rows.num_committed,)` tokens of each row, padding excluded, without those of a step under way."""
         self.apply_edits()
         return self.rows.lengths[: self.rows.num_committed]
-
-    @property
-    def holding_layers(self) -> list[int]:
-        """The layers that hold the tokens."""
-        return [layer for layer in sorted(self.pool.group_of_layer) if layer not in self.rows.absent]
 
     @property
     def records_past(self) -> bool:
@@ -133,12 +129,13 @@ class Sequences:
         end = min(num_layers or self.progress.num_layers, self.progress.num_layers)
         self.progress.begin(self.rows.absent, end if is_first else len(self.pool.layers))
         self.step = step
+        self._writers = decode_writers(step, self.pool)
 
     def _begun(self, num_rows: int, num_new: int, attention_mask: Tensor | None) -> Step:
         self.commit()
         is_masked = attention_mask is not None and not attention_mask.all()
         if self.step is None or is_masked or not self.step.matches(num_rows, num_new, None):
-            raise _own_way()
+            raise NotPackable(_OWN_WAY)
         self._is_reserved_by_mask = True
         return self.step
 
@@ -152,7 +149,7 @@ class Sequences:
         num_layers: int | None,
     ) -> Step:
         if not self._begins_steps:
-            raise _own_way()
+            raise NotPackable(_OWN_WAY)
         self._end_step()
         self.drop_past()
         rows = self.rows
@@ -182,20 +179,18 @@ class Sequences:
             ValueError: if shapes, dtype or device don't fit; nothing is written.
         """
         group = self.pool.group_of_layer[layer]
-        routine = self._routines.get(group)
+        writer = self._writers.get(group)
         result = None
         try:
             if self.edits.copies and self.step is not None:
                 self.edits.check_untouched(layer)
-            if routine is not None and layer in self.progress.missing:
-                result = routine.write(layer, keys, values)
+            if writer is not None and self._is_reserved_by_mask and layer in self.progress.missing:
+                result = writer.write(layer, keys, values)
             if result is None:
                 storage = self.pool.open_storage(layer, keys, values)
                 step = self._step_for(layer, keys, values)
                 step.write(group, storage, keys, values)
                 result = step.read(group, storage, keys, values)
-                if group not in self._routines and Routine.begins(step, group, storage):
-                    self._routines[group] = Routine(step, group, self._alike(group, keys, values), keys, values)
         except UnclearPassError:
             raise
         except BaseException:
@@ -209,8 +204,10 @@ class Sequences:
         if self._captured_layers is not None:
             self._captured_layers.append(layer)
             return
-        self.progress.note(layer)
-        if not self.progress.missing:
+        progress = self.progress
+        progress.missing.discard(layer)
+        progress.last = max(layer, progress.last)
+        if not progress.missing:
             self._commit()
 
     @contextmanager
@@ -226,10 +223,6 @@ class Sequences:
         """Whether a layer is still to be written in the step under way."""
         return self.step is not None and layer in self.progress.missing
 
-    def has_written(self, layer: int) -> bool:
-        """Whether a step is under way that has written a layer."""
-        return self.step is not None and layer not in self.progress.missing | self.rows.absent
-
     @property
     def has_written_nothing(self) -> bool:
         """Whether no layer has written the step under way, which is not only captured."""
@@ -239,16 +232,6 @@ class Sequences:
     def is_written_by_attention(self) -> bool:
         """Whether the attention function of a compiled graph is going to call `write`, so that `update` need not."""
         return self.step is not None and self._is_reserved_by_mask
-
-    def share(self, step: Step, layer: int, pages: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what stands for the pages of a layer that was written in `step`, and for a copy where need be."""
-        storage = self.pool.storage(layer)
-        if storage is None or not isinstance(step, PaddedStep):
-            return pages
-        table = step.placements[self.pool.group_of_layer[layer]].table
-        states = SharedStates(step, table, storage, pages)
-        self._shared.add(states)
-        return states.tensors()
 
     def _step_for(self, layer: int, keys: Tensor, values: Tensor) -> Step:
         """Return the step that new keys of a layer belong to, beginning one if no mask function did."""
@@ -282,12 +265,6 @@ class Sequences:
         step.settle_duplicates(keys, values)
         return step
 
-    def _alike(self, group: int, keys: Tensor, values: Tensor) -> dict[int, LayerStorage]:
-        """Storages of a group's layers that are still to be written, where keys and values like these fit in."""
-        layers = self.progress.missing.intersection(self.pool.groups[group].layers)
-        storages = {layer: storage for layer in layers if (storage := self.pool.storage(layer)) is not None}
-        return {layer: storage for layer, storage in storages.items() if storage.fits(keys, values)}
-
     # then committed or rolled back
 
     def commit(self) -> None:
@@ -301,7 +278,7 @@ class Sequences:
 
     def _commit(self) -> None:
         assert self.step is not None
-        self._routines.clear()
+        self._writers.clear()
         self.rows.commit(self.step.counts, self.step.next_columns)
         self.edits.copies.clear()  # they are out of date
         self.progress.missing.clear()
@@ -319,11 +296,11 @@ class Sequences:
             self._roll_back()
 
     def _roll_back(self) -> None:
-        self._copy_shared()
+        self.shared.unshare()
         if self.step is not None:
             self.step.is_cancelled = True
             self.progress.missing.clear()
-            self._routines.clear()
+            self._writers.clear()
             self.rows.roll_back()
             self.step = None
 
@@ -335,11 +312,6 @@ class Sequences:
             self.clear()
         else:
             self.truncate(self.rows.columns.count - num_new)
-
-    def end_pass(self) -> list[int]:
-        """Commit the step of a pass that has ended; return the layers that were to be written and were not."""
-        self.commit()
-        return [] if self.step is None else sorted(self.progress.missing)
 
     def end_step(self) -> None:
         """Come to a state between two steps.
@@ -364,7 +336,7 @@ class Sequences:
         """Commit, and let the pages hold what was done to copies of them, unless a step is under way."""
         self.commit()
         if self.edits.copies and self.step is None:
-            self._copy_shared()
+            self.shared.unshare()
             self.edits.absorb(self)
 
     def drop_past(self) -> None:
@@ -372,15 +344,8 @@ class Sequences:
         # Not as soon as a step is committed: the attention of its last layer is still to come.
         self.apply_edits()
         if self.step is None and not self._records_past:
-            self._copy_shared()
+            self.shared.unshare()
             self.rows.drop_past()
-
-    def _copy_shared(self) -> None:
-        """Copy what is still shared of the last pass, as pages are about to change."""
-        if self._shared:
-            for states in list(self._shared):
-                states.unshare()
-            self._shared.clear()
 
     def clear(self) -> None:
         """Release all pages and have no rows."""
@@ -433,31 +398,3 @@ class Sequences:
     def exchange(self, other: "Sequences") -> None:
         """Hold what `other` holds, and let it hold what this does."""
         self.rows, other.rows = other.rows, self.rows
-
-    def gather(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """Copy a layer into the padded layout; `(None, None)` when empty.
-
-        Returns:
-            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
-            with a window begin at the first column that the next query sees.
-
-        Raises:
-            ValueError: if keys or values of another shape were assigned to some layers and not to all.
-        """
-        self.apply_edits()
-        return self.copied(layer)
-
-    def copied(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """As `gather`, without what was done to earlier copies."""
-        return self.rows.copied(layer)
-
-    def count(self, layer: int) -> int:
-        """Columns before the step under way; of a layer alone, where not all have been assigned yet."""
-        self.commit()
-        if not self.edits.copies or self.step is not None:
-            return self.rows.columns.count
-        return self.edits.count(self, layer)
-
-
-def _own_way() -> NotPackable:
-    return NotPackable("it makes a pass of its own while it is given a packed one")

@@ -6,6 +6,7 @@ a small model drafts from it, for one. In pages that would be the whole pool, ot
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,6 +18,28 @@ from hf_paged.pages.storage import LayerStorage
 
 _NOTHING = torch.empty(0)
 _ALIKE = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")}
+
+
+class Shared:
+    """What the layers of the last pass were handed, as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        self._states: WeakSet[SharedStates] = WeakSet()
+
+    def hand_out(
+        self, step: Step, table: BlockTable, storage: LayerStorage, pages: tuple[Tensor, Tensor]
+    ) -> tuple["SharedTensor", "SharedTensor"]:
+        """Return what stands for pages, and for a copy where need be; arguments as for `SharedStates`."""
+        states = SharedStates(step, table, storage, pages)
+        self._states.add(states)
+        return states.tensors()
+
+    def unshare(self) -> None:
+        """Copy what is still shared, as pages are about to change."""
+        if self._states:
+            for states in list(self._states):
+                states.unshare()
+            self._states.clear()
 
 
 class SharedStates:

@@ -12,6 +12,7 @@ from hf_paged._transformers import LayerSpec
 from hf_paged.attention.marks import marked
 from hf_paged.attention.mask import NAME, PastLength, PlannedLength
 from hf_paged.batch.sequences import Sequences
+from hf_paged.batch.steps.padded import PaddedStep
 from hf_paged.pages.storage import holds_pages
 
 
@@ -158,7 +159,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Columns before the forward pass under way, padding included."""
         if torch.compiler.is_dynamo_compiling():
             return self._sequences.rows.columns.count
-        return PastLength(self._sequences.count(self.index))
+        return PastLength(self._sequences.edits.count(self._sequences, self.index))
 
     def get_max_length(self) -> int:
         """Tokens that fit into the pool; -1 without a bound."""
@@ -207,9 +208,14 @@ class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
         """Write new tokens into their slots; as `PagedLayer.update`, but pages are for attention only."""
         step = self._sequences.step
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if torch.compiler.is_dynamo_compiling() or step is None or not holds_pages(keys):
+        pool = self._sequences.pool
+        storage = pool.storage(self.index)
+        if torch.compiler.is_dynamo_compiling() or storage is None or not holds_pages(keys):
             return keys, values
-        return self._sequences.share(step, self.index, (keys, values))
+        if not isinstance(step, PaddedStep):
+            return keys, values
+        table = step.placements[pool.group_of_layer[self.index]].table
+        return self._sequences.shared.hand_out(step, table, storage, (keys, values))
 
 
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs

@@ -14,7 +14,7 @@ from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.layer import PagedLayer, layers_over
 from hf_paged.cache.prefill import prefill
 from hf_paged.pages.memory_map import draw
-from hf_paged.pages.pool import PagePool
+from hf_paged.pages.pool import PagePool, pool_for
 from hf_paged.pages.stats import MemoryStats
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PagedCache(Cache):
         *,
         pool: PagePool | None = None,
     ) -> None:
-        self._hold(_pool_for(config, num_pages, page_size, pool))
+        self._hold(pool_for(config, num_pages, page_size, pool))
         if self.pool.has_encoder:
             raise ValueError(
                 "PagedCache holds the keys and values of a decoder's own tokens, but this "
@@ -72,7 +72,7 @@ class PagedCache(Cache):
     ) -> "PagedCache":
         """Make a cache that is going to be one part of a cache for an encoder-decoder."""
         cache = cls.__new__(cls)
-        cache._hold(_pool_for(config, num_pages, page_size, pool))
+        cache._hold(pool_for(config, num_pages, page_size, pool))
         return cache
 
     @classmethod
@@ -352,7 +352,8 @@ class PagedCache(Cache):
             with a sliding window begin at the first column that the next query sees. Changes of them have no effect,
             see `set`.
         """
-        return self._sequences.gather(layer_idx)
+        self._sequences.apply_edits()
+        return self._sequences.rows.copied(layer_idx)
 
     def set(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values into a layer.
@@ -389,24 +390,3 @@ class PagedCache(Cache):
         """
         self._sequences.commit()
         return draw(self._sequences.rows.tables, width)
-
-
-def _pool_for(
-    config: PreTrainedConfig | None, num_pages: int | None, page_size: int | None, pool: PagePool | None
-) -> PagePool:
-    """Make a pool for a configuration, unless there is one."""
-    if (config is None) == (pool is None):
-        raise ValueError("PagedCache needs either a model's config or a pool, not both and not neither.")
-    if pool is None:
-        assert config is not None
-        return PagePool(config, num_pages, 128 if page_size is None else page_size)
-    if not isinstance(pool, PagePool):
-        raise ValueError(
-            f"pool was given a {type(pool).__name__}, but it takes a PagePool; another cache's is cache.pool."
-        )
-    if num_pages is not None or page_size is not None:
-        raise ValueError(
-            f"num_pages={num_pages} and page_size={page_size} were asked for beside a pool, which has "
-            f"{pool.num_pages} pages of {pool.page_size} tokens. Give them to PagePool instead."
-        )
-    return pool

@@ -170,3 +170,24 @@ def check_page_size(page_size: int) -> int:
             f"choose one of {', '.join(map(str, PAGE_SIZES))}."
         )
     return page_size
+
+
+def pool_for(
+    config: PreTrainedConfig | None, num_pages: int | None, page_size: int | None, pool: PagePool | None
+) -> PagePool:
+    """Make a pool for a cache of a configuration, unless there is one."""
+    if (config is None) == (pool is None):
+        raise ValueError("PagedCache needs either a model's config or a pool, not both and not neither.")
+    if pool is None:
+        assert config is not None
+        return PagePool(config, num_pages, 128 if page_size is None else page_size)
+    if not isinstance(pool, PagePool):
+        raise ValueError(
+            f"pool was given a {type(pool).__name__}, but it takes a PagePool; another cache's is cache.pool."
+        )
+    if num_pages is not None or page_size is not None:
+        raise ValueError(
+            f"num_pages={num_pages} and page_size={page_size} were asked for beside a pool, which has "
+            f"{pool.num_pages} pages of {pool.page_size} tokens. Give them to PagePool instead."
+        )
+    return pool

@@ -86,6 +86,10 @@ class LayerStorage:
         found = num_heads, head_dim, num_value_heads, value_dim, keys.dtype, values.dtype, keys.device, values.device
         return found == self._held and num_rows == num_value_rows and num_tokens == num_value_tokens
 
+    def is_like(self, other: "LayerStorage") -> bool:
+        """Whether keys and values that fit here fit there."""
+        return self._held == other._held
+
     def mismatch(self, keys: Tensor, values: Tensor) -> str | None:
         """Say in words how new keys and values differ from what is stored here; None if they fit."""
         found = ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]), keys.dtype, keys.device)

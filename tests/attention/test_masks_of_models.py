@@ -9,6 +9,8 @@ from transformers import (
     BigBirdPegasusForConditionalGeneration,
     DynamicCache,
     EncoderDecoderCache,
+    GPT2Config,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -78,6 +80,29 @@ def test_an_encoder_that_adds_its_mask_to_the_scores_does_not_see_padding():
     expected = generate(model, "eager", oracle, ids, **settings)  # it has no sdpa
     model.set_attn_implementation("paged_flex")
     assert torch.equal(generate(model, "paged_flex", PagedCache.from_model(model), ids, **settings), expected)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 7])
+def test_a_row_whose_encoder_is_all_padding_gets_nothing_from_it(kept):
+    config = {
+        "vocab_size": 200,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "add_cross_attention": True,
+    }
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config(**config, bos_token_id=0, eos_token_id=1)).eval()
+    ids, states, mask = random_ids(3, 7), torch.randn(3, 7, 64), torch.ones(3, 7, dtype=torch.long)
+    mask[0, kept:] = 0
+    outputs = []
+    for attention in ("sdpa", "paged_flex"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            inputs = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+            outputs.append(model(ids, **inputs).last_hidden_state)
+    assert torch.equal(*outputs)
 
 
 def test_layers_that_keep_the_prompt_beside_a_window_are_refused():

@@ -1,22 +1,22 @@
 """An interrupted evaluation goes on where it ended, and gives the figures of one that was not interrupted."""
 
+import contextlib
 import copy
-import json
+import sqlite3
 
 import pytest
 import torch
 
 from hf_paged.tools.evaluation import perplexity
-from hf_paged.tools.evaluation.fingerprint import fingerprint
-from hf_paged.tools.evaluation.journal import Journal, Writer, delete, files
-from hf_paged.tools.evaluation.record import Record, Score
+from hf_paged.tools.evaluation.journal import Journal, fingerprint
+from hf_paged.tools.evaluation.scoring import Score
 from hf_paged.tools.evaluation.windows import Window
 from tests.models import letter_tokenizer, letters, tiny_llama
 
 TEXTS = [letters(70), letters(33, 1), letters(20, 2)]
 SETTINGS = {"page_size": 16, "max_length": 32, "stride": 16, "chunk_size": 9, "batch_size": 2}
 NUM_BATCHES = 4
-RECORD = Record(3, {"paged": Score([0.1 + 0.2, 1e-300, 1 / 3], 2e-9, 5e-324, 1e-7, 12, 0.7, 2**40)})
+SCORES = {"paged": Score([0.1 + 0.2, 1e-300, 1 / 3], 2e-9, 5e-324, 1e-7, 12, 0.7, 2**40)}
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +45,23 @@ def without_times(result):
     return figures
 
 
-def num_records(path):
-    return [len(file.read_text().splitlines()) - 1 for file in files(path)]
+def numbers(path):
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        return [number for (number,) in file.execute("SELECT number FROM batches ORDER BY number")]
 
 
 def limit_appends(patch, count):
     """Have a run end after so many batches, as by Ctrl-C."""
-    append = Writer.append
+    append = Journal.append
     left = [None] * count
 
-    def limited(self, record):
+    def limited(self, *batch):
         if not left:
             raise KeyboardInterrupt
         left.pop()
-        append(self, record)
+        append(self, *batch)
 
-    patch.setattr(Writer, "append", limited)
+    patch.setattr(Journal, "append", limited)
 
 
 # Going on
@@ -72,61 +73,29 @@ def test_a_run_interrupted_after_any_batch_ends_with_the_same_floats(model, unin
         limit_appends(patch, count)
         with pytest.raises(KeyboardInterrupt):
             compute(model, journal=path)
-    assert num_records(path) == [count]
+    assert numbers(path) == list(range(count))
     assert without_times(compute(model, journal=path)) == without_times(uninterrupted)
-    assert num_records(path) == [NUM_BATCHES]
+    assert numbers(path) == list(range(NUM_BATCHES))
 
 
 def test_a_finished_run_is_not_computed_again(model, path, monkeypatch):
     first = compute(model, journal=path)
-    monkeypatch.setattr("hf_paged.tools.evaluation.scoring._run_chunk", None)
+    monkeypatch.setattr(Score, "add", None)
     assert compute(model, journal=path) == first  # times included
 
 
-def test_a_run_begun_by_two_processes_is_finished_by_one(model, uninterrupted, path):
+def test_any_batches_that_are_missing_are_computed(model, uninterrupted, path):
     compute(model, journal=path)
-    header, *records = path.with_name(f"{path.name}.0").read_text().splitlines(keepends=True)
-    path.with_name(f"{path.name}.0").write_text(header + records[2])
-    path.with_name(f"{path.name}.1").write_text(header + records[1])
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        file.execute("DELETE FROM batches WHERE number IN (0, 2)")
     assert without_times(compute(model, journal=path)) == without_times(uninterrupted)
-    assert num_records(path) == [3, 1]
 
 
-@pytest.mark.parametrize("lost", [1, 2, 100])
-def test_a_line_that_was_cut_off_is_computed_again(model, uninterrupted, path, lost):
-    compute(model, journal=path)
-    (file,) = files(path)
-    file.write_bytes(file.read_bytes()[:-lost])
-    assert without_times(compute(model, journal=path)) == without_times(uninterrupted)
-    assert num_records(path) == [NUM_BATCHES]
-    Journal(path, json.loads(file.read_text().splitlines()[0])["fingerprint"]).read()
-
-
-@pytest.mark.parametrize("kept", [0, 1, 40])
-def test_a_header_that_was_cut_off_begins_anew(model, uninterrupted, path, kept):
-    compute(model, journal=path)
-    (file,) = files(path)
-    file.write_bytes(file.read_bytes()[:kept])
-    assert without_times(compute(model, journal=path)) == without_times(uninterrupted)
-    assert num_records(path) == [NUM_BATCHES]
-
-
-def test_a_record_comes_back_to_the_last_bit(path):
-    journal = Journal(path, {"caches": ("paged",)})
-    with journal.writer(0) as writer:
-        writer.append(RECORD)
-    with journal.writer(1) as writer:
-        writer.append(Record(4, RECORD.scores))
-    assert journal.read() == [RECORD, Record(4, RECORD.scores)]
-
-
-def test_files_are_found_in_the_order_of_their_processes_and_deleted(path):
-    for suffix in ("10", "2", "0", "0.bak", "txt"):
-        path.with_name(f"{path.name}.{suffix}").touch()
-    assert [file.suffix for file in files(path)] == [".0", ".2", ".10"]
-    delete(path)
-    assert files(path) == []
-    assert len(list(path.parent.iterdir())) == 2
+def test_scores_come_back_to_the_last_bit(path):
+    first, second = (Journal(path, {"caches": ("paged",)}) for _ in range(2))
+    first.append(3, SCORES)
+    second.append(4, SCORES)
+    assert first.read() == second.read() == {3: SCORES, 4: SCORES}
 
 
 # Other runs
@@ -135,24 +104,22 @@ def test_files_are_found_in_the_order_of_their_processes_and_deleted(path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"caches": ("paged", "dynamic")}, r"caches \(\['dynamic', 'paged'\], now \['paged', 'dynamic'\]\)"),
+        ({"caches": ("paged", "dynamic")}, r"caches \(\[\"dynamic\", \"paged\"\], now \[\"paged\", \"dynamic\"\]\)"),
         ({"page_size": 32}, r"page_size \(16, now 32\)"),
         ({"max_length": 33}, r"max_length \(32, now 33\)"),
         ({"stride": 17}, r"stride \(16, now 17\)"),
         ({"chunk_size": 8}, r"chunk_size \(9, now 8\)\. Go on with the settings of that run, or delete"),
         ({"batch_size": 3}, r"batch_size \(2, now 3\)"),
-        ({"max_tokens": 30}, r"max_tokens \(None, now 30\)"),
+        ({"max_tokens": 30}, r"max_tokens \(null, now 30\)"),
         ({"texts": [*TEXTS[:2], letters(20, 3)]}, r"in texts \("),
         ({"texts": [TEXTS[0] + TEXTS[1], TEXTS[2]]}, r"in texts \("),
     ],
 )
 def test_the_journal_of_another_run_is_refused_and_stays(model, path, changes, message):
     compute(model, journal=path)
-    (file,) = files(path)
-    before = file.read_bytes()
     with pytest.raises(ValueError, match=message):
         compute(model, journal=path, **changes)
-    assert file.read_bytes() == before
+    assert numbers(path) == list(range(NUM_BATCHES))
 
 
 def test_other_weights_give_another_fingerprint(model):
@@ -190,17 +157,8 @@ def differing(one, other):
     return {name for name in one if one[name] != other[name]}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("not json\n", "is none, or is damaged"),
-        ("[1]\n", "is none, or is damaged"),
-        ('{"batch": 0}\n', "is none, or is damaged"),
-        ('{"fingerprint": {}}\n{"batch": 0, "scores"\n{"batch": 1, "scores": {}}\n', "damaged"),
-        ('{"fingerprint": {}}\n{"batch": 0, "scores": {"paged": {"nll": []}}}\n', "damaged"),
-    ],
-)
-def test_what_is_no_journal_is_refused(path, content, message):
-    path.with_name(f"{path.name}.0").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        Journal(path, {}).read()
+def test_what_is_no_journal_is_refused_and_stays(path):
+    path.write_text("not a journal\n" * 100)
+    with pytest.raises(ValueError, match="is no journal of an evaluation"):
+        Journal(path, {})
+    assert path.read_text().startswith("not a journal")

@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,10 +12,9 @@ from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralFo
 from hf_paged.packaged import load_packaged_model, prose
 from hf_paged.tools.evaluation import perplexity
 from hf_paged.tools.evaluation.perplexity import _standard_error
-from hf_paged.tools.evaluation.record import Score
-from hf_paged.tools.evaluation.scoring import score
+from hf_paged.tools.evaluation.scoring import Score, score
 from hf_paged.tools.evaluation.windows import Window, cut
-from hf_paged.tools.lab.candidate import Candidate, candidates
+from hf_paged.tools.lab.baselines import line_up
 from hf_paged.tools.lab.memory import token_bytes
 from tests.models import letter_tokenizer, letters, tiny_llama, tiny_model
 
@@ -30,6 +30,14 @@ def model():
 
 def compute(model, texts=TEXTS, has_bos=False, **settings):
     return perplexity(model, letter_tokenizer(has_bos), texts, **({"caches": ALL, "page_size": PAGE} | settings))
+
+
+@contextmanager
+def lined_up(model, *names):
+    with line_up(model, names, PAGE) as baselines:
+        for baseline in baselines:
+            baseline.prepare()
+        yield baselines
 
 
 @torch.no_grad()
@@ -175,10 +183,9 @@ def test_a_cache_is_compared_with_the_reference_token_by_token(model):
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(0.9)
-    (reference,) = candidates(model, ["dynamic"], PAGE)
-    (own,) = candidates(other, ["paged"], PAGE)
     ids = letter_tokenizer()(letters(50))["input_ids"]
-    found = score([reference, own], [Window(0, ids, 10), Window(0, ids[:20], 1)], chunk_size=7)["paged"]
+    with lined_up(model, "dynamic") as (reference,), lined_up(other, "paged") as (own,):
+        found = score([reference, own], [Window(0, ids, 10), Window(0, ids[:20], 1)], chunk_size=7)["paged"]
     with torch.no_grad():
         one, two = (
             torch.cat([m(torch.tensor([ids[:-1]])).logits[0, 9:], m(torch.tensor([ids[:19]])).logits[0]])
@@ -196,7 +203,7 @@ def test_a_cache_is_compared_with_the_reference_token_by_token(model):
 
 def test_the_standard_error_is_that_of_the_mean_of_the_differences(model):
     draws = torch.randn(400, generator=torch.Generator().manual_seed(0)).double() * 0.01 + 0.002
-    scores = [Score([], part.square().sum().item(), 0.0, 0.0, 0, 0.0, 0) for part in draws.split(150)]
+    scores = [Score([], squared_difference=part.square().sum().item()) for part in draws.split(150)]
     expected = (draws.std(correction=0) / 20).item()
     assert _standard_error(scores, draws.mean().item(), 400) == pytest.approx(expected, rel=1e-6)
 
@@ -231,32 +238,31 @@ def test_padding_is_held_by_padded_caches_only(model):
 
 
 def test_logits_of_one_chunk_are_held_at_a_time(model):
-    contenders = candidates(model, ALL, PAGE)
     held: list[weakref.ref] = []
 
     def note(module, arguments, output):
-        assert sum(logits() is not None for logits in held) < len(contenders)
+        assert sum(logits() is not None for logits in held) < len(ALL)
         held.append(weakref.ref(output.logits))
 
-    for contender in contenders:
-        contender.model.register_forward_hook(note)
-    score(contenders, [Window(0, letter_tokenizer()(letters(40))["input_ids"], 1)], chunk_size=8)
+    with lined_up(model, *ALL) as baselines:
+        for baseline in baselines:
+            baseline.model.register_forward_hook(note)
+        score(baselines, [Window(0, letter_tokenizer()(letters(40))["input_ids"], 1)], chunk_size=8)
     assert len(held) == 3 * 5
 
 
 def test_the_caches_take_turns_at_being_first(model):
     turns = []
-
-    def named(contender: Candidate) -> Candidate:
-        contender.model.register_forward_pre_hook(lambda *_: turns.append(contender.name))
-        return contender
-
-    score(
-        [named(contender) for contender in candidates(model, ALL, PAGE)],
-        [Window(0, letter_tokenizer()(letters(25))["input_ids"], 1)],
-        chunk_size=8,
-    )
+    with lined_up(model, *ALL) as baselines:
+        for baseline in baselines:
+            baseline.model.register_forward_pre_hook(lambda *_, name=baseline.name: turns.append(name))
+        score(baselines, [Window(0, letter_tokenizer()(letters(25))["input_ids"], 1)], chunk_size=8)
     assert turns == ["dynamic", "paged", "static", "paged", "static", "dynamic", "static", "dynamic", "paged"]
+
+
+def test_tokens_are_taken_as_they_are(model):
+    ids = [letter_tokenizer()(text)["input_ids"] for text in TEXTS]
+    assert without_times(compute(model, ids, has_bos=True)) == without_times(compute(model))
 
 
 def test_the_model_stays_as_it_is():
@@ -273,7 +279,7 @@ def test_the_model_stays_as_it_is():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"caches": ("dynamic", "pages")}, r"Caches \['pages'\] were asked for"),
+        ({"caches": ("dynamic", "pages")}, r"Baselines \['pages'\] were asked for; there are dynamic, paged, static"),
         ({"caches": ()}, r"caches=\[\] were asked for; name at least one"),
         ({"caches": ("paged", "paged")}, "none twice"),
         ({"page_size": 17}, "page_size=17 was asked for"),

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import datasets
 import huggingface_hub
@@ -95,13 +94,14 @@ def test_a_folder_has_splits(tmp_path):
 def test_a_name_asks_the_hub_for_a_configuration_and_a_split(monkeypatch, dataset, asked, texts):
     calls = []
 
-    def load_dataset(*names, **options):
-        calls.append((names, options))
+    def load_dataset(**options):
+        calls.append(options)
         return datasets.Dataset.from_dict({"text": ["a", "", "b"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_texts(dataset, split="validation") == texts
-    assert calls == [(asked, {"split": "validation"})]
+    path, name = asked
+    assert calls == [{"path": path, "name": name, "split": "validation"}]
 
 
 def test_a_dataset_in_the_local_cache_needs_no_hub(tmp_path, cache, without_hub):
@@ -123,58 +123,41 @@ def test_a_dataset_in_the_local_cache_needs_no_hub(tmp_path, cache, without_hub)
 # What can't be read
 
 
-def test_without_the_hub_a_local_file_is_recommended(without_hub):
-    with pytest.raises(
-        ConnectionError, match=r"'Salesforce/wikitext' \(configuration wikitext-2-raw-v1, split test\)"
-    ):
-        load_texts("wikitext-2")
-    with pytest.raises(ConnectionError, match=r"can't be reached.* Give a local file \(\.txt, \.json, \.jsonl, "):
-        load_texts("owner/name")
+def test_without_the_hub_the_dataset_is_named(without_hub):
+    for dataset in ("wikitext-2", "owner/name"):
+        with pytest.raises(ConnectionError, match="Couldn't reach"):
+            load_texts(dataset)
 
 
 @pytest.mark.parametrize("dataset", ["owner/name", "none.txt"])
 def test_the_command_says_in_one_line_which_texts_it_lacks(without_hub, capsys, dataset):
     assert main(["ppl", "--dataset", dataset]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("hf-paged: The ")
+    assert line.startswith("hf-paged: ")
     assert dataset in line
 
 
 def test_a_dataset_that_the_hub_does_not_have_is_named(monkeypatch):
-    def load_dataset(*names, **options):
+    def load_dataset(**options):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/nmae' doesn't exist on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"'owner/nmae' \(configuration default, split test\).* doesn't exist on the"):
+    with pytest.raises(FileNotFoundError, match="'owner/nmae' doesn't exist on the Hub"):
         load_texts("owner/nmae")
 
 
 @pytest.mark.parametrize("suffix", ["txt", *WRITERS])
 def test_a_missing_file_is_named(tmp_path, suffix):
-    with pytest.raises(ValueError, match=rf"none\.{suffix} was asked for, but there is none at {tmp_path}"):
+    with pytest.raises(FileNotFoundError, match=rf"none\.{suffix}"):
         load_texts(str(tmp_path / f"none.{suffix}"))
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "some.md").write_text("text")
-    with pytest.raises(ValueError, match=r"some\.md was asked for, but texts are read from \.txt, \.json, "):
-        load_texts(str(tmp_path / "some.md"))
-
-
-def test_a_text_in_another_encoding_is_refused(tmp_path):
-    (tmp_path / "some.txt").write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"some\.txt is not text in UTF-8: .*position 2"):
-        load_texts(str(tmp_path / "some.txt"))
-
-
-@pytest.mark.parametrize(("suffix", "builder"), [("jsonl", "json"), ("json", "json"), ("parquet", "parquet")])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize("content", ["no rows {", "\n\n", ""])
-def test_a_file_without_rows_is_refused(tmp_path, suffix, builder, content):
+def test_a_file_without_rows_is_refused(tmp_path, suffix, content):
     path = tmp_path / f"some.{suffix}"
     path.write_text(content)
-    with pytest.raises(
-        ValueError, match=rf"some\.{suffix} was asked for, but no rows can be read from it as {builder}: .+\. Check"
-    ):
+    with pytest.raises(ValueError, match=rf"some\.{suffix}' was asked for, but no rows can be read: .+"):
         load_texts(str(path))
 
 
@@ -206,16 +189,7 @@ def test_texts_that_are_all_blank_are_refused(tmp_path):
 def test_an_unknown_split_or_configuration_names_those_there_are(tmp_path):
     write_lines(tmp_path / "folder" / "train.jsonl", ["a"])
     folder = str(tmp_path / "folder")
-    with pytest.raises(ValueError, match=r"split test\) was asked for\. Unknown split \"test\".*\['train'\]"):
+    with pytest.raises(ValueError, match=r"Unknown split \"test\".*\['train'\]"):
         load_texts(folder)
-    with pytest.raises(ValueError, match=r"configuration other, .*'other' not found\. Available: \['default'\]"):
+    with pytest.raises(ValueError, match=r"'other' not found\. Available: \['default'\]"):
         load_texts(f"{folder}:other")
-
-
-def test_without_datasets_the_error_says_what_to_install(tmp_path, monkeypatch):
-    path = write(tmp_path / "some.jsonl", ["a"])
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    for dataset in (path, "owner/name"):
-        with pytest.raises(ModuleNotFoundError, match=r'need datasets, .* pip install "hf-paged\[eval\]"'):
-            load_texts(dataset)
-    assert load_texts() == [prose()]

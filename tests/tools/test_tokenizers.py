@@ -1,7 +1,5 @@
 """Perplexity is that of a dense computation whichever way the tokens come from the text."""
 
-import json
-
 import pytest
 import sentencepiece
 import torch
@@ -9,7 +7,6 @@ from transformers import AutoTokenizer, GPTSw3Tokenizer, LlamaConfig, LlamaForCa
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
 from hf_paged.packaged import prose
-from hf_paged.tools.cli import main
 from hf_paged.tools.evaluation import perplexity
 from tests.models import tiny_model
 
@@ -112,21 +109,6 @@ def test_the_first_word_is_scored_where_a_bos_token_precedes_it(folders, model, 
     tokenizer = AutoTokenizer.from_pretrained(folders[kind])
     result = perplexity(model, tokenizer, ["a", "The naïve ✓"], page_size=16)
     assert set(result["paged"].text_perplexities) == ({0, 1} if KINDS[kind] else {1})
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_command_takes_a_folder_with_any_tokenizer(pieces, folders, model, kind, tmp_path, capsys):
-    text = prose()[5000:5600].strip()
-    (tmp_path / "some.txt").write_text(text, encoding="utf-8")
-    asked = ["ppl", str(folders[kind]), "--dataset", str(tmp_path / "some.txt"), "--json", str(tmp_path / "out.json")]
-    assert main([*asked, "--page-size", "16", "--chunk-size", "7", "--batch-size", "3"]) == 0
-    expected, count = dense_perplexity(model, [expected_ids(pieces, kind, text)])
-    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
-    assert figures["num_tokens"] == count
-    assert [row["cache"] for row in figures["figures"]] == ["dynamic", "paged"]
-    for row in figures["figures"]:
-        assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert f"{count} tokens scored" in capsys.readouterr().out
 
 
 def test_a_sentencepiece_model_alone_is_enough(pieces, model, tmp_path):

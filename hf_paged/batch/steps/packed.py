@@ -122,7 +122,7 @@ class PackedStep(Step):
         return chunk.rows, chunk.places, None if num_tokens == self.num_new else np.arange(num_tokens)
 
     @override
-    def _seen(self, window: int | None, queries: slice) -> KVRanges:
+    def kv_ranges(self, window: int | None, queries: slice) -> KVRanges:
         chosen = np.arange(self.num_new)[queries]
         real = chosen[chosen < len(self._chunk.rows)]
         rows, columns = self._chunk.rows[real], self._chunk.columns[real]

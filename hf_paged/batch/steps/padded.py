@@ -100,7 +100,7 @@ class PaddedStep(Step):
         return rows, positions[rows, new_columns], rows * self.num_new + new_columns
 
     @override
-    def _seen(self, window: int | None, queries: slice) -> KVRanges:
+    def kv_ranges(self, window: int | None, queries: slice) -> KVRanges:
         kv_stop = self.kv_stop[:, queries]
         if window is None:
             return KVRanges(kv_stop)

@@ -37,11 +37,6 @@ class Progress:
         self._last_awaited = max((layer for layer in self.missing if layer < end), default=self._layers[-1])
         self.last = -1
 
-    def note(self, layer: int) -> None:
-        """Note that a layer was written."""
-        self.missing.discard(layer)
-        self.last = max(layer, self.last)
-
     @property
     def has_begun(self) -> bool:
         """Whether a layer was written."""

@@ -42,11 +42,6 @@ class KVRanges:
     rows: Counts | None = None
     num_queries: int = 0
 
-    @property
-    def is_single(self) -> bool:
-        """Whether each row has one query."""
-        return self.rows is None and self.kv_stop.shape[1] == 1
-
     def check_kept(self, table: BlockTable) -> None:
         """Raise ValueError if a token is to be seen that was dropped."""
         if table.group.window is not None:
@@ -99,7 +94,8 @@ class Step(ABC):
         self.num_rows, self.num_new = shape
         self.past_is_visible = past_is_visible
         self.is_cancelled = False
-        self._handed: dict[int, tuple[Tensor, BlockTable, LayerStorage]] = {}
+        self.handed: dict[int, tuple[Tensor, BlockTable, LayerStorage]] = {}
+        """Keys that stand for pages, by their address, with the rows and the storage."""
 
     @property
     def is_settled(self) -> bool:
@@ -132,23 +128,13 @@ class Step(ABC):
         """
 
     @abstractmethod
-    def _seen(self, window: int | None, queries: slice) -> "KVRanges":
-        """As `kv_ranges`, unchecked."""
-
-    def kv_ranges(self, table: BlockTable, window: int | None, queries: slice) -> "KVRanges":
+    def kv_ranges(self, window: int | None, queries: slice) -> "KVRanges":
         """Say which tokens queries see that see their row up to themselves.
 
         Args:
-            table: the rows, in a group of layers.
             window: tokens that a query sees, itself included; None: all before it.
             queries: which of the new columns ask.
-
-        Raises:
-            ValueError: if a token is to be seen that was dropped.
         """
-        ranges = self._seen(window, queries)
-        ranges.check_kept(table)
-        return ranges
 
     @abstractmethod
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
@@ -201,7 +187,7 @@ class Step(ABC):
     def hand_out(self, table: BlockTable, storage: LayerStorage) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a storage, and note that they stand for the pages of these rows."""
         keys, values = storage.tensors
-        self._handed[keys.data_ptr()] = keys, table, storage
+        self.handed[keys.data_ptr()] = keys, table, storage
         return keys, values
 
     def source_of(self, keys: Tensor, group: int | None) -> tuple[BlockTable, LayerStorage | None]:
@@ -220,12 +206,12 @@ class Step(ABC):
         """
         if self.is_cancelled:
             raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
-        handed = self._handed.get(keys.data_ptr())
+        handed = self.handed.get(keys.data_ptr())
         if handed is not None:
             return handed[1:]
         if group is not None:
             table = self.placements[group].table
-            if any(other is table and held.shape[2] == keys.shape[2] for held, other, _ in self._handed.values()):
+            if any(other is table and held.shape[2] == keys.shape[2] for held, other, _ in self.handed.values()):
                 return table, None
         raise ValueError(
             f"Keys of shape {tuple(keys.shape)} were given to the attention function with the mask of a PagedCache "

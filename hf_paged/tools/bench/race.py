@@ -1,4 +1,4 @@
-"""Contenders that take turns step by step, so that whatever slows the machine down slows all of them down."""
+"""Baselines that take turns step by step, so that whatever slows the machine down slows all of them down."""
 
 import itertools
 import logging
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from hf_paged.cache.prefill import usual_chunk
-from hf_paged.tools.bench.contender import Contender
+from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.memory import kv_bytes
-from hf_paged.tools.lab.subject import Subject
+from hf_paged.tools.lab.model import MeasuredModel
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = Contender.name
-_STRIDE = 7  # orders from where one race begins to where the next one does: after that another contender is first
+REFERENCE = Baseline.name
+_STRIDE = 7  # orders from where one race begins to where the next one does: after that another baseline is first
 _races = itertools.count()
 _WARM_UP_STEPS = 2  # of each lap, which are not counted: a graph may be compiled for its length
 
 
 @dataclass
 class Lap:
-    """One contender's way from a prompt through its new tokens.
+    """One baseline's way from a prompt through its new tokens.
 
     Attributes:
         first_token_s: seconds to the first token.
@@ -37,7 +37,7 @@ class Lap:
 
     first_token_s: float = 0.0
     step_s: list[float] = field(default_factory=list)
-    tokens: Tensor | None = None
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     kv_bytes: int = 0
     error: str | None = None
 
@@ -53,12 +53,12 @@ class Lap:
 
 
 class Race:
-    """One prompt, or one batch of prompts, that all contenders decode in turns.
+    """One prompt, or one batch of prompts, that all baselines decode in turns.
 
-    A contender that raises is out, and its error is kept; the others go on.
+    A baseline that raises is out, and its error is kept; the others go on.
 
     Args:
-        contenders: in each turn in another order, so that nobody always comes after the same one; nor does anybody
+        baselines: in each turn in another order, so that nobody always comes after the same one; nor does anybody
             always come first with a prompt, of a length that a library may not have seen yet, race after race.
         max_length: columns that will be used at most.
         mask: `(num_rows, num_columns)` of the prompts, 0 for padding; None without padding.
@@ -67,89 +67,81 @@ class Race:
 
     def __init__(
         self,
-        contenders: Sequence[Contender],
+        baselines: Sequence[Baseline],
         max_length: int,
         mask: Tensor | None = None,
-        after_steps: Callable[[], None] | None = None,
+        after_steps: Callable[[], None] = lambda: None,
     ) -> None:
-        self._contenders = list(contenders)
+        self._baselines = list(baselines)
         self._after_steps = after_steps
-        orders = itertools.cycle(itertools.permutations(self._contenders))
+        orders = itertools.cycle(itertools.permutations(self._baselines))
         self._orders = itertools.islice(orders, _STRIDE * next(_races), None)
-        self._names = [contender.name for contender in contenders]
         self._errors: dict[str, str] = {}
-        self._turn(lambda contender: contender.begin(max_length, mask))
+        self._turn(lambda baseline: baseline.begin(max_length, mask))
 
     def lap(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> dict[str, Lap]:
-        """Run a prompt, or more of it, and decode.
+        """Run a prompt, or more of it, in chunks of so many columns (None: at once), and decode."""
+        laps = {baseline.name: Lap() for baseline in self._baselines}
 
-        Args:
-            ids: `(num_rows, num_columns)`, what comes after the tokens so far.
-            num_new_tokens: per row.
-            chunk_size: columns that are run at a time; None: all.
-        """
-        laps = {name: Lap() for name in self._names}
+        def feed(baseline: Baseline) -> None:
+            laps[baseline.name].first_token_s = baseline.feed(ids, num_new_tokens, chunk_size)
 
-        def feed(contender: Contender) -> None:
-            laps[contender.name].first_token_s = contender.feed(ids, num_new_tokens, chunk_size)
+        def step(baseline: Baseline) -> None:
+            laps[baseline.name].step_s.append(baseline.step())
 
-        def step(contender: Contender) -> None:
-            laps[contender.name].step_s.append(contender.step())
-
-        def finish(contender: Contender) -> None:
-            laps[contender.name].tokens = torch.tensor(contender.tokens[-num_new_tokens:]).T
-            laps[contender.name].kv_bytes = kv_bytes(contender.cache)
+        def finish(baseline: Baseline) -> None:
+            laps[baseline.name].tokens = torch.tensor(baseline.tokens[-num_new_tokens:]).T
+            laps[baseline.name].kv_bytes = kv_bytes(baseline.cache)
 
         self._turn(feed)
         for _ in range(num_new_tokens - 1):
             self._turn(step)
-            if self._after_steps is not None:
-                self._after_steps()
+            self._after_steps()
         self._turn(finish)
-        return {name: Lap(error=self._errors[name]) if name in self._errors else lap for name, lap in laps.items()}
+        return laps | {name: Lap(error=error) for name, error in self._errors.items()}
 
     def end(self) -> None:
         """Drop the caches."""
-        for contender in self._contenders:
-            contender.cache = None
+        for baseline in self._baselines:
+            baseline.cache = None
 
-    def _turn(self, action: Callable[[Contender], None]) -> None:
-        for contender in next(self._orders):
-            if contender.name in self._errors:
+    def _turn(self, action: Callable[[Baseline], None]) -> None:
+        for baseline in next(self._orders):
+            if baseline.name in self._errors:
                 continue
             try:
-                action(contender)
+                action(baseline)
             except Exception as error:
-                logger.info("%s is out: %s", contender.name, error)
-                self._errors[contender.name] = f"{type(error).__name__}: {error}"
-                contender.cache = None
+                logger.info("%s is out: %s", baseline.name, error)
+                self._errors[baseline.name] = f"{type(error).__name__}: {error}"
+                baseline.cache = None
 
 
 def race_once(
-    contenders: Sequence[Contender],
+    baselines: Sequence[Baseline],
     ids: Tensor,
     mask: Tensor | None,
     num_new_tokens: int,
-    after_steps: Callable[[], None] | None = None,
+    after_steps: Callable[[], None] = lambda: None,
 ) -> dict[str, Lap]:
     """One lap from nothing, as `Race.lap`."""
-    race = Race(contenders, ids.shape[1] + num_new_tokens, mask, after_steps)
+    race = Race(baselines, ids.shape[1] + num_new_tokens, mask, after_steps)
     laps = race.lap(ids, num_new_tokens)
     race.end()
     return laps
 
 
-def warm_up(contenders: Sequence[Contender], subject: Subject, num_rows: int = 1) -> None:
+def warm_up(baselines: Sequence[Baseline], model: MeasuredModel, num_rows: int = 1) -> None:
     """Let everyone compile what it needs, with short prompts, then with one of several pages among them.
 
     A single row is given more after its first tokens. Several rows are so many tokens that, packed, they are worth a
     compiled chunk.
     """
-    several_pages = 2 * max(contender.page_size for contender in contenders) + 1
-    short = 24 if num_rows == 1 else max(24, usual_chunk(subject.device) // (2 * num_rows) + 2)
+    several_pages = 2 * max(baseline.page_size for baseline in baselines) + 1
+    short = 24 if num_rows == 1 else max(24, usual_chunk(model.device) // (2 * num_rows) + 2)
     for first, last in ((short, short + num_rows), (40, several_pages)):
-        ids, mask = subject.padded([*range(first, first + num_rows - 1), last])
-        race = Race(contenders, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
+        ids, mask = model.padded([*range(first, first + num_rows - 1), last])
+        race = Race(baselines, 2 * ids.shape[1] + 6, mask if num_rows > 1 else None)
         race.lap(ids, 3)
         if num_rows == 1:
             race.lap(ids, 3)
@@ -157,42 +149,28 @@ def warm_up(contenders: Sequence[Contender], subject: Subject, num_rows: int = 1
 
 
 def summarize(laps: Sequence[dict[str, Lap]]) -> list[dict[str, Any]]:
-    """Medians over laps of the same prompt, a row for each contender.
+    """Medians over laps of the same prompt, a row for each baseline.
 
     Returns:
-        For each contender its name and either `error`, or `first_token_s`, `ms_per_step`, `kv_bytes` where there is
+        For each baseline its name and either `error`, or `first_token_s`, `ms_per_step`, `kv_bytes` where there is
         a cache to look into, and if the reference ran: `ratio` (of the median of the steps to its median),
         `paired_ratio` (the median of the ratios step by step) and `same_tokens`.
     """
-    return [_summarize(name, laps) for name in laps[0]]
-
-
-def _summarize(name: str, laps: Sequence[dict[str, Lap]]) -> dict[str, Any]:
-    own = [lap[name] for lap in laps]
-    errors = [lap.error for lap in own if lap.error is not None]
-    if errors:
-        return {"contender": name, "error": errors[0]}
-    ms_per_step = 1e3 * statistics.median(_steps(own))
-    row = {
-        "contender": name,
-        "first_token_s": statistics.median(lap.first_token_s for lap in own),
-        "ms_per_step": ms_per_step,
-    }
-    kv = max(lap.kv_bytes for lap in own)
-    if kv:
-        row["kv_bytes"] = kv
     reference = [lap[REFERENCE] for lap in laps if REFERENCE in lap and lap[REFERENCE].error is None]
-    if len(reference) == len(laps):
-        pairs = zip(_steps(own), _steps(reference), strict=True)
-        row["ratio"] = ms_per_step / (1e3 * statistics.median(_steps(reference)))
-        row["paired_ratio"] = statistics.median(ours / theirs for ours, theirs in pairs)
-        row["same_tokens"] = all(_same(ours, theirs) for ours, theirs in zip(own, reference, strict=True))
+    return [_summarize(name, [lap[name] for lap in laps], reference) for name in laps[0]]
+
+
+def _summarize(name: str, own: Sequence[Lap], reference: Sequence[Lap]) -> dict[str, Any]:
+    row: dict[str, Any] = {"baseline": name}
+    if errors := [lap.error for lap in own if lap.error is not None]:
+        return row | {"error": errors[0]}
+    steps, theirs = ([seconds for lap in laps for seconds in lap.counted_s] for laps in (own, reference))
+    row["first_token_s"] = statistics.median(lap.first_token_s for lap in own)
+    row["ms_per_step"] = 1e3 * statistics.median(steps)
+    if held := max(lap.kv_bytes for lap in own):
+        row["kv_bytes"] = held
+    if len(reference) == len(own):
+        row["ratio"] = statistics.median(steps) / statistics.median(theirs)
+        row["paired_ratio"] = statistics.median(ours / other for ours, other in zip(steps, theirs, strict=True))
+        row["same_tokens"] = all(torch.equal(a.tokens, b.tokens) for a, b in zip(own, reference, strict=True))
     return row
-
-
-def _steps(laps: Sequence[Lap]) -> list[float]:
-    return [seconds for lap in laps for seconds in lap.counted_s]
-
-
-def _same(ours: Lap, theirs: Lap) -> bool:
-    return ours.tokens is not None and theirs.tokens is not None and torch.equal(ours.tokens, theirs.tokens)

@@ -1,63 +1,61 @@
 """What is measured, how long, and on which model."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
-from hf_paged.tools.lab.subject import Subject, load_subject, random_llama
+from hf_paged.pages.pool import check_page_size
+from hf_paged.tools.lab.model import MeasuredModel, load_model, random_llama
+from hf_paged.tools.lab.options import names, numbers, option
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says; None leaves the choice to the scenario.
+    """What the command line says; None leaves the choice to the scenario."""
 
-    Attributes:
-        model: name or path for `from_pretrained`; None: the packaged SmolLM2-135M-Instruct.
-        random_llama: measure a tiny Llama with random weights and 131,072 positions instead.
-        dtype: of the weights, by its name in torch.
-        device: where the model runs.
-        num_threads: CPU threads; None: torch's choice.
-        page_size: tokens per page of the paged contenders.
-        rounds: times that each figure is taken.
-        max_new_tokens: generated per row; the first of them is that of the prompt.
-        contexts: tokens in the cache where the time of a token is taken.
-        prompt_lengths: of the batch of `mixed`, in tokens.
-        baselines: contenders, by name.
-        chunk_size: tokens of a long prompt that are run at a time.
-    """
-
-    model: str | None = None
-    random_llama: bool = False
-    dtype: str = "float32"
-    device: str = "cpu"
-    num_threads: int | None = None
-    page_size: int = 128
-    rounds: int = 3
-    max_new_tokens: int = 32
-    contexts: tuple[int, ...] | None = None
-    prompt_lengths: tuple[int, ...] | None = None
-    baselines: tuple[str, ...] | None = None
-    chunk_size: int = 1024
+    model: str | None = option(None, "a causal LM (default: the packaged SmolLM2-135M)", metavar="NAME_OR_PATH")
+    random_llama: bool = option(False, "a tiny random model of 131,072 positions instead")
+    dtype: str = option("float32", "of the weights")
+    device: str = option("cpu", "where the model runs")
+    num_threads: int | None = option(None, "CPU threads (default: torch's choice)", int, "N")
+    page_size: int = option(128, "tokens per page", int)
+    rounds: int = option(3, "times that each figure is taken", int)
+    max_new_tokens: int = option(32, "of each row, that of the prompt included", int)
+    contexts: tuple[int, ...] | None = option(None, "tokens (default: the scenario's own)", numbers, "N,N,...")
+    prompt_lengths: tuple[int, ...] | None = option(None, "of mixed (default: 16 to 1024)", numbers, "N,N,...")
+    baselines: tuple[str, ...] | None = option(None, "see below (default: the scenario's own)", names, "NAME,...")
+    chunk_size: int = option(1024, "tokens of a long prompt that are run at once", int)
 
     def __post_init__(self) -> None:
+        check_page_size(self.page_size)
         if self.rounds < 1 or self.max_new_tokens < 2 or self.chunk_size < 1:
             raise ValueError(
                 f"rounds={self.rounds}, max_new_tokens={self.max_new_tokens} and chunk_size={self.chunk_size} were "
                 "asked for; there must be at least 1 round, 2 new tokens (the first is that of the prompt) and 1 "
                 "token in a chunk."
             )
+        if self.random_llama and self.model is not None:
+            raise ValueError(f"model={self.model!r} was asked for beside random_llama; give one of the two.")
+
+    @property
+    def model_name(self) -> str:
+        """Of the model that `load` loads, for people."""
+        if self.random_llama:
+            return "random Llama"
+        return "SmolLM2-135M-Instruct" if self.model is None else Path(self.model).name
 
 
-def load(settings: Settings) -> Subject:
-    """Load the model that the settings name, and set the number of threads.
+@lru_cache(maxsize=1)
+def load(settings: Settings) -> MeasuredModel:
+    """Load the model that the settings name, once, and set the number of threads.
 
     Raises:
-        ValueError: for a dtype that torch doesn't have, or a model beside `random_llama`.
+        ValueError: for a dtype that torch doesn't have.
     """
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
-    if not settings.random_llama:
-        return load_subject(settings.model, settings.dtype, settings.device)
-    if settings.model is not None:
-        raise ValueError(f"model={settings.model!r} was asked for beside random_llama; give one of the two.")
-    return random_llama(settings.dtype, settings.device)
+    if settings.random_llama:
+        return random_llama(settings.dtype, settings.device)
+    return load_model(settings.model, settings.dtype, settings.device)

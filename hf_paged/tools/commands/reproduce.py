@@ -1,28 +1,25 @@
 """`hf-paged reproduce`: the paper's evaluation, and a page about it."""
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
+from hf_paged.tools.commands.arguments import add_command
 from hf_paged.tools.reproduction.page import make_page
 from hf_paged.tools.reproduction.stage import STAGES, Stage
-
-_NEEDED = ("matplotlib", "tqdm")
 
 
 def add(subcommands: Any) -> None:
     """Add `reproduce`."""
-    names = [stage.name for stage in STAGES]
-    parser = subcommands.add_parser(
+    parser = add_command(
+        subcommands,
         "reproduce",
-        help="run the evaluation of the paper again, and write a page about it",
-        description="Run the evaluation of the paper again, in about half an hour on 2 cores, and write "
-        "FOLDER/reproduction.md from the figures in FOLDER/results/reproduction.",
-        epilog=f"stages: {', '.join(names)}",
+        run,
+        "run the evaluation of the paper again, and write a page about it",
+        " It takes about half an hour on 2 cores.\nFOLDER/reproduction.md is made from FOLDER/results/reproduction.",
+        f"stages: {', '.join(stage.name for stage in STAGES)}",
     )
-    parser.set_defaults(run=run)
     parser.add_argument("--full", action="store_true", help="at the full size, which takes hours")
     parser.add_argument("--stages", type=_stages, default=STAGES, metavar="NAME,...", help="see below (default: all)")
     parser.add_argument("--page-only", action="store_true", help="run nothing, make the page from what there is")
@@ -36,9 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: if a stage failed; the page then is about the others.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f'reproduce needs {" and ".join(missing)}. Run: pip install "hf-paged[bench,demo,eval]"')
     results: Path = arguments.folder / "results" / "reproduction"
     results.mkdir(parents=True, exist_ok=True)
     page: Path = arguments.folder / "reproduction.md"

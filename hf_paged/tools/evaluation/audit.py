@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 PASS, OTHER_PASS = "pass", "other pass"
 
-_MIB = 2**20
 _PEAKS = ("live", "active", "wasted", "shared", "reserved", "resident", "padded", "static")
 
 
@@ -39,8 +38,7 @@ class AuditStep:
         padded_bytes: what a `DynamicCache` would hold: every row as wide as the widest, and nothing shared.
         static_bytes: what a `StaticCache` of the maximum length would hold; None without a maximum, or beyond it.
         residence: the memory behind the pool.
-        process_bytes: what the process holds beyond what it held at the beginning (on CUDA: what torch allocated);
-            None where the system doesn't tell.
+        process_bytes: what the process holds beyond what it held at the beginning (on CUDA: what torch allocated).
         disagreements: where memory and accounting disagree, in words.
     """
 
@@ -52,7 +50,7 @@ class AuditStep:
     padded_bytes: int
     static_bytes: int | None
     residence: Residence
-    process_bytes: int | None
+    process_bytes: int
     disagreements: tuple[str, ...]
 
     @property
@@ -69,37 +67,31 @@ class AuditStep:
         `active`: of the pages that the cache holds. `reserved`: of the pool's storage, beyond the minimum for all on
         the pool. `padded` and `static`: of the contiguous caches in the place of this one.
         """
-        minimum = self.cache.minimum_bytes
-        overheads = {
+        minimum, pool = self.cache.minimum_bytes, self.pool
+        held = {"padded": self.padded_bytes, "static": self.static_bytes}
+        return {
             "active": self.cache.overhead,
-            "reserved": _overhead(self.pool.reserved_bytes, self.pool.minimum_bytes),
-            "padded": _overhead(self.padded_bytes, minimum),
+            "reserved": _overhead(pool.reserved_bytes, pool.minimum_bytes),
+            **{kind: _overhead(num_bytes, minimum) for kind, num_bytes in held.items() if num_bytes is not None},
         }
-        if self.static_bytes is not None:
-            overheads["static"] = _overhead(self.static_bytes, minimum)
-        return overheads
 
     def row(self) -> dict[str, Any]:
         """All figures by name, for a table or JSON."""
+        held = ("minimum", "live", "active", "wasted", "shared")
+        behind = ("least", "resident", "most")
         return {
             "event": self.event,
             "rows": self.num_rows,
             "columns": self.num_columns,
             "tokens": self.cache.num_tokens,
-            "minimum_bytes": self.cache.minimum_bytes,
-            "live_bytes": self.cache.live_bytes,
-            "active_bytes": self.cache.active_bytes,
-            "wasted_bytes": self.cache.wasted_bytes,
-            "shared_bytes": self.cache.shared_bytes,
+            **{f"{name}_bytes": getattr(self.cache, f"{name}_bytes") for name in held},
             "overhead": self.cache.overhead,
             "padded_bytes": self.padded_bytes,
             "static_bytes": self.static_bytes,
             "pool_live_bytes": self.pool.live_bytes,
             "pool_active_bytes": self.pool.active_bytes,
             "reserved_bytes": self.pool.reserved_bytes,
-            "least_bytes": self.residence.least_bytes,
-            "resident_bytes": self.residence.resident_bytes,
-            "most_bytes": self.residence.most_bytes,
+            **{f"{name}_bytes": getattr(self.residence, f"{name}_bytes") for name in behind},
             "process_bytes": self.process_bytes,
             "agrees": self.agrees,
         }
@@ -231,7 +223,7 @@ class MemoryAudit:
             "num_steps": len(self.steps),
             "num_passes": len(passes),
             **peaks,
-            "peak_process_bytes": self._peak(),
+            "peak_process_bytes": self._memory.bytes if self._memory and self._handle else self._peak_process_bytes,
             "overheads": _courses(passes),
             "agrees": False if found else True if is_complete else None,
             "disagreements": found,
@@ -239,16 +231,16 @@ class MemoryAudit:
 
     def report(self) -> str:
         """Lay out every step as a table, in MiB, and say what it comes to."""
-        rows = [{"step": number} | step.row() for number, step in enumerate(self.steps)]
         summary = self.summary()
-        peaks = [(name, summary.get(f"peak_{name}_bytes")) for name in (*_PEAKS, "process")]
-        lines = [f"{name} {num_bytes / _MIB:.2f}" for name, num_bytes in peaks if num_bytes is not None]
-        parts = [f"At the peak, MiB: {', '.join(lines)}.", table(overhead_rows(summary)), agreement(summary)]
-        return "\n\n".join([table(rows), *filter(None, parts)])
-
-    def _peak(self) -> int:
-        is_open = self._memory is not None and self._handle is not None
-        return self._memory.bytes if is_open and self._memory is not None else self._peak_process_bytes
+        peaks = [{name: summary.get(f"peak_{name}_bytes") for name in (*_PEAKS, "process")}]
+        parts = [
+            table({"step": number} | step.row() for number, step in enumerate(self.steps)),
+            "At the peak, MiB:",
+            table({f"{name}_bytes": value for name, value in row.items() if value is not None} for row in peaks),
+            table(overhead_rows(summary)),
+            agreement(summary),
+        ]
+        return "\n\n".join(filter(None, parts))
 
     @outside_of_graphs
     def _note_pass(self, module: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:

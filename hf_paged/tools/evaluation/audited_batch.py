@@ -6,12 +6,12 @@ from typing import Any
 from hf_paged._transformers import CACHE
 from hf_paged.cache.paged import PagedCache
 from hf_paged.tools.evaluation.audit import MemoryAudit
-from hf_paged.tools.lab.candidate import candidates
-from hf_paged.tools.lab.subject import Subject
+from hf_paged.tools.lab.baselines import Paged
+from hf_paged.tools.lab.model import MeasuredModel
 
 
 def audit_batch(
-    subject: Subject,
+    measured: MeasuredModel,
     prompt_lengths: Sequence[int],
     *,
     page_size: int,
@@ -22,7 +22,7 @@ def audit_batch(
     """Prefill the prompts packed, generate, then give all memory back, and account for every step of it.
 
     Args:
-        subject: what is run.
+        measured: what is run.
         prompt_lengths: in tokens.
         page_size: tokens per page.
         max_new_tokens: that every row gets; no row ends early.
@@ -30,26 +30,21 @@ def audit_batch(
         max_length: columns of the `StaticCache` to compare with; None: just those that are used.
 
     Raises:
-        ValueError: for lengths below 1 or beyond what the model or `max_length` has room for, or fewer than 1 new
-            token or beam; nothing was run.
+        ValueError: for more columns than the model or `max_length` has room for.
     """
-    if max_new_tokens < 1 or num_beams < 1 or not prompt_lengths or min(prompt_lengths) < 1:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens}, num_beams={num_beams} and prompt_lengths={list(prompt_lengths)} were "
-            "asked for; there must be 1 new token, 1 beam, 1 prompt and 1 token in each, at least."
-        )
     num_columns = max(prompt_lengths) + max_new_tokens
-    room = subject.max_length if max_length is None else min(max_length, subject.max_length)
+    room = measured.max_length if max_length is None else min(max_length, measured.max_length)
     if num_columns > room:
         raise ValueError(
             f"A prompt of {max(prompt_lengths)} tokens and {max_new_tokens} new ones need {num_columns} columns, but "
-            f"there is room for {room}. Ask for less, or for a larger max_length up to {subject.max_length}."
+            f"there is room for {room}. Ask for less, or for a larger max_length up to {measured.max_length}."
         )
-    (paged,) = candidates(subject.model, ["paged"], page_size)
+    ids, mask = measured.padded(prompt_lengths)
+    paged = Paged(measured.model, page_size)
+    paged.prepare()
     model: Any = paged.model
     cache = paged.new_cache(num_columns)
     assert isinstance(cache, PagedCache)
-    ids, mask = subject.padded(prompt_lengths)
     with MemoryAudit(model, cache, max_length or num_columns) as audit:
         cache.prefill(model, ids, mask)
         cache.batch_repeat_interleave(num_beams)

@@ -15,22 +15,13 @@ from hf_paged.tools.lab.memory import kv_bytes
 def padded_bytes(pool: PagePool, num_rows: int, num_columns: int) -> int:
     """Bytes of a `DynamicCache`: every row is as wide as the widest, and shares nothing.
 
-    Args:
-        pool: says what a token is in each layer. Layers that have seen no key yet count as nothing.
-        num_rows: of the batch.
-        num_columns: so far, padding included.
+    The pool says what a token is in each layer; layers that have seen no key yet count as nothing.
     """
     return _filled_bytes(DynamicCache(config=pool.config), pool, num_rows, num_columns)
 
 
 def static_bytes(pool: PagePool, num_rows: int, max_length: int) -> int:
-    """Bytes of a `StaticCache`, which has room for `max_length` columns from the first token on.
-
-    Args:
-        pool: as for `padded_bytes`.
-        num_rows: of the batch.
-        max_length: columns that it is made for.
-    """
+    """Bytes of a `StaticCache`, which has room for `max_length` columns from the first token on."""
     return _filled_bytes(StaticCache(config=pool.config, max_cache_len=max_length), pool, num_rows, 1)
 
 

@@ -1,116 +1,95 @@
 """Finished batches on disk, so that an interrupted run can go on."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from hf_paged.tools.evaluation.fingerprint import Fingerprint
-from hf_paged.tools.evaluation.record import Record
+import torch
+from transformers import PreTrainedModel
+
+from hf_paged.tools.evaluation.scoring import Score
+from hf_paged.tools.evaluation.windows import Window
+
+Scores = dict[str, Score]
+
+_IRRELEVANT = ("_name_or_path", "_attn_implementation", "transformers_version")
+_TABLES = ("run (name TEXT PRIMARY KEY, value TEXT)", "batches (number INTEGER PRIMARY KEY, scores TEXT)")
 
 
 class Journal:
-    """Files of records as JSON lines, one for each process: `PATH.0`, `PATH.1` and so on.
-
-    The first line of each is a fingerprint of the run. What follows the last newline was cut off in the middle, by
-    whatever ended the run, and doesn't count.
+    """An SQLite file of scores, which all processes of a run write to.
 
     Args:
-        path: without the number of the process.
-        fingerprint: what determines the records.
+        path: of the file, which is made, or gone on with.
+        fingerprint: what determines the scores, by name.
+
+    Raises:
+        ValueError: if the file belongs to another run, or is no journal.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Fingerprint) -> None:
-        self._path = Path(path)
-        self._fingerprint = json.loads(json.dumps(fingerprint))  # tuples are lists, as they will be when read
-
-    def read(self) -> list[Record]:
-        """Read the records of all processes, however many there were.
-
-        Raises:
-            ValueError: if a file belongs to another run, or is no journal.
-        """
-        return [record for file in files(self._path) for record in self._read(file)]
-
-    def _read(self, file: Path) -> list[Record]:
-        lines = file.read_bytes().split(b"\n")[:-1]
+    def __init__(self, path: str | Path, fingerprint: dict[str, Any]) -> None:
+        asked = {name: json.dumps(value) for name, value in fingerprint.items()}
+        self._file = sqlite3.connect(
+            path, timeout=60, isolation_level=None
+        )  # each statement is on disk when it is done
         try:
-            header, *records = [json.loads(line) for line in lines] or [{"fingerprint": self._fingerprint}]
-            found: Fingerprint = header["fingerprint"]
-            finished = [Record.from_dict(record) for record in records]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            for table in _TABLES:
+                self._file.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+            self._file.execute("BEGIN IMMEDIATE")
+            found = dict(self._file.execute("SELECT * FROM run")) or asked
+            self._file.executemany("INSERT OR IGNORE INTO run VALUES (?, ?)", found.items())
+            self._file.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            self._file.close()
+            raise ValueError(f"{path} is no journal of an evaluation ({error}). Delete it to begin anew.") from error
+        names = [name for name in dict.fromkeys([*asked, *found]) if found.get(name) != asked.get(name)]
+        if names:
+            self._file.close()
+            differences = "; ".join(f"{name} ({found.get(name)}, now {asked.get(name)})" for name in names)
             raise ValueError(
-                f"{file} was to be read as the journal of an evaluation, but is none, or is damaged ({error}). "
-                "Delete it to begin anew."
-            ) from error
-        differences = _differences(found, self._fingerprint)
-        if differences:
-            raise ValueError(
-                f"{file} holds the finished part of another run, which differs in {'; '.join(differences)}. Go on "
-                "with the settings of that run, or delete the file to begin anew."
+                f"{path} holds the finished part of another run, which differs in {differences}. Go on with the "
+                "settings of that run, or delete the file to begin anew."
             )
-        return finished
 
-    def writer(self, process: int) -> "Writer":
-        """Open the file of a process, to add records to what is there."""
-        return Writer(_file(self._path, process), self._fingerprint)
+    def read(self) -> dict[int, Scores]:
+        """Read the scores of all processes, by the number of the batch."""
+        rows = self._file.execute("SELECT * FROM batches")
+        return {number: {name: Score(**own) for name, own in json.loads(text).items()} for number, text in rows}
+
+    def append(self, number: int, scores: Scores) -> None:
+        """Add a finished batch."""
+        text = json.dumps({name: asdict(score) for name, score in scores.items()})
+        self._file.execute("INSERT INTO batches VALUES (?, ?)", (number, text))
 
 
-class Writer:
-    """The journal of one process, open for records until the end of a `with`.
+def fingerprint(model: PreTrainedModel, windows: Iterable[Window], **settings: Any) -> dict[str, Any]:
+    """Sum up what determines the figures, by its name: model, texts, settings, versions.
 
     Args:
-        file: is made, or gone on with.
-        fingerprint: for its first line.
+        model: its configuration, every bit of its weights, their dtype and device count. The number of threads counts
+            on a CPU, where sums are rounded accordingly.
+        windows: their tokens count.
+        **settings: anything that JSON has.
     """
-
-    def __init__(self, file: Path, fingerprint: Fingerprint) -> None:
-        self._stream = file.open("ab")
-        self._stream.truncate(file.read_bytes().rfind(b"\n") + 1)
-        if self._stream.seek(0, 2) == 0:
-            self._write({"fingerprint": fingerprint})
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stream.close()
-
-    def append(self, record: Record) -> None:
-        """Add a finished batch; it is on its way to the disk when this returns."""
-        self._write(record.to_dict())
-
-    def _write(self, data: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(data).encode() + b"\n")
-        self._stream.flush()
+    device = model.device.type
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _IRRELEVANT}
+    weights = model.state_dict().items()
+    return {
+        "config": _hash([json.dumps(config, sort_keys=True, default=str)]),
+        "weights": _hash(f"{name} {list(weight.shape)} {torch.hash_tensor(weight)}" for name, weight in weights),
+        "texts": _hash(f"{window.text} {window.first_scored} {list(window.token_ids)}" for window in windows),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device,
+        "num_threads": torch.get_num_threads() if device == "cpu" else None,
+        **settings,
+        "versions": {name: version(name) for name in ("hf-paged", "transformers", "torch")},
+    }
 
 
-def files(path: str | Path) -> list[Path]:
-    """The files that a journal has, in the order of their processes."""
-    path = Path(path)
-    numbers = [file.name.removeprefix(f"{path.name}.") for file in _siblings(path)]
-    return [_file(path, number) for number in sorted(int(number) for number in numbers if number.isdecimal())]
-
-
-def delete(path: str | Path) -> None:
-    """Delete the files of a journal."""
-    for file in files(path):
-        file.unlink()
-
-
-def _siblings(path: Path) -> Sequence[Path]:
-    if not path.parent.is_dir():
-        return []
-    return [file for file in path.parent.iterdir() if file.name.startswith(f"{path.name}.")]
-
-
-def _file(path: Path, process: int) -> Path:
-    return path.with_name(f"{path.name}.{process}")
-
-
-def _differences(found: Fingerprint, asked: Fingerprint) -> list[str]:
-    pairs = [(name, found.get(name), asked.get(name)) for name in dict.fromkeys([*asked, *found])]
-    return [f"{name} ({before!r}, now {now!r})" for name, before, now in pairs if before != now]
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

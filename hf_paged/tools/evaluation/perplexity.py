@@ -2,25 +2,24 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_paged.pages.pool import check_page_size
-from hf_paged.tools.evaluation.fingerprint import fingerprint
-from hf_paged.tools.evaluation.journal import Journal
-from hf_paged.tools.evaluation.processes import Processes
-from hf_paged.tools.evaluation.record import Record, Score
-from hf_paged.tools.evaluation.scoring import score
+from hf_paged.tools.evaluation.journal import Journal, Scores, fingerprint
+from hf_paged.tools.evaluation.scoring import Score, score
 from hf_paged.tools.evaluation.windows import Window, windows_of
-from hf_paged.tools.lab.candidate import Candidate, candidates
+from hf_paged.tools.lab.baseline import Baseline
+from hf_paged.tools.lab.baselines import CACHES, line_up
 from hf_paged.tools.lab.memory import token_bytes
-from hf_paged.tools.lab.progress import progress
 
-Sequences = list[Window]
+Batches = list[list[Window]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Perplexity:
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Iterable[str | Sequence[int]],
     *,
     caches: Sequence[str] = ("dynamic", "paged"),
     page_size: int = 128,
@@ -113,46 +112,44 @@ def perplexity(
     Args:
         model: a causal LM; is not changed.
         tokenizer: of the model.
-        texts: documents. No window goes across two of them.
-        caches: names out of `hf_paged.tools.lab.candidate.CANDIDATES`; the first is the reference.
+        texts: documents, or their token ids, which are taken as they are. No window goes across two of them.
+        caches: names out of dynamic, paged and static; the first is the reference.
         page_size: tokens per page of the paged cache.
         max_length: tokens in a window at most, 2 or more; None: as many as the model has positions.
         stride: tokens from the beginning of one window to that of the next, 1 to `max_length`; None: `max_length`.
         chunk_size: tokens of a window that are run at once.
         batch_size: windows that are run at once, padded on the right.
         max_tokens: tokens to score; None: all.
-        journal: a path. Each process appends its finished batches to `journal.0`, `journal.1` and so on; a later call
-            with the same arguments reads all of these and computes the remaining batches only. None: keep nothing.
+        journal: a path, where finished batches are kept; a later call with the same arguments computes the remaining
+            ones only. None: keep nothing.
 
     Raises:
         ValueError: for arguments that can't be, texts without a token to score, or a journal of another run; nothing
             was computed.
-        ModuleNotFoundError: if several processes were launched, and accelerate is not installed.
     """
     max_length = _checked_length(model, max_length)
     stride = max_length if stride is None else stride
-    _check(texts, caches, stride, max_length, chunk_size, batch_size, max_tokens)
-    contenders = candidates(model, caches, check_page_size(page_size))
-    for contender in contenders:
-        contender.model.eval()  # type: ignore[no-untyped-call]
-    windows = list(windows_of(tokenizer, texts, max_length, stride, max_tokens))
-    if not windows:
-        raise ValueError("There is no token to score: no text has two tokens. Give longer texts.")
-    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
-    kept = None
-    if journal is not None:
-        settings = {
-            "caches": caches,
-            "page_size": page_size,
-            "max_length": max_length,
-            "stride": stride,
-            "chunk_size": chunk_size,
-            "batch_size": batch_size,
-            "max_tokens": max_tokens,
-        }
-        kept = Journal(journal, fingerprint(model, windows, **settings))
-    records = _all_records(contenders, batches, chunk_size, kept, Processes(model.device))
-    return _summarize(caches, batches, records, token_bytes(model))
+    settings = {
+        "caches": caches,
+        "page_size": check_page_size(page_size),
+        "max_length": max_length,
+        "stride": stride,
+        "chunk_size": chunk_size,
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+    }
+    _check(texts, **settings)  # type: ignore[arg-type]
+    with line_up(model, caches, page_size, CACHES) as baselines:
+        for baseline in baselines:
+            baseline.prepare()
+            baseline.model.eval()  # type: ignore[no-untyped-call]
+        windows = list(windows_of(tokenizer, texts, max_length, stride, max_tokens))
+        if not windows:
+            raise ValueError("There is no token to score: no text has two tokens. Give longer texts.")
+        batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+        kept = None if journal is None else Journal(journal, fingerprint(model, windows, **settings))
+        scores = _all_scores(baselines, batches, chunk_size, kept)
+    return _summarize(caches, batches, scores, token_bytes(model))
 
 
 def _checked_length(model: PreTrainedModel, max_length: int | None) -> int:
@@ -174,13 +171,11 @@ def _checked_length(model: PreTrainedModel, max_length: int | None) -> int:
 
 
 def _check(
-    texts: Iterable[str],
+    texts: Iterable[str | Sequence[int]],
     caches: Sequence[str],
     stride: int,
     max_length: int,
-    chunk_size: int,
-    batch_size: int,
-    max_tokens: int | None,
+    **counts: int | None,
 ) -> None:
     if isinstance(texts, str):
         raise ValueError("texts is one string, whose letters would be texts of their own. Give a list of strings.")
@@ -191,41 +186,36 @@ def _check(
             f"stride={stride} was asked for with windows of {max_length} tokens; give 1 to {max_length}, so that no "
             "token is left out."
         )
-    for name, value in {"chunk_size": chunk_size, "batch_size": batch_size, "max_tokens": max_tokens}.items():
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} was asked for; it must be at least 1.")
 
 
-def _all_records(
-    contenders: Sequence[Candidate],
-    batches: Sequence[Sequences],
-    chunk_size: int,
-    journal: Journal | None,
-    processes: Processes,
-) -> list[Record]:
-    """The records of all batches, in their order: those in the journal, and those computed by all processes."""
-    known = [] if journal is None else processes.from_main(journal.read)
-    finished = {record.batch for record in known}
-    remaining = [index for index in range(len(batches)) if index not in finished]
-    own = remaining[processes.index :: processes.count]
-    new = []
-    with nullcontext() if journal is None else journal.writer(processes.index) as writer:
-        if own:
-            score(contenders, [window.first(2 * chunk_size + 2) for window in batches[own[0]]], chunk_size)
-        for index in progress(own, "perplexity") if processes.is_main else own:
-            new.append(Record(index, score(contenders, batches[index], chunk_size)))
-            if writer is not None:
-                writer.append(new[-1])
-    return sorted([*known, *processes.gather(new)], key=lambda record: record.batch)
+def _all_scores(
+    baselines: Sequence[Baseline], batches: Batches, chunk_size: int, journal: Journal | None
+) -> list[Scores]:
+    """The scores of all batches, in their order: those in the journal, and those computed by all processes."""
+    processes = PartialState(cpu=baselines[0].model.device.type == "cpu")
+    finished = {} if journal is None else journal.read()
+    processes.wait_for_everyone()  # whoever writes first would change what the others read
+    remaining = [number for number in range(len(batches)) if number not in finished]
+    own = remaining[processes.process_index :: processes.num_processes]
+    new: list[tuple[int, Scores]] = []
+    if own:
+        score(baselines, [window.first(2 * chunk_size + 2) for window in batches[own[0]]], chunk_size)
+    for number in tqdm(own, "perplexity", disable=None if processes.is_main_process else True):
+        new.append((number, score(baselines, batches[number], chunk_size)))
+        if journal is not None:
+            journal.append(*new[-1])
+    finished |= dict(gather_object(new))
+    return [finished[number] for number in range(len(batches))]
 
 
-def _summarize(
-    caches: Sequence[str], batches: Sequence[Sequences], records: Sequence[Record], token_bytes: int
-) -> Perplexity:
+def _summarize(caches: Sequence[str], batches: Batches, scores: Sequence[Scores], token_bytes: int) -> Perplexity:
     windows = [window for batch in batches for window in batch]
     figures: list[CacheFigures] = []
     for name in caches:
-        own = [record.scores[name] for record in records]
+        own = [batch[name] for batch in scores]
         figures.append(_figures(name, windows, own, figures[0].perplexity if figures else None))
     return Perplexity(
         num_tokens=sum(window.num_scored for window in windows),
@@ -246,16 +236,16 @@ def _figures(name: str, windows: Sequence[Window], scores: Sequence[Score], refe
     sums = [nll for score in scores for nll in score.nll]
     num_tokens = sum(window.num_scored for window in windows)
     own = math.exp(math.fsum(sums) / num_tokens)
-    difference = 0.0 if reference is None else abs(own - reference)
+    reference = own if reference is None else reference
     by_text: dict[int, list[tuple[float, int]]] = {}
     for window, nll in zip(windows, sums, strict=True):
         by_text.setdefault(window.text, []).append((nll, window.num_scored))
     return CacheFigures(
         cache=name,
         perplexity=own,
-        difference=difference,
-        relative_difference=0.0 if reference is None else difference / reference,
-        standard_error=_standard_error(scores, 0.0 if reference is None else math.log(own / reference), num_tokens),
+        difference=abs(own - reference),
+        relative_difference=abs(own - reference) / reference,
+        standard_error=_standard_error(scores, math.log(own / reference), num_tokens),
         max_logit_difference=max(score.max_logit_difference for score in scores),
         kl=math.fsum(score.kl for score in scores) / num_tokens,
         agreement=sum(score.num_agreeing for score in scores) / num_tokens,

@@ -2,12 +2,9 @@
 
 import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_paged.packaged import prose
-
-if TYPE_CHECKING:
-    from datasets import Dataset  # type: ignore[import-untyped]
 
 _BUILDERS: dict[str, dict[str, Any]] = {
     ".json": {"path": "json"},
@@ -17,12 +14,8 @@ _BUILDERS: dict[str, dict[str, Any]] = {
 }
 """By suffix of a file: what `datasets.load_dataset` reads its rows with."""
 
-_SUFFIXES = (".txt", *_BUILDERS)
 _WIKITEXT = "Salesforce/wikitext"
-_ALIASES = {
-    "wikitext-2": f"{_WIKITEXT}:wikitext-2-raw-v1",
-    "wikitext-103": f"{_WIKITEXT}:wikitext-103-raw-v1",
-}
+_ALIASES = {f"wikitext-{size}": f"{_WIKITEXT}:wikitext-{size}-raw-v1" for size in (2, 103)}
 
 
 def load_texts(dataset: str | None = None, *, split: str = "test", text_column: str = "text") -> list[str]:
@@ -45,20 +38,23 @@ def load_texts(dataset: str | None = None, *, split: str = "test", text_column: 
         At least one document that is not blank. Blank rows are kept.
 
     Raises:
-        ValueError: there is no such file, dataset, configuration, split or column, or no text in it.
+        ValueError: there is no such split or column, or no text in it.
+        FileNotFoundError: there is no such file or dataset.
         ConnectionError: the dataset is not a local one, and the Hub is out of reach.
-        ModuleNotFoundError: `datasets` is needed and not installed.
+        ModuleNotFoundError: `datasets` is needed, and not installed; `pip install "hf-paged[eval]"` brings it.
     """
     if dataset is None:
         return [prose()]
     path = Path(dataset)
-    if path.suffix.lower() == ".txt":
-        texts = [_read_text(path)]
-    elif path.suffix.lower() in _BUILDERS or path.is_file():
-        texts = _column(_load_rows(path), text_column, dataset)
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        texts = [path.read_text(encoding="utf-8")]
+    elif suffix in _BUILDERS:
+        # A single file is what datasets calls the split "train", and it takes brackets in a name for a pattern.
+        texts = _column(dataset, text_column, data_files=glob.escape(str(path)), split="train", **_BUILDERS[suffix])
     else:
         name, _, config = _ALIASES.get(dataset, dataset).partition(":")
-        texts = _column(_load_named(name, config or None, split), text_column, dataset)
+        texts = _column(dataset, text_column, path=name, name=config or None, split=split)
         if name == _WIKITEXT:
             texts = ["\n\n".join(texts)]
     if not any(text.strip() for text in texts):
@@ -66,80 +62,25 @@ def load_texts(dataset: str | None = None, *, split: str = "test", text_column: 
     return texts
 
 
-def _read_text(path: Path) -> str:
-    _check_is_file(path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}. Save it in that encoding.") from error
-
-
-def _check_is_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"The file {path} was asked for, but there is none at {path.absolute()}. Check the path.")
-
-
-def _load_rows(path: Path) -> "Dataset":
-    """Load the rows of one file."""
-    _check_is_file(path)
-    builder = _BUILDERS.get(path.suffix.lower())
-    if builder is None:
-        raise ValueError(
-            f"The file {path} was asked for, but texts are read from {', '.join(_SUFFIXES)} files only. Convert it."
-        )
-    _require_datasets(path)
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
-
-    try:
-        # A single file is what datasets calls the split "train", and it takes brackets in a name for a pattern.
-        return load_dataset(**builder, data_files=glob.escape(str(path)), split="train")
-    except (DatasetsError, ValueError, StopIteration) as error:
-        reason = str(error.__cause__ or error) or "it is empty"
-        raise ValueError(
-            f"{path} was asked for, but no rows can be read from it as {builder['path']}: {reason}. Check its content."
-        ) from error
-
-
-def _load_named(name: str, config: str | None, split: str) -> "Dataset":
-    """Load a split of a dataset of the Hub, of the local cache, or of a folder."""
-    _require_datasets(name)
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    asked = f"{name!r} (configuration {config or 'default'}, split {split}) was asked for"
-    try:
-        return load_dataset(name, config, split=split)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"The dataset {asked}, but the Hugging Face Hub can't be reached, and it is not in the local cache. "
-            f"Give a local file ({', '.join(_SUFFIXES)}), or none for the packaged prose. [{error}]"
-        ) from error
-    except (DatasetsError, ValueError, FileNotFoundError) as error:
-        raise ValueError(f"The dataset {asked}. {error}") from error
-
-
-def _column(rows: "Dataset", name: str, dataset: str) -> list[str]:
+def _column(dataset: str, column: str, /, **source: Any) -> list[str]:
     """Read one column, all of whose values must be strings."""
-    if name not in rows.column_names:
+    from datasets import load_dataset  # not above: prose and text files do without it
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        rows = load_dataset(**source)
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        reason = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"{dataset!r} was asked for, but no rows can be read: {reason}.") from error
+    if column not in rows.column_names:
         raise ValueError(
-            f"The texts of {dataset!r} were asked for in the column {name!r}, but its columns are "
+            f"The texts of {dataset!r} were asked for in the column {column!r}, but its columns are "
             f"{', '.join(rows.column_names)}. Name one of them with text_column."
         )
-    values = list(rows[name])
-    for index, value in enumerate(values):
+    for index, value in enumerate(rows[column]):
         if not isinstance(value, str):
             raise ValueError(
-                f"The column {name!r} of {dataset!r} has to hold strings, but row {index} has {value!r}. "
+                f"The column {column!r} of {dataset!r} has to hold strings, but row {index} has {value!r}. "
                 "Name another column with text_column, or drop such rows."
             )
-    return values
-
-
-def _require_datasets(asked: object) -> None:
-    try:
-        import datasets  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'Texts from {asked} need datasets, which is not installed. Run: pip install "hf-paged[eval]"'
-        ) from error
+    return list(rows[column])

@@ -40,17 +40,9 @@ def cut(text: int, token_ids: Sequence[int], max_length: int, stride: int) -> It
 
     The first token of a window has nothing before it and is never scored. So with `stride < max_length` every token
     of the text is scored once, but for the very first; with `stride == max_length` one token per window is lost, as in
-    the guide. 6 tokens with `max_length=4` are cut into `0 [1 2 3]` and `4 [5]` by a stride of 4, and into `0 [1 2 3]`
-    and `2 3 [4 5]` by one of 2, where brackets mean scored.
-
-    Args:
-        text: its index.
-        token_ids: of the whole text.
-        max_length: tokens in a window, at most.
-        stride: 1 to `max_length`.
-
-    Source:
-        "Perplexity of fixed-length models" in the documentation of Transformers.
+    "Perplexity of fixed-length models" in the documentation of Transformers. 6 tokens with `max_length=4` are cut into
+    `0 [1 2 3]` and `4 [5]` by a stride of 4, and into `0 [1 2 3]` and `2 3 [4 5]` by one of 2, where brackets mean
+    scored.
     """
     end = 0
     for begin in range(0, len(token_ids), stride):
@@ -63,20 +55,20 @@ def cut(text: int, token_ids: Sequence[int], max_length: int, stride: int) -> It
 
 
 def windows_of(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_length: int, stride: int, max_tokens: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str | Sequence[int]],
+    max_length: int,
+    stride: int,
+    max_tokens: int | None,
 ) -> Iterator[Window]:
-    """Tokenize texts, with the special tokens that the tokenizer adds, and cut them.
+    """Tokenize texts that are no tokens yet, with the special tokens that the tokenizer adds, and cut them.
 
-    Args:
-        tokenizer: of the model.
-        texts: are read one by one, and no further than needed.
-        max_length: as for `cut`.
-        stride: as for `cut`.
-        max_tokens: scored in all windows together; the last window is shortened to it. None: all.
+    They are read one by one, and no further than needed: the last window is shortened so that `max_tokens` are scored.
     """
     num_scored = 0
-    for text, words in enumerate(texts):
-        for window in cut(text, tokenizer(words, verbose=False)["input_ids"], max_length, stride):
+    for index, text in enumerate(texts):
+        token_ids = tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text
+        for window in cut(index, token_ids, max_length, stride):
             num_scored += window.num_scored
             if max_tokens is not None and num_scored >= max_tokens:
                 yield window.first(len(window.token_ids) - (num_scored - max_tokens))

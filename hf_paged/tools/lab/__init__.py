@@ -1,1 +1,1 @@
-"""What benchmarks and evaluation share: a model to measure, caches beside it, bytes, tables, pictures, sources."""
+"""What benchmarks and evaluation share: a model and its text, baselines, bytes, tables, pictures, provenance."""

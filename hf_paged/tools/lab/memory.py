@@ -1,17 +1,18 @@
 """Bytes: of a cache, of the process, of a model's weights."""
 
 import gc
+import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hf_paged._transformers import CACHE
 from hf_paged.cache.paged import PagedCache
-
-_STATUS = Path("/proc/self/status")
 
 
 def kv_bytes(cache: Cache | None) -> int:
@@ -55,9 +56,9 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        gc.collect()
         self._device = device
-        self._before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS") or _max_rss()
+        gc.collect()
+        self._before = self._held()
         self.forget_peak()
 
     def forget_peak(self) -> None:
@@ -66,40 +67,32 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            _reset_high_water_mark()
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     @property
-    def held_bytes(self) -> int | None:
-        """Bytes held now, less those at the beginning; None where the system tells the peak only."""
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device) - self._before
-        held = _status("VmRSS")
-        return None if held is None else held - self._before
+    def held_bytes(self) -> int:
+        """Bytes held now, less those at the beginning."""
+        return self._held() - self._before
 
     @property
     def bytes(self) -> int:
         """Bytes at the peak, less those at the beginning."""
+        is_cuda = self._device.type == "cuda"
+        return (torch.cuda.max_memory_allocated(self._device) if is_cuda else _peak_rss()) - self._before
+
+    def _held(self) -> int:
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return (_status("VmHWM") or _max_rss()) - self._before
+            return torch.cuda.memory_allocated(self._device)
+        held: int = psutil.Process().memory_info().rss
+        return held
 
 
-def _reset_high_water_mark() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def _status(field: str) -> int | None:
-    """A field of the process's status, bytes; None where the system doesn't tell."""
-    try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
-
-
-def _max_rss() -> int:
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
+def _peak_rss() -> int:
+    """What Linux calls VmHWM: `ru_maxrss` would begin with what the process had before it became this program."""
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        if found:
+            return 1024 * int(found[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import collect_env
 
 
 def provenance() -> dict[str, Any]:
     """What whoever runs this again has to know; `num_threads` is torch's at this moment."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
-        "machine": ", ".join([_processor(), f"{os.cpu_count()} cores", *_gpus()]),
+        "machine": ", ".join([_processor(), f"{os.cpu_count()} cores", *gpus]),
         "num_threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("hf-paged", "transformers", "torch")}
         | {"python": platform.python_version()},
@@ -30,25 +33,18 @@ def write_results(path: str | Path, results: dict[str, Any]) -> None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[str]:
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    told = collect_env.get_cpu_info(collect_env.run)  # type: ignore[no-untyped-call]
+    found = re.search(r"Model name:\s*(.+)", told or "")
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _commit() -> str:
     """The commit that the code is at, marked if the code has changed since."""
-    folder = Path(__file__).parents[3]
-    commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "hf_paged", "examples"])
+    git = ["git", "-C", str(Path(__file__).parents[3])]
     try:
         head, changes = (
-            subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
-            for command in commands
+            subprocess.run([*git, *words.split()], capture_output=True, text=True, check=True).stdout
+            for words in ("rev-parse --short HEAD", "status --porcelain hf_paged examples")
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,4 +1,4 @@
-"""A part of the evaluation: one command of `hf-paged`, and the file that has its figures."""
+"""A part of the evaluation: one command of `hf-paged`, the file that has its figures, and what the page says of it."""
 
 import subprocess
 import sys
@@ -12,22 +12,26 @@ class Stage:
 
     Attributes:
         name: of the results file, without its suffix.
-        short: arguments of `hf-paged` for half an hour on 2 cores.
-        full: arguments for the full size.
-        is_drawn: whether the command draws its figures.
+        command: of `hf-paged`, without its sizes.
+        short: its sizes for half an hour on 2 cores.
+        full: its full sizes.
+        title: of the section on the page; empty where the figures stand in that of another stage.
+        words: what the section says first.
     """
 
     name: str
+    command: str
     short: str
     full: str
-    is_drawn: bool = False
+    title: str = ""
+    words: str = ""
 
     def arguments(self, folder: Path, is_full: bool, num_threads: int | None) -> list[str]:
         """The arguments of `hf-paged`, with where the figures go."""
-        arguments = (self.full if is_full else self.short).split()
+        arguments = f"{self.command} {self.full if is_full else self.short}".split()
         if num_threads is not None:
             arguments += ["--num-threads", str(num_threads)]
-        if self.is_drawn:
+        if arguments[0] in ("bench", "audit"):
             arguments += ["--plot", str(folder)]
         return [*arguments, "--json", str(self.path(folder))]
 
@@ -41,77 +45,94 @@ class Stage:
         return subprocess.run(command, check=False).returncode
 
 
+_BF16 = "ppl --dtype bfloat16"
+
 STAGES = (
     Stage(
         "perplexity-256",
-        "ppl --caches dynamic,paged,static --chunk-size 256 --max-length 2048 --max-tokens 8000",
-        "ppl --caches dynamic,paged,static --chunk-size 256 --max-length 2048 --max-tokens 50000",
+        "ppl --caches dynamic,paged,static --chunk-size 256 --max-length 2048",
+        "--max-tokens 8000",
+        "--max-tokens 50000",
+        "Perplexity",
+        "Text is scored chunk after chunk through each cache, so that all but the first chunk of a window depend on "
+        "what the cache gives back. The caches take turns on the same chunks.",
     ),
-    Stage("perplexity-7", "ppl --chunk-size 7 --max-tokens 1000", "ppl --chunk-size 7 --max-tokens 10000"),
-    Stage("perplexity-1", "ppl --chunk-size 1 --max-tokens 250", "ppl --chunk-size 1 --max-tokens 2000"),
+    Stage("perplexity-7", "ppl --chunk-size 7", "--max-tokens 1000", "--max-tokens 10000"),
+    Stage("perplexity-1", "ppl --chunk-size 1", "--max-tokens 250", "--max-tokens 2000"),
     Stage(
         "perplexity-256-bf16",
-        "ppl --dtype bfloat16 --chunk-size 256 --max-length 2048 --max-tokens 4000",
-        "ppl --dtype bfloat16 --chunk-size 256 --max-length 2048 --max-tokens 50000",
+        f"{_BF16} --chunk-size 256 --max-length 2048",
+        "--max-tokens 4000",
+        "--max-tokens 50000",
     ),
-    Stage(
-        "perplexity-7-bf16",
-        "ppl --dtype bfloat16 --chunk-size 7 --max-tokens 500",
-        "ppl --dtype bfloat16 --chunk-size 7 --max-tokens 10000",
-    ),
-    Stage(
-        "perplexity-1-bf16",
-        "ppl --dtype bfloat16 --chunk-size 1 --max-tokens 100",
-        "ppl --dtype bfloat16 --chunk-size 1 --max-tokens 2000",
-    ),
+    Stage("perplexity-7-bf16", f"{_BF16} --chunk-size 7", "--max-tokens 500", "--max-tokens 10000"),
+    Stage("perplexity-1-bf16", f"{_BF16} --chunk-size 1", "--max-tokens 100", "--max-tokens 2000"),
     Stage(
         "latency",
-        "bench latency --contexts 128,256,512,1024,2048 --baselines dynamic,paged,paged-compiled --rounds 1 "
-        "--max-new-tokens 24",
-        "bench latency --contexts 128,256,512,1024,2048,4096,8000 --baselines dynamic,paged,paged-compiled "
-        "--max-new-tokens 64",
-        is_drawn=True,
+        "bench latency --baselines dynamic,paged,paged-compiled",
+        "--contexts 128,256,512,1024,2048 --rounds 1 --max-new-tokens 24",
+        "--contexts 128,256,512,1024,2048,4096,8000 --max-new-tokens 64",
+        "Time against length",
+        "One row. `paged-compiled` is `with compiled(model):`. *Times as fast* compares with `dynamic`.",
     ),
     Stage(
         "no-cache",
-        "bench no-cache --contexts 128,256,512,1024,2048 --rounds 1 --max-new-tokens 4",
-        "bench no-cache --contexts 128,256,512,1024,2048,4096",
-        is_drawn=True,
+        "bench latency --baselines dynamic,no-cache",
+        "--contexts 128,256,512,1024,2048 --rounds 1 --max-new-tokens 4",
+        "--contexts 128,256,512,1024,2048,4096 --max-new-tokens 6",
+        "Without a cache",
+        "Every token computes everything before it again.",
     ),
     Stage(
         "single",
-        "bench single --random-llama --contexts 1000,10000,32000,100000 --rounds 1 --max-new-tokens 16",
         "bench single",
-        is_drawn=True,
+        "--random-llama --contexts 1000,10000,32000,100000 --rounds 1 --max-new-tokens 16",
+        "",
+        "One long sequence",
+        "Run in chunks of 1024 tokens; *first token* counts from the point before. A tiny random Llama stands in "
+        "where the real model has no more positions.",
     ),
     Stage(
         "mixed",
-        "bench mixed --baselines dynamic,paged-ragged,paged-compiled --rounds 1 --max-new-tokens 24",
         "bench mixed",
-        is_drawn=True,
+        "--baselines dynamic,paged-ragged,paged-compiled --rounds 1 --max-new-tokens 24",
+        "",
+        "A mixed batch of 16",
+        "Prompts of 16 to 1024 tokens, from nothing to the last new token.",
     ),
     Stage(
         "chat",
-        "bench chat --random-llama --contexts 1000,8000,16000,24000,32000 --rounds 1 --max-new-tokens 16",
         "bench chat",
-        is_drawn=True,
+        "--random-llama --contexts 1000,8000,16000,24000,32000 --rounds 1 --max-new-tokens 16",
+        "",
+        "A growing conversation",
+        "Each turn adds to the cache of the last; *first token* is the time to read what was said since.",
     ),
     Stage(
         "page-size",
-        "bench page-size --prompt-lengths 57,130,260,333,410,519,700,1007 --rounds 1 --max-new-tokens 16",
         "bench page-size",
-        is_drawn=True,
+        "--prompt-lengths 57,130,260,333,410,519,700,1007 --rounds 1 --max-new-tokens 16",
+        "",
+        "Page size",
+        "The mixed batch with pages of each size, beside DynamicCache.",
     ),
     Stage(
         "audit",
-        "audit --random-llama --page-sizes 16,32,64,128,256",
         "audit --page-sizes 16,32,64,128,256",
-        is_drawn=True,
+        "--random-llama",
+        "",
+        "Memory, step by step",
+        "The mixed batch, all figures at its last step: the minimum, each token stored once; the pages held (active), "
+        "and what they hold beyond it; the pool's storage (reserved), what of it is resident, and what a DynamicCache "
+        "(padded) and a StaticCache would hold. *Agrees*: resident memory and accounting.",
     ),
     Stage(
         "long-context",
-        "long-context --tasks passkey,documents,copy --contexts 1000,2000 --limit 1",
-        "long-context --tasks passkey,documents,copy --contexts 1000,2000,4000,7500",
+        "long-context --tasks passkey,documents,copy",
+        "--contexts 1000,2000 --limit 1",
+        "--contexts 1000,2000,4000,7500",
+        "Long contexts",
+        "Tasks over long contexts; the score is the model's, the answers are compared.",
     ),
 )
 """In the order in which they run."""

@@ -1,0 +1,63 @@
+"""What can be measured: figures, a table of them, and pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_paged.tools.bench.race import REFERENCE
+from hf_paged.tools.bench.settings import Settings
+from hf_paged.tools.lab.chart import draw
+from hf_paged.tools.lab.table import Row
+
+LAP = ("context", "baseline", "ms_per_step", "ms_per_step_speed", "first_token_s", "first_token_s_speed")
+"""Columns of what a lap gives."""
+
+FITS = ("baseline", "intercept_ms", "slope_us", "r_squared", "growth")
+"""Columns of the lines through the times of `latency`."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One measurement.
+
+    Attributes:
+        name: for the command line.
+        description: one line.
+        measure: gives the figures, `rows` among them.
+        columns: keys of the rows that a table shows, if they are there.
+        drawn: those of which there are pictures.
+        by: key that names a line of a picture.
+    """
+
+    name: str
+    description: str
+    measure: Callable[[Settings], dict[str, Any]]
+    columns: tuple[str, ...]
+    drawn: tuple[str, ...] = ()
+    by: str = "baseline"
+
+    def draw(self, rows: Sequence[Row], folder: Path, prefix: str) -> None:
+        """Draw figures as `PREFIX-FIGURE.svg`, or where there are several models as `PREFIX-FIGURE-MODEL.svg`."""
+        models = list(dict.fromkeys(row.get("model", "") for row in rows))
+        for model in models:
+            own = [row for row in rows if row.get("model", "") == model]
+            suffix = f"-{model.replace(' ', '-')}" if len(models) > 1 else ""
+            for figure in self.drawn:
+                title = f"{self.name}, {model}" if model else self.name
+                draw(own, figure, folder / f"{prefix}-{figure}{suffix}.svg", title, self.by)
+
+
+def with_speed(rows: Sequence[Row]) -> list[Row]:
+    """Add how many times as fast as the reference a row is, to its first token and in all."""
+    references = {_case(row): row for row in rows if row.get("baseline") == REFERENCE}
+    extended: list[Row] = []
+    for row in rows:
+        reference = references.get(_case(row), {})
+        times = [key for key in ("ms_per_step", "first_token_s", "total_s") if row.get(key) and reference.get(key)]
+        extended.append({**row, **{f"{key}_speed": reference[key] / row[key] for key in times}})
+    return extended
+
+
+def _case(row: Row) -> Any:
+    return row.get("model"), row.get("context")

@@ -1,0 +1,106 @@
+"""One row whose context grows from point to point, the cache being kept: a long sequence, and a conversation."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hf_paged.tools.bench.race import Lap, Race, summarize, warm_up
+from hf_paged.tools.bench.scenario import LAP, Scenario
+from hf_paged.tools.bench.settings import Settings, load
+from hf_paged.tools.lab.baselines import line_up
+from hf_paged.tools.lab.memory import PeakMemory
+from hf_paged.tools.lab.model import MeasuredModel, random_llama
+
+_LONG = (1000, 4000, 8000, 16000, 32000, 64000, 100000)
+_TURNS = (1000, *range(2000, 32001, 2000))
+
+
+def measure(default: Sequence[int], is_chunked: bool, settings: Settings) -> dict[str, Any]:
+    """Let the context grow; beyond the positions of the model, with a tiny random one.
+
+    Args:
+        default: contexts, where none are asked for.
+        is_chunked: whether what lies between two points is run in chunks.
+        settings: as given.
+
+    Returns:
+        `rows` for each model, context and baseline, as `grow` gives them.
+    """
+    chunk_size = settings.chunk_size if is_chunked else None
+    models = reaching(load(settings), settings, default)
+    return {"rows": [row for model, contexts in models for row in grow(model, settings, contexts, chunk_size)]}
+
+
+def grow(
+    model: MeasuredModel, settings: Settings, contexts: Sequence[int], chunk_size: int | None
+) -> list[dict[str, Any]]:
+    """Let the context of a row grow, and decode at each point.
+
+    Args:
+        model: whose prompt is long enough for all contexts.
+        settings: as given.
+        contexts: tokens before each point's new tokens, in ascending order.
+        chunk_size: tokens that are run at a time between two points; None: all.
+
+    Returns:
+        A row for each context and baseline: what `summarize` gives, `first_token_s` counting from the last point,
+        and `resident_bytes`, what the process, all baselines together, holds more than at the beginning, at most.
+    """
+    ids = model.prompt(contexts[-1])
+    lengths = [after - before for before, after in zip([0, *contexts], contexts, strict=False)]
+    # The new tokens of one point are part of the context of the next.
+    added = [lengths[0], *(length - settings.max_new_tokens for length in lengths[1:])]
+    if min(added) < 1:
+        raise ValueError(
+            f"Contexts {list(contexts)} were asked for with {settings.max_new_tokens} new tokens at each, which is "
+            "more than lies between two of them. Ask for fewer contexts or fewer new tokens."
+        )
+    pieces = torch.split(ids, [*added, ids.shape[1] - sum(added)], dim=1)
+    laps: list[list[dict[str, Lap]]] = [[] for _ in contexts]
+    peaks = [0] * len(contexts)
+    with line_up(model.model, settings.baselines or ("dynamic", "paged"), settings.page_size) as baselines:
+        warm_up(baselines, model)
+        for _ in range(settings.rounds):
+            memory = PeakMemory(model.device)
+            race = Race(baselines, contexts[-1] + settings.max_new_tokens)
+            for point, piece in enumerate(tqdm(pieces[: len(contexts)], model.name, disable=None)):
+                laps[point].append(race.lap(piece, settings.max_new_tokens, chunk_size))
+                peaks[point] = max(peaks[point], memory.bytes)
+            race.end()
+    return [
+        {"model": model.name, "context": context} | row | {"resident_bytes": peak}
+        for context, at_point, peak in zip(contexts, laps, peaks, strict=True)
+        for row in summarize(at_point)
+    ]
+
+
+def reaching(
+    model: MeasuredModel, settings: Settings, default: Sequence[int]
+) -> list[tuple[MeasuredModel, list[int]]]:
+    """The model as far as its positions go; beyond them, a tiny one with random weights for all contexts."""
+    chosen = [(model, model.contexts(settings.contexts, default, settings.max_new_tokens))]
+    if len(chosen[0][1]) < len(set(settings.contexts or default)):
+        tiny = random_llama(settings.dtype, settings.device)
+        chosen.append((tiny, tiny.contexts(settings.contexts, default, settings.max_new_tokens)))
+    return [(each, contexts) for each, contexts in chosen if contexts]
+
+
+_COLUMNS = ("model", *LAP, "kv_bytes", "same_tokens", "error")
+
+SINGLE = Scenario(
+    "single",
+    "one long sequence, up to 100,000 tokens where the model allows, its prompt run in chunks",
+    partial(measure, _LONG, True),
+    _COLUMNS,
+    ("ms_per_step", "kv_bytes"),
+)
+CHAT = Scenario(
+    "chat",
+    "a conversation that grows turn by turn, each turn adding to the cache of the last",
+    partial(measure, _TURNS, False),
+    _COLUMNS,
+    ("first_token_s", "ms_per_step"),
+)

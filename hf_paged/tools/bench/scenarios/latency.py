@@ -1,0 +1,89 @@
+"""Time to the first token, and of each token after it, against the length of the context."""
+
+import statistics
+from typing import Any
+
+from tqdm import tqdm
+
+from hf_paged.tools.bench.bandwidth import Bandwidth
+from hf_paged.tools.bench.race import race_once, summarize, warm_up
+from hf_paged.tools.bench.scenario import LAP, Scenario
+from hf_paged.tools.bench.settings import Settings, load
+from hf_paged.tools.lab.baselines import line_up
+from hf_paged.tools.lab.memory import token_bytes, weight_bytes
+
+CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
+BASELINES = ("dynamic", "static", "flex", "paged")
+_GROWN_TO = 2048
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Measure one row at each context.
+
+    Returns:
+        `weight_bytes`, which a step reads; `rows` for each context and baseline, with `bandwidth_gb_s`, measured in
+        turns with the steps, and `bandwidth_share`: the bytes that a step must read (weights, and the keys and values
+        of the context) per second, as a part of it; `fits` for each baseline.
+    """
+    model = load(settings)
+    bandwidth = Bandwidth(model.device)
+    weights, bytes_per_token = weight_bytes(model.model), token_bytes(model.model)
+    rows = []
+    with line_up(model.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+        warm_up(baselines, model)
+        contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
+        for context in tqdm(contexts, "latency", disable=None):
+            ids = model.prompt(context)
+            laps = [
+                race_once(baselines, ids, None, settings.max_new_tokens, bandwidth.measure)
+                for _ in range(settings.rounds)
+            ]
+            bytes_per_s = bandwidth.take_median()
+            for row in summarize(laps):
+                if "error" not in row:
+                    row["bandwidth_gb_s"] = bytes_per_s / 1e9
+                    num_bytes = weights + context * bytes_per_token
+                    row["bandwidth_share"] = num_bytes / (row["ms_per_step"] / 1e3) / bytes_per_s
+                rows.append({"context": context} | row)
+    return {"weight_bytes": weights, "rows": rows, "fits": fits(rows)}
+
+
+def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fit a line through the times of each baseline; none for a baseline with fewer than two.
+
+    Returns:
+        `slope_us` per token of context, `intercept_ms` and `r_squared`; `growth` of the time from the first context
+        to 2048, or to the last where that was not measured.
+    """
+    times: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if "error" not in row:
+            times.setdefault(row["baseline"], {})[row["context"]] = row["ms_per_step"]
+    lines = []
+    for name, by_context in times.items():
+        if len(by_context) < 2:
+            continue
+        contexts, ms = list(by_context), list(by_context.values())
+        slope, intercept = statistics.linear_regression(contexts, ms)
+        first, last = min(by_context), _GROWN_TO if _GROWN_TO in by_context else max(by_context)
+        lines.append(
+            {
+                "baseline": name,
+                "slope_us": 1e3 * slope,
+                "intercept_ms": intercept,
+                "r_squared": statistics.correlation(contexts, ms) ** 2,
+                "growth": by_context[last] / by_context[first],
+                "growth_from": first,
+                "growth_to": last,
+            }
+        )
+    return lines
+
+
+LATENCY = Scenario(
+    "latency",
+    "time to the first token, and of each after it, against the length of the context",
+    measure,
+    (*LAP, "bandwidth_share", "same_tokens", "error"),
+    ("ms_per_step", "first_token_s"),
+)

@@ -1,0 +1,113 @@
+"""A batch of prompts of very different lengths, from nothing to the last token."""
+
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from hf_paged.tools.bench.race import Lap, race_once, summarize, warm_up
+from hf_paged.tools.bench.scenario import LAP, Scenario
+from hf_paged.tools.bench.settings import Settings, load
+from hf_paged.tools.bench.worker import in_new_process
+from hf_paged.tools.lab.baseline import Baseline
+from hf_paged.tools.lab.baselines import line_up
+from hf_paged.tools.lab.memory import PeakMemory, token_bytes
+
+BASELINES = ("dynamic", "paged", "paged-ragged", "paged-compiled", "generate_batch")
+NUM_PROMPTS = 16
+LENGTHS = (16, 1024)
+_LAST_TOKENS = 256
+_PEAKS_ON_CPU = 3  # processes: what an allocator keeps of large tensors that were freed differs by hundreds of MiB
+_SEED = 0
+
+
+def prompt_lengths(asked: Sequence[int] | None = None) -> list[int]:
+    """Those asked for, or lengths between 16 and 1024 tokens, the same in every run."""
+    if asked is not None:
+        return list(asked)
+    generator = random.Random(_SEED)
+    return [generator.randint(*LENGTHS) for _ in range(NUM_PROMPTS)]
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Measure the batch; the memory of each baseline in a process of its own.
+
+    Returns:
+        What `run_batch` gives, with `peak_bytes`, what a process held beyond the loaded model, at most, in the median
+        of several, `least_peak_bytes` and `most_peak_bytes`, or `peak_error`.
+    """
+    model = load(settings)
+    with line_up(model.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+        results = run_batch(baselines, settings)
+    num_processes = 1 if model.device.type == "cuda" else _PEAKS_ON_CPU
+    for row in tqdm(results["rows"], "memory", disable=None):
+        if "error" not in row:
+            row |= _peaks([in_new_process(peak, settings, row["baseline"]) for _ in range(num_processes)])
+    return results
+
+
+def run_batch(baselines: Sequence[Baseline], settings: Settings) -> dict[str, Any]:
+    """Run the batch with baselines in turns.
+
+    Returns:
+        `prompt_lengths`; `minimum_bytes`, the keys and values of the real tokens; `rows` for each baseline, with
+        `total_s`; `tokens_per_s`, prompt tokens and new ones over the total; `last_tokens_per_s`, over the last 256
+        new tokens or all of them; `overhead` of the cache over the minimum.
+    """
+    model, lengths, num_new = load(settings), prompt_lengths(settings.prompt_lengths), settings.max_new_tokens
+    ids, mask = model.padded(lengths)
+    warm_up(baselines, model, len(lengths))
+    laps = [race_once(baselines, ids, mask, num_new) for _ in tqdm(range(settings.rounds), "batch", disable=None)]
+    # What the last token of a row would store is stored by the step after it.
+    minimum = (sum(lengths) + len(lengths) * (num_new - 1)) * token_bytes(model.model)
+    rows = summarize(laps)
+    for row in rows:
+        if "error" in row:
+            continue
+        own = [lap[row["baseline"]] for lap in laps]
+        row["total_s"] = statistics.median(lap.total_s for lap in own)
+        row["tokens_per_s"] = (sum(lengths) + len(lengths) * num_new) / row["total_s"]
+        row["last_tokens_per_s"] = statistics.median(last_tokens_per_s(lap, len(lengths)) for lap in own)
+        if "kv_bytes" in row:
+            row["overhead"] = row["kv_bytes"] / minimum - 1
+    return {"prompt_lengths": lengths, "minimum_bytes": minimum, "rows": rows}
+
+
+def last_tokens_per_s(lap: Lap, num_rows: int) -> float:
+    """New tokens per second over the last 256, or over all but the first of each row."""
+    steps = lap.step_s[-max(1, _LAST_TOKENS // num_rows) :]
+    return num_rows * len(steps) / sum(steps)
+
+
+def peak(settings: Settings, name: str) -> dict[str, Any]:
+    """Run the batch once with one baseline in this process; return `peak_bytes`, or `error`."""
+    model = load(settings)
+    ids, mask = model.padded(prompt_lengths(settings.prompt_lengths))
+    token_bytes(model.model)  # a forward pass, which touches weights that were not read from disk yet
+    memory = PeakMemory(model.device)
+    with line_up(model.model, [name], settings.page_size) as baselines:
+        warm_up(baselines, model, len(ids))
+        memory.forget_peak()  # compilers take memory too, but are gone by then
+        lap = race_once(baselines, ids, mask, settings.max_new_tokens)[name]
+        return {"peak_bytes": memory.bytes} if lap.error is None else {"error": lap.error}
+
+
+def _peaks(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    errors = [run["error"] for run in runs if "error" in run]
+    if errors:
+        return {"peak_error": errors[0]}
+    peaks = [run["peak_bytes"] for run in runs]
+    return {"peak_bytes": statistics.median(peaks), "least_peak_bytes": min(peaks), "most_peak_bytes": max(peaks)}
+
+
+_TIMES = ("total_s", "total_s_speed", "tokens_per_s", "last_tokens_per_s")
+
+MIXED = Scenario(
+    "mixed",
+    "a batch of prompts of very different lengths, from nothing to the last token",
+    measure,
+    (*LAP, *_TIMES, "kv_bytes", "overhead", "peak_bytes", "same_tokens", "error", "peak_error"),
+    ("peak_bytes", "kv_bytes", "tokens_per_s", "first_token_s"),
+)

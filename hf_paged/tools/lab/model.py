@@ -1,0 +1,130 @@
+"""A model that is measured, and text for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_paged.packaged import load_packaged_model, prompts
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model that is measured, and text for it.
+
+    Attributes:
+        name: for people.
+        model: in eval mode.
+        tokenizer: None for a model with random weights, which is given random tokens.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model knows."""
+        positions: int = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        return positions
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    def prompt(self, length: int) -> Tensor:
+        """One prompt, `(1, length)`."""
+        return self.padded([length])[0]
+
+    def padded(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Distinct prompts, padded on the left: token ids and mask, each `(len(lengths), max(lengths))`."""
+        if self.tokenizer is not None:
+            return padded(prompts(self.tokenizer, lengths), self.device)
+        generator = torch.Generator().manual_seed(_SEED)
+        vocab_size = self.model.config.vocab_size
+        return padded(
+            [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths], self.device
+        )
+
+    def contexts(self, asked: Sequence[int] | None, default: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The context lengths asked for, or else the default ones, that leave room for the new tokens."""
+        chosen = sorted(set(default if asked is None else asked))
+        return [context for context in chosen if context + max_new_tokens <= self.max_length]
+
+
+def padded(prompts: Sequence[Sequence[int]], device: torch.device, side: str = "left") -> tuple[Tensor, Tensor]:
+    """Lay prompts out as rows: token ids and mask, each `(len(prompts), longest)`; padding is 0 in both."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids, mask = (
+        pad_sequence(each, batch_first=True, padding_side=side) for each in (rows, list(map(torch.ones_like, rows)))
+    )
+    return ids.to(device), mask.to(device)
+
+
+def load_model(name: str | None = None, dtype: str = "float32", device: str | torch.device = "cpu") -> MeasuredModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: name or path for `from_pretrained`; None: the packaged SmolLM2-135M-Instruct.
+        dtype: of the weights, by its name in torch.
+        device: where the model goes.
+
+    Raises:
+        ValueError: for a dtype that torch doesn't have.
+    """
+    torch_dtype = _read_dtype(dtype)
+    if name is None:
+        model, tokenizer = load_packaged_model(torch_dtype)
+        return MeasuredModel("SmolLM2-135M-Instruct", _place(model, device), tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
+    return MeasuredModel(Path(name).name, _place(model, device), AutoTokenizer.from_pretrained(name))
+
+
+def random_llama(dtype: str = "float32", device: str | torch.device = "cpu") -> MeasuredModel:
+    """Make a Llama that is small enough for prompts of 100,000 tokens; its weights are the same in all runs."""
+    torch.manual_seed(_SEED)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=131072,
+        initializer_range=0.2,  # keeps the logits apart, so that greedy tokens are well defined
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    torch_dtype = _read_dtype(dtype)
+    for weight in model.parameters():  # not the buffers: the frequencies of rotary embeddings stay in float32
+        weight.data = weight.data.to(torch_dtype)
+    return MeasuredModel("random Llama", _place(model, device))
+
+
+def _read_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={name!r} was asked for; give one of torch's, such as float32 or bfloat16.")
+    return dtype
+
+
+def _place(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    module: torch.nn.Module = model
+    module.to(device).eval()
+    return model

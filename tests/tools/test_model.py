@@ -1,0 +1,30 @@
+"""A model that is measured is the one that a user loads."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_paged.tools.lab.model import load_model, random_llama
+from tests.models import letter_tokenizer, random_ids, tiny_llama
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@torch.no_grad()
+def test_its_logits_are_those_of_from_pretrained(folder, dtype):
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    ids = random_ids(2, 300)
+    torch.testing.assert_close(load_model(folder, dtype).model(ids).logits, plain(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_frequencies_stay_in_float32(folder, dtype):
+    for measured in (load_model(folder, dtype), random_llama(dtype)):
+        assert measured.model.dtype == getattr(torch, dtype)
+        assert measured.model.model.rotary_emb.inv_freq.dtype == torch.float32
