@@ -55,10 +55,11 @@ test-oldest: $(OLDEST)/constraints.txt ## run the tests with the oldest torch an
 test-newest: $(NEWEST)/constraints.txt ## run the tests with the newest torch and Transformers (ARGS goes to pytest)
 	@$(MAKE) --no-print-directory test VENV=$(NEWEST) PINS=$<
 
-check: $(STAMP) ## lint, formatting and types
+check: $(STAMP) ## lint, formatting, types, and the order of the rooms
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy hf_paged
+	@$(BIN)/lint-imports --no-cache
 
 format: $(STAMP) ## format, and fix what ruff can fix
 	@$(BIN)/ruff check --fix-only

@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from hf_paged import PagedCache, compiled
+from hf_paged import PagedCache, compiled, gather_weights
 from hf_paged.packaged import load_packaged_model, prompts
 
 PROMPT_LENGTHS = (30, 60, 110, 200, 300, 400, 500, 600)
@@ -39,6 +39,7 @@ def main() -> None:
     print(f"DynamicCache, padded: {padded:.1f} s")
 
     model.set_attn_implementation("paged_flex")
+    gather_weights(model)
     with compiled(model):
         for turn in ("compiling or looking up", "compiled"):
             start = time.perf_counter()

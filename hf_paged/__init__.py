@@ -4,11 +4,14 @@ Importing this package registers `attn_implementation="paged_flex"` with Transfo
 """
 
 from hf_paged import _versions  # noqa: F401 (first: it may have something to say)
+from hf_paged._support import support
+from hf_paged._torch.tricks import check_switches
 from hf_paged.attention.interface import register
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.stopping import ReleaseFinished
 from hf_paged.compile.api import compiled
+from hf_paged.compile.weights import gather_weights
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
@@ -22,6 +25,9 @@ __all__ = [
     "PagedEncoderDecoderCache",
     "ReleaseFinished",
     "compiled",
+    "gather_weights",
+    "support",
 ]
 
+check_switches()
 register()

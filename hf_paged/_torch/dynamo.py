@@ -1,14 +1,16 @@
-"""What functions and tensors are to dynamo."""
+"""What functions, tensors and modules are to dynamo."""
 
 import itertools
+import os
 import types
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._dynamo.guards import GuardBuilder
-from torch._guards import TracingContext
+
+from hf_paged._torch.private import MissingNameError, Private
+from hf_paged._torch.tricks import Trick
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,6 +22,33 @@ _HOOKS = {
     "EMPTY_NN_MODULE_HOOKS_DICT": ("._forward_hooks", "._forward_pre_hooks"),
     "TYPE_MATCH": ("._global_forward_hooks", "._global_forward_pre_hooks"),
 }
+
+_CONFIG = Private("torch._dynamo.config", check=lambda config: bool(config.disable))
+_GUARD_OF_LENGTH = Private("torch._dynamo.guards:GuardBuilder.SEQUENCE_LENGTH", check=lambda make: make.__code__)
+_TRACING = Private("torch._guards:TracingContext", check=lambda context: context.try_get())
+_MARK = Private("torch._dynamo:mark_dynamic", check=callable)
+_MAYBE_MARK = Private("torch._dynamo:maybe_mark_dynamic", check=callable)
+
+HOOK_GUARDS = Trick(
+    "hook_guards",
+    "a compiled step is compiled anew when its model has a hook more or less",
+    "compiled() runs models uncompiled, since a hook that comes later would be left out",
+    _GUARD_OF_LENGTH,
+    _TRACING,
+    can_be_switched_off=False,
+)
+DYNAMIC_SIZES = Trick(
+    "dynamic_sizes",
+    "a kernel is compiled once for all lengths",
+    "a kernel is compiled again the first times that its lengths change",
+    _MARK,
+)
+COMPILED_PREFILL = Trick(
+    "compiled_prefill",
+    "within compiled(), prefill computes prompts in a compiled graph",
+    "prefill computes prompts uncompiled",
+    _MAYBE_MARK,
+)
 
 
 def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
@@ -36,28 +65,55 @@ def with_own_code(function: Callable[P, R]) -> Callable[P, R]:
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
+def switched_off() -> str | None:
+    """Say which of torch's switches turns `torch.compile` off; None if it is on."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE=1 switches torch.compile off"
+    config = _CONFIG.value_or(None, "Only the environment is asked whether torch.compile is switched off")
+    is_off = os.environ.get("TORCH_COMPILE_DISABLE") == "1" if config is None else config.disable
+    return "torch._dynamo.config.disable (TORCH_COMPILE_DISABLE=1) switches torch.compile off" if is_off else None
+
+
+def is_from_dynamo(error: BaseException) -> bool:
+    """Whether an error says that something can't be traced or compiled."""
+    return any(kind.__module__ == "torch._dynamo.exc" for kind in type(error).__mro__)
+
+
+@outside_of_graphs  # dynamo refuses to trace it
+def mark_dynamic(tensor: Tensor, size: int) -> None:
+    """Have graphs made for any number where a tensor has this one of its sizes, with `DYNAMIC_SIZES`."""
+    if DYNAMIC_SIZES.is_on:
+        try:
+            _MARK.value(tensor, size)
+        except Exception as error:
+            DYNAMIC_SIZES.fall_back(error)
+
+
+@outside_of_graphs  # as above
+def let_vary(tensor: Tensor, size: int) -> None:
+    """Have graphs made for any number there, as far as the model lets it vary, with `COMPILED_PREFILL`."""
+    try:
+        _MAYBE_MARK.value(tensor, size)
+    except Exception as error:
+        COMPILED_PREFILL.fall_back(error)
+
+
 def guard_hooks() -> None:
     """While a backend of dynamo runs, let its graph be compiled anew when there is a hook more or less.
 
     Dynamo takes it for granted that a module without hooks stays without, and would leave out a hook that comes later.
     What hooks of the backward pass are asked for there is no gradient.
+
+    Raises:
+        MissingNameError: if there are modules, but dynamo no longer asks for their hooks in the way that is known.
     """
-    for guard in TracingContext.get().guards_context.dynamo_guards:
-        if guard.name.endswith(_HOOKS.get(guard.create_fn_name(), ())):
-            guard.create_fn = GuardBuilder.SEQUENCE_LENGTH
-
-
-def without_graph(run: Any) -> Any:
-    """Part what AOTAutograd returned from the graph it was made of, whose nodes take megabytes.
-
-    It carries methods of the graph along, which nothing calls once the function is compiled.
-    """
-    function = run
-    while function is not None:
-        for name in ("zero_grad", "named_parameters", "named_buffers"):
-            vars(function).pop(name, None)
-        function = getattr(function, "_torchdynamo_orig_callable", None)
-    return run
+    length = _GUARD_OF_LENGTH.value
+    guards = _TRACING.value.get().guards_context.dynamo_guards
+    of_hooks = [guard for guard in guards if guard.name.endswith(_HOOKS.get(guard.create_fn_name(), ()))]
+    if not of_hooks and any("._modules[" in guard.name for guard in guards):
+        raise MissingNameError("dynamo has no guards for the hooks of modules")
+    for guard in of_hooks:
+        guard.create_fn = length
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

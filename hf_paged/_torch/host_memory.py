@@ -8,6 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged._torch.tricks import Trick
+
+HUGE_PAGES = Trick(
+    "huge_pages",
+    "weights that gather_weights() moves are put into huge pages",
+    "they are put into pages of 4 KiB",
+)
+
 
 def untouched_memory(num_bytes: int, huge_pages: bool = False) -> Tensor:
     """Zeros, `(num_bytes,)` uint8, that take no memory before they are touched and give it back when they are gone.
@@ -29,7 +37,7 @@ def untouched_memory(num_bytes: int, huge_pages: bool = False) -> Tensor:
             f"The system can't give {num_bytes / 2**30:,.1f} GiB at once. Where these are the pages of a layer, ask "
             "for fewer (num_pages)."
         ) from error
-    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge_pages and HUGE_PAGES.is_on and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))

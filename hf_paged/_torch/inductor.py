@@ -2,30 +2,90 @@
 
 import inspect
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch._dynamo
+import torch.compiler.config
 from torch import Tensor
-from torch._dynamo.convert_frame import compile_lock
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch.utils._python_dispatch import _disable_current_modes
 
-from hf_paged._torch.dynamo import outside_of_graphs, with_own_code
-from hf_paged._torch.wrapper_replay import WrapperReplay, capture
+from hf_paged._torch.dynamo import (
+    DYNAMIC_SIZES,
+    mark_dynamic,
+    outside_of_graphs,
+    switched_off,
+    with_own_code,
+)
+from hf_paged._torch.private import Private
+from hf_paged._torch.tricks import Trick
+from hf_paged._torch.wrapper_replay import WRAPPER_REPLAY, WrapperReplay, capture
 
 logger = logging.getLogger(__name__)
 
 
+def _entered(context: Callable[[], Any]) -> None:
+    with context():
+        pass
+
+
+_MAX_GRAPHS = 64  # of one kernel, which torch.compile makes one by one where it isn't told which sizes change
+
+COMPILE_FX = Private("torch._inductor.compile_fx:compile_fx", check=callable)
+COMPILE_FX_INNER = Private("torch._inductor.compile_fx:compile_fx_inner", check=callable)
+AUTOGRAD_CONFIG = Private("torch._functorch.config", check=lambda config: config.patch(enable_autograd_cache=False))
+_EVAL_FRAME = Private("torch._dynamo.eval_frame", check=lambda module: (module._stance.stance, module._stance.backend))
+_WITHOUT_MODES = Private("torch.utils._python_dispatch:_disable_current_modes", check=_entered)
+_COMPILE_LOCK = Private("torch._dynamo.convert_frame:compile_lock", check=lambda lock: _entered(lambda: lock))
+
+UNGUARDED_KERNELS = Trick(
+    "unguarded_kernels",
+    "kernels are called without the guards of torch.compile",
+    "they are called through torch.compile, which looks at hundreds of guards each time",
+    COMPILE_FX,
+    COMPILE_FX_INNER,
+    AUTOGRAD_CONFIG,
+)
+
+BoundKernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Attends with other queries, keys, values and sinks of the same sizes, in one thread."""
+
+
+class Kernel(Protocol):
+    """A compiled attention function."""
+
+    def bound_to(self, arguments: Sequence[Tensor | None]) -> BoundKernel:
+        """Return what attends with these arguments, of which queries, keys, values and sinks are given anew."""
+
+
 @dataclass(frozen=True)
-class Kernel:
+class GuardedKernel:
+    """A function as `torch.compile` returned it, with all its guards.
+
+    Attributes:
+        run: takes the arguments, of which the first three are queries, keys and values, and the last are sinks.
+    """
+
+    run: Callable[..., Tensor]
+
+    def bound_to(self, arguments: Sequence[Tensor | None]) -> BoundKernel:
+        """Return what attends with these arguments, of which queries, keys, values and sinks are given anew."""
+        others = arguments[3:-1]
+        config: Any = torch.compiler.config
+
+        def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor) -> Tensor:
+            with config.patch(recompile_limit=_MAX_GRAPHS):
+                return _call(self.run, [query, keys, values, *others, sinks])
+
+        return attend
+
+
+@dataclass(frozen=True)
+class UnguardedKernel:
     """What inductor compiled, and how it wants to be called.
 
     Attributes:
@@ -38,8 +98,8 @@ class Kernel:
     inputs_of: Callable[..., list[Any]]
     argument_indices: tuple[int, int, int, int]
 
-    def bound_to(self, arguments: Sequence[Tensor | None]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Return what attends with other queries, keys, values and sinks of the same sizes, in one thread."""
+    def bound_to(self, arguments: Sequence[Tensor | None]) -> BoundKernel:
+        """Return what attends with these arguments, of which queries, keys, values and sinks are given anew."""
         inputs = self.inputs_of(*arguments)
         argument_indices = [index for index in self.argument_indices if index >= 0]
         replay: WrapperReplay | None = None
@@ -53,7 +113,7 @@ class Kernel:
             filled = inputs.copy()
             for index, tensor in zip(argument_indices, used, strict=True):
                 filled[index] = tensor
-            if is_captured:
+            if is_captured or not WRAPPER_REPLAY.is_on:
                 return self.run(filled)[0]
             (output,), replay = capture(self.run, filled, used)
             is_captured = True
@@ -69,15 +129,6 @@ _lock = threading.RLock()
 def num_specializations() -> int:
     """Kernels compiled in this process."""
     return len(_kernels)
-
-
-def switched_off() -> str | None:
-    """Say which of torch's switches turns `torch.compile` off; None if it is on."""
-    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        return "TORCHDYNAMO_DISABLE=1 switches torch.compile off"
-    if torch._dynamo.config.disable:
-        return "torch._dynamo.config.disable (TORCH_COMPILE_DISABLE=1) switches torch.compile off"
-    return None
 
 
 def can_compile() -> bool:
@@ -128,68 +179,93 @@ def _compile(
 
     Dynamo finds the kernel by looking at hundreds of guards. Between two layers' weights nothing of them is left in
     the processor's caches, and the look takes several times as long as the attention of a short row. What the guards
-    would find out is in the key of `compiled_kernel`, so the kernel is called without them.
+    would find out is in the key of `compiled_kernel`, so the kernel is called without them. If that can't be done with
+    this torch, it is called with them.
     """
-    sources: list[str] = []
-    compiled: list[Any] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        # Read before inductor takes the graph apart: where dynamo has each input from, as an expression over L.
-        sources.extend(node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder")
-        # That cache would find what AOTAutograd makes of the kernel without compiling what is inside.
-        inside = torch._functorch.config.patch(enable_autograd_cache=False)
-        # The sizes are those of the tensors that they are read from, so there is nothing to be asserted on each call.
-        # Nor are indices: block tables name pages that exist.
-        unchecked = torch._inductor.config.patch(size_asserts=False, assert_indirect_indexing=False)
-        # Not around the whole: before torch 2.12 threads share such settings, but dynamo calls one backend at a time.
-        with inside, unchecked:
-            return compile_fx(graph, inputs, inner_compile=compile_inner)
-
-    def compile_inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-        compiled.append(compile_fx_inner(graph, inputs, **options))
-        return compiled[-1]
-
     reason = switched_off()
     if reason is not None:
         raise ValueError(
             f"{reason}, but attention over pages needs to be compiled. Switch it on, or load the model with "
             'attn_implementation="sdpa": PagedCache works with it.'
         )
-    own = with_own_code(attend)
-    names = list(inspect.signature(attend).parameters)
-    device = next(tensor.device for tensor in arguments if tensor is not None)
-    for name, tensor in zip(names, arguments, strict=True):
+    for name, tensor in zip(inspect.signature(attend).parameters, arguments, strict=True):
         for size in dynamic_sizes(name):
             if tensor is not None and tensor.shape[size] > 1:
-                torch._dynamo.mark_dynamic(tensor, size)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        # With dynamic=True, as a model may be compiled, what is a constant of the kernel would become an input.
-        _call_once(torch.compile(own, backend=backend, fullgraph=True, dynamic=False), arguments)
+                mark_dynamic(tensor, size)
+    if not (UNGUARDED_KERNELS.is_on and DYNAMIC_SIZES.is_on):
+        return _compile_with_guards(attend, arguments)
+    try:
+        return _compile_without_guards(attend, arguments)
+    except Exception as error:
+        failure = error
+    kernel = _compile_with_guards(attend, arguments)  # where nothing can be compiled, this says so
+    UNGUARDED_KERNELS.fall_back(failure)
+    return kernel
+
+
+def _compile_with_guards(attend: Callable[..., Tensor], arguments: Sequence[Tensor | None]) -> GuardedKernel:
+    # Sizes that change become dynamic by themselves, one after the other. With dynamic=True, as a model may be
+    # compiled, what is a constant of the kernel would become an input.
+    kernel = GuardedKernel(torch.compile(with_own_code(attend), fullgraph=True, dynamic=None))
+    _call(kernel.run, arguments)
+    return kernel
+
+
+def _compile_without_guards(attend: Callable[..., Tensor], arguments: Sequence[Tensor | None]) -> UnguardedKernel:
+    compile_fx, compile_fx_inner = COMPILE_FX.value, COMPILE_FX_INNER.value
+    sources: list[str] = []
+    compiled: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        # Read before inductor takes the graph apart: where dynamo has each input from, as an expression over L.
+        sources.extend(node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder")
+        # The sizes are those of the tensors that they are read from, so there is nothing to be asserted on each call.
+        # Nor are indices: block tables name pages that exist.
+        unchecked = {"size_asserts": False, "assert_indirect_indexing": False}
+        # That cache would find what AOTAutograd makes of the kernel without compiling what is inside. Not around the
+        # whole: before torch 2.12 threads share such settings, but dynamo calls one backend at a time.
+        with AUTOGRAD_CONFIG.value.patch(enable_autograd_cache=False):
+            return compile_fx(graph, inputs, inner_compile=compile_inner, config_patches=unchecked)
+
+    def compile_inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        compiled.append(compile_fx_inner(graph, inputs, **options))
+        return compiled[-1]
+
+    expected = _call(torch.compile(with_own_code(attend), backend=backend, fullgraph=True, dynamic=False), arguments)
     if not compiled:
-        raise RuntimeError(
-            "torch.compile has not compiled the attention over pages, which needs it. Its log says why. Or load the "
-            'model with attn_implementation="sdpa": PagedCache works with it.'
-        )
+        raise RuntimeError("torch.compile has not called inductor; its log says why")
     (graph,) = compiled
+    names = list(inspect.signature(attend).parameters)
     inputs = [_expression(source) for source in sources]
     query, keys, values = (inputs.index(name) for name in names[:3])
     sinks = inputs.index(names[-1]) if names[-1] in inputs else -1
     inputs_of = eval(f"lambda {', '.join(names)}: [{', '.join(inputs)}]")
-    return Kernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
+    kernel = UnguardedKernel(graph.current_callable, inputs_of, (query, keys, values, sinks))
+    output = kernel.run(kernel.inputs_of(*arguments))[0]
+    if not torch.allclose(output, expected, rtol=0.01, atol=0.01, equal_nan=True):
+        raise RuntimeError("without guards, inductor's function gives something else")
+    return kernel
 
 
 @outside_of_graphs  # where the stance can't be changed
-def _call_once(function: Callable[..., Tensor], arguments: Sequence[Tensor | None]) -> None:
+def _call(function: Callable[..., Tensor], arguments: Sequence[Tensor | None]) -> Tensor:
     """Call what `torch.compile` returned, and let it compile whatever is to be done with code of the caller."""
-    stance = torch._dynamo.eval_frame._stance
+    device = next(tensor.device for tensor in arguments if tensor is not None)
+    eval_frame = _EVAL_FRAME.value_or(None, "The stance of torch.compile is set even where it is the usual one")
+    without_modes = _WITHOUT_MODES.value_or(
+        nullcontext, "In a mode that looks at each operation, such as one that counts them, kernels are not compiled"
+    )
+    lock = _COMPILE_LOCK.value_or(nullcontext(), "torch.compile may refuse what other threads call meanwhile")
     with ExitStack() as stack:
-        if stance.stance != "default" or stance.backend is not None:
+        if eval_frame is None or eval_frame._stance.stance != "default" or eval_frame._stance.backend is not None:
             stack.enter_context(torch.compiler.set_stance("default"))
         # Dynamo leaves alone what runs in a mode that looks at each operation, such as one that counts them.
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(without_modes())
         # Before torch 2.15 a flag of the process says that something is traced, and refuses whoever calls meanwhile.
-        stack.enter_context(compile_lock)
-        function(*arguments)
+        stack.enter_context(lock)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        return function(*arguments)
 
 
 def _expression(source: str) -> str:

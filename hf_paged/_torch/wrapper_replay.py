@@ -11,6 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_paged._torch.tricks import Trick
+
+WRAPPER_REPLAY = Trick(
+    "wrapper_replay",
+    "of a kernel on a CPU, layers after the first call the loops alone",
+    "each layer calls what inductor put around the loops, too",
+)
+
 _PREFIX = "cpp_fused"  # of the names that inductor gives to loops
 _DTYPES = {"float32", "bfloat16", "float16"}
 # What else that function may refer to. Nothing of it reads or writes what is in a tensor.
@@ -78,6 +86,8 @@ def capture(
     names = set(function.__code__.co_names) if isinstance(function, FunctionType) else set()
     loops = {name for name in names if name.startswith(_PREFIX)}
     if not isinstance(function, FunctionType) or names - loops - _HARMLESS - set(operations):
+        return run(inputs), None
+    if not loops.issubset(function.__globals__):
         return run(inputs), None
     calls: list[Call] = []
 

@@ -1,6 +1,5 @@
 """The attention function of `"paged_flex"`, and its registration."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +7,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_paged._torch.dynamo import autocast_dtype
+from hf_paged._torch.dynamo import autocast_dtype, outside_of_graphs
+from hf_paged._torch.opaque import OPAQUE_INPUTS
+from hf_paged._torch.surroundings import profiled
 from hf_paged.attention.backends.base import AttentionParams
 from hf_paged.attention.backends.reference import blockwise_attention
 from hf_paged.attention.dispatch import bind
@@ -18,8 +19,6 @@ from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.shared import SharedTensor
 from hf_paged.batch.steps.step import View
 from hf_paged.pages.storage import holds_pages
-
-_NOTHING = nullcontext()
 
 
 class _Heads(NamedTuple):
@@ -116,7 +115,8 @@ def paged_flex_attention(
         )
         note_output(key, output)
     elif is_traced:
-        output = torch.ops.hf_paged.attend_to_others(metadata, query, key, value, layer, *options)
+        run = torch.ops.hf_paged.attend_to_others if _HAS_OPERATIONS else _attend_between_graphs
+        output = run(metadata, query, key, value, layer, *options)
     else:
         output = attend(metadata, query, key, value, layer, *options)
     return output, None
@@ -198,13 +198,6 @@ def _attend(
         return attention(query, key, value, sinks)
 
 
-def profiled(name: str) -> AbstractContextManager[object]:
-    """Have what happens within shown by torch's profiler as `hf_paged::{name}`."""
-    if torch.autograd.profiler._is_profiler_enabled:
-        return torch.autograd.profiler.record_function(f"hf_paged::{name}")
-    return _NOTHING
-
-
 def _attend_to_columns(
     query: Tensor,
     key: Tensor,
@@ -222,6 +215,10 @@ def _attend_to_columns(
     heads: Any = _Heads(query.shape[1] // key.shape[1])
     output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, scaling=scale, is_causal=is_causal)[0]
     return output
+
+
+_HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
+_attend_between_graphs = outside_of_graphs(attend)
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from hf_paged._torch.opaque import Opaque, opaque
 from hf_paged.attention.backends.base import Attention
 from hf_paged.attention.backends.block_list_builder import block_lists_of, block_lists_of_tokens
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
@@ -10,19 +11,9 @@ from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.step import KVRanges, Step, View, check_tokens_kept
 from hf_paged.pages.block_table import BlockTable
 
-try:
-    from torch._custom_class_base import CustomClassBase  # type: ignore[import-not-found]
-    from torch._library.opaque_object import register_custom_class  # type: ignore[attr-defined]
 
-    _BY_REFERENCE = "symbolic"
-except ImportError:  # their names before torch 2.14, which warns of them
-    from torch._library.opaque_object import register_opaque_type as register_custom_class
-    from torch._opaque_base import OpaqueBase as CustomClassBase
-
-    _BY_REFERENCE = "reference"
-
-
-class AttentionMetadata(CustomClassBase):  # type: ignore[misc]
+@opaque
+class AttentionMetadata(Opaque):  # type: ignore[misc]
     """One step, and what its queries see.
 
     A compiled graph takes it as an input that it can't look into. So nothing that changes from pass to pass is
@@ -127,6 +118,3 @@ class AttentionMetadata(CustomClassBase):  # type: ignore[misc]
                 lists = block_lists_of(table, ranges, layout)
             self.made_block_lists[key] = lists
         return self.made_block_lists[key]
-
-
-register_custom_class(AttentionMetadata, typ=_BY_REFERENCE)

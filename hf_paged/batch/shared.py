@@ -61,7 +61,7 @@ class SharedStates:
 
     def tensors(self) -> tuple["SharedTensor", "SharedTensor"]:
         """Return keys and values to hand out."""
-        keys, values = (torch.Tensor._make_subclass(SharedTensor, _NOTHING) for _ in range(2))
+        keys, values = (_NOTHING.as_subclass(SharedTensor) for _ in range(2))
         keys.states, keys.which = self, 0
         values.states, values.which = self, 1
         return keys, values

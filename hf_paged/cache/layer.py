@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from hf_paged._torch.dynamo import autocast_dtype, outside_of_graphs
+from hf_paged._torch.opaque import OPAQUE_INPUTS
 from hf_paged._transformers import LayerSpec
 from hf_paged.attention.marks import marked
 from hf_paged.attention.mask import NAME, PastLength, PlannedLength
@@ -133,7 +134,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not torch.compiler.is_dynamo_compiling():
             return self._sequences.write(self.index, key_states, value_states)
-        if self._sequences.is_written_by_attention:
+        if _HAS_OPERATIONS and self._sequences.is_written_by_attention:
             return marked(key_states, self.index, True), marked(value_states, self.index, False)
         return _write(self._sequences, self.index, key_states, value_states)
 
@@ -217,4 +218,5 @@ class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
         return self._sequences.shared.hand_out(step, table, storage, (keys, values))
 
 
+_HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _write = outside_of_graphs(Sequences.write)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from hf_paged._torch.dynamo import let_vary
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._transformers import CACHE, layer_specs
 from hf_paged.batch.packed_prompt import PackedPrompt
@@ -254,7 +255,7 @@ def _run(
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
     if fill is not None:
         for tensor in (inputs["input_ids"], inputs["position_ids"]):
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            let_vary(tensor, 1)
         # Outside of the graph, as generate() does.
         arguments: dict[str, Any] = {CACHE: cache, "attention_mask": None, "position_ids": inputs["position_ids"]}
         shape = torch.empty((1, num_queries, 0), dtype=model.dtype, device=device)

@@ -13,23 +13,30 @@ from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, PreTrainedModel
 
-from hf_paged._torch.dynamo import guard_hooks, with_own_code
+from hf_paged._torch.dynamo import (
+    COMPILED_PREFILL,
+    HOOK_GUARDS,
+    guard_hooks,
+    is_from_dynamo,
+    switched_off,
+    with_own_code,
+)
+from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
-from hf_paged._torch.inductor import switched_off
-from hf_paged.compile import linear
-from hf_paged.compile.cpu_replay import compile_step
-from hf_paged.compile.cuda_graph import StepGraphs
-from hf_paged.compile.ops import WithoutUnusedAttention, unmark
-from hf_paged.compile.weights import gather_weights
+from hf_paged._torch.opaque import OPAQUE_INPUTS
+from hf_paged.compile.cpu_replay import StepReplay
+from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
+from hf_paged.compile.linear import MANY_ROWS, choose_linear_layers
+from hf_paged.compile.ops import leave_out_unused_attention, unmark
 
 logger = logging.getLogger(__name__)
 
 Filling = Callable[..., None]
 
-MIN_TOKENS = linear.MANY_ROWS  # of what `compiled_filling` returns
+_UUID = "hf_paged.compile.ops.leave_out_unused_attention-1"
+MIN_TOKENS = MANY_ROWS  # of what `compiled_filling` returns
 
 
 @dataclass
@@ -88,9 +95,7 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     takes about half a minute for each on the first use on a machine, and some seconds in each process after that; a
     log message tells. The linear layers are compiled to read the weights as they are, without a second copy in
     another layout. What changes about the model meanwhile, such as a hook, an adapter or a weight, counts from the
-    next step on. On a CPU the weights are moved once, together into memory with huge pages, where all of them are
-    read faster: parameters remain the same objects with the same values, and stay there after the context; but like
-    `model.to`, the first context must not begin while another thread runs the model. Contexts nest, and threads may
+    next step on. Contexts nest, and threads may
     enter and leave them in any order: the model is as it was when the last one is left. On a GPU each step is also
     recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
 
@@ -115,9 +120,9 @@ def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     reason = switched_off()
     if reason is not None:
         logger.warning("%s, so %s runs uncompiled within compiled().", reason, type(model).__name__)
+    if reason is not None or not (OPAQUE_INPUTS.is_on and HOOK_GUARDS.is_on):
         yield model
         return
-    gather_weights(model)
     decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     settings: Any = model.generation_config
     with _lock:
@@ -176,8 +181,8 @@ def _explained(model: torch.nn.Module) -> Iterator[None]:
     """Say what to do where torch fails at compiling this model."""
     try:
         yield
-    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-        if not _passed_through(error.__traceback__, model):
+    except Exception as error:
+        if not is_from_dynamo(error) or not _passed_through(error.__traceback__, model):
             raise
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise ValueError(
@@ -199,12 +204,12 @@ def _passed_through(traceback: TracebackType | None, model: torch.nn.Module) -> 
 def compiled_filling(decoder: torch.nn.Module) -> Filling | None:
     """A compiled forward pass of a model without its head that fills the cache, no more; None outside of `compiled`.
 
-    It takes `MIN_TOKENS` or more. Where dynamo is told that their number varies, one graph serves all numbers. Nothing
-    is computed for the output alone: of the last layer, that is all but keys and values.
+    It takes `MIN_TOKENS` or more. Where dynamo is told that their number varies, as it has to be, one graph serves all
+    numbers. Nothing is computed for the output alone: of the last layer, that is all but keys and values.
     """
     with _lock:
         fill, _ = _active.get(decoder, (None, 0))
-    return fill
+    return fill if fill is not None and COMPILED_PREFILL.is_on else None
 
 
 def _fill(decoder: torch.nn.Module, **inputs: Any) -> None:
@@ -231,18 +236,34 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = F
         return partial(_refuse, reason)
     logger.warning("Compiling a model for hf_paged: about half a minute the first time, some seconds later on.")
     begin = time.perf_counter()
-    guard_hooks()
-    with torch._inductor.config.patch(post_grad_custom_post_pass=WithoutUnusedAttention()):
-        result = linear.backend(graph, inputs, for_one_row=compile_step, has_many_rows=is_prompt)
+    try:
+        guard_hooks()
+    except Exception as error:
+        HOOK_GUARDS.fall_back(error)
+        return _refuse_unwatched
+    # Dynamo's guards have looked at every weight; the graph need not do so again on each call.
+    options: dict[str, Any] = {"size_asserts": False}
+    if UNUSED_ATTENTION.is_on:
+        options["post_grad_custom_post_pass"] = graph_pass(leave_out_unused_attention, _UUID)
+    is_one_row = choose_linear_layers(graph, has_many_rows=is_prompt) == {"one_row"}
+    result = compile_graph(graph, inputs, options, StepReplay if is_one_row else None)
     give_back_freed()
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
-    return StepGraphs(result) if len(devices) == 1 and devices.pop().type == "cuda" else result
+    is_on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
+    return StepGraphs(result) if is_on_gpu and CUDA_GRAPHS.is_on else result
 
 
 def _refuse(reason: str, *inputs: Any) -> Any:
     # When the graph is called, as torch would wrap what is raised while it is made.
     raise ValueError(reason)
+
+
+def _refuse_unwatched(*inputs: Any) -> Any:
+    raise ValueError(
+        "What torch.compile captured of this model can't be told to watch for hooks, and would leave out those that "
+        "are added later. Run it uncompiled: leave out compiled()."
+    )
 
 
 def _prompt_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

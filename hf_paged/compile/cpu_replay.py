@@ -9,20 +9,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx_inner
 
 from hf_paged._torch.wrapper_replay import Run, WrapperReplay, capture
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.compile.ops import write_and_attend
-
-
-def compile_step(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-    """Compile as inductor's `compile_fx_inner` does, with steps that are replayed."""
-    compiled: Any = compile_fx_inner(graph, inputs, **options)
-    compiled.current_callable = StepReplay(compiled.current_callable)
-    return compiled
 
 
 class StepReplay:

@@ -15,12 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_paged._torch.tricks import Trick
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.step import View
 
 logger = logging.getLogger(__name__)
+
+CUDA_GRAPHS = Trick(
+    "cuda_graphs",
+    "decoding steps on a GPU are captured once and replayed",
+    "their kernels are launched one by one",
+)
 
 _MAX_RECORDINGS = 16  # for each compiled graph; what was used least recently is dropped
 _MAX_MOVING = 2**16  # elements of what is copied in each step; weights may be integers, too

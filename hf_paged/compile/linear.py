@@ -10,17 +10,12 @@ it reads it as it is. None of this needs a second copy of the weights.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from functools import cache
 
 import torch
-import torch._functorch.config
 from torch import Tensor
-from torch._inductor import lowering
-from torch._inductor.compile_fx import compile_fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hf_paged._torch.dynamo import without_graph
+from hf_paged._torch.graphs import LINEAR_LAYERS, is_wrapper, lower_as_sum, onednn_linear
 
 _MKL_ROWS = 4  # up to which MKL is ahead
 MANY_ROWS = 128  # from which on it does not matter which matrix is brought into another layout
@@ -48,10 +43,7 @@ def _linear_of_many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not _HAS_ONEDNN:
-        return torch.nn.functional.linear(x, weight, bias)
-    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return output
+    return onednn_linear(x, weight, bias) if _HAS_ONEDNN else torch.nn.functional.linear(x, weight, bias)
 
 
 def _like_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,55 +69,43 @@ for _signature, _function, _like in (
     torch.library.register_fake(f"hf_paged::{_name}", _like, lib=_library)
 
 
-@lowering.register_lowering(torch.ops.hf_paged.linear_of_one_row.default, type_promotion_kind=None)
-def _as_sum(x: Any, weight: Any, bias: Any) -> Any:
-    x.realize()  # else what computes it would be repeated for every output
-    output = lowering.sum_(lowering.mul(lowering.unsqueeze(x, -2), weight), axis=[-1])
-    return output if bias is None else lowering.add(output, bias)
-
-
-def backend(
-    graph: torch.fx.GraphModule,
-    inputs: list[Any],
-    for_one_row: Callable[..., Any] | None = None,
-    has_many_rows: bool = False,
-) -> Any:
-    """Compile with inductor, float32 linear layers on a CPU as above; a backend of `torch.compile`.
+def choose_linear_layers(graph: torch.fx.GraphModule, has_many_rows: bool = False) -> set[str]:
+    """Let the linear layers of what dynamo captured be computed as above, those in float32 on a CPU.
 
     Args:
-        graph: what dynamo captured.
-        inputs: examples of its inputs.
-        for_one_row: to be called in place of inductor's `compile_fx_inner` for a graph whose linear layers are all of
-            one token in float32 on a CPU.
+        graph: what dynamo captured; is changed.
         has_many_rows: whether there are `MANY_ROWS` or more where the graph leaves open how many.
+
+    Returns:
+        The kinds of its linear layers: `"one_row"`, `"few_rows"`, `"many_rows"`, and `"torch's"` for those left alone.
     """
     kinds = set()
-    for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
-        x = node.args[0].meta["example_value"]
-        if not _is_plain(node):
+    for node in graph.graph.find_nodes(op="call_function", target=torch.nn.functional.linear):
+        if not LINEAR_LAYERS.is_on or not _is_plain(node):
             kinds.add("torch's")
             continue
+        x = node.args[0].meta["example_value"]
         kind = _kind(math.prod(x.shape[:-1]), has_many_rows)
         kinds.add(kind)
         node.target = getattr(torch.ops.hf_paged, f"linear_of_{kind}").default
         node.args = (*node.args, *(node.kwargs.get(key) for key in ("input", "weight", "bias")[len(node.args) :]))
         node.kwargs = {}
+    if "one_row" in kinds:
+        _lower_one_row()
     graph.recompile()
-    # Dynamo's guards have looked at every weight; the graph need not do so again on each call.
-    with torch._inductor.config.patch(size_asserts=False):
-        if for_one_row is None or kinds != {"one_row"}:
-            return without_graph(compile_fx(graph, inputs))
-        # AOTAutograd's cache would find the graph without asking for what is inside.
-        with torch._functorch.config.patch(enable_autograd_cache=False):
-            return without_graph(compile_fx(graph, inputs, inner_compile=for_one_row))
+    return kinds
+
+
+@cache
+def _lower_one_row() -> None:
+    lower_as_sum(torch.ops.hf_paged.linear_of_one_row.default)
 
 
 def _is_plain(node: torch.fx.Node) -> bool:
     """Whether a linear layer is on a CPU and all in float32, autocast aside, of tensors that are nothing else."""
     values = [arg.meta["example_value"] for arg in (node, *node.all_input_nodes)]
     return all(
-        value.device.type == "cpu" and value.dtype == torch.float32 and not is_traceable_wrapper_subclass(value)
-        for value in values
+        value.device.type == "cpu" and value.dtype == torch.float32 and not is_wrapper(value) for value in values
     )
 
 

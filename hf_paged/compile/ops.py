@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from hf_paged.attention.interface import attend, profiled
+from hf_paged._torch.opaque import OPAQUE_INPUTS
+from hf_paged._torch.surroundings import profiled
+from hf_paged.attention.interface import attend
 from hf_paged.attention.metadata import AttentionMetadata
 
 
@@ -94,7 +95,8 @@ def _nothing(*arguments: Any) -> None:
 _library = torch.library.Library("hf_paged", "DEF")  # type: ignore[no-untyped-call]
 _library.define("new_tokens(Tensor(a) tokens, int layer) -> Tensor(a)")  # type: ignore[no-untyped-call]
 _library.impl("new_tokens", new_tokens, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-for _operation, _fake in ((write_and_attend, _like_output), (write_only, _nothing), (attend_to_others, _like_output)):
+_OPERATIONS = (write_and_attend, _like_output), (write_only, _nothing), (attend_to_others, _like_output)
+for _operation, _fake in _OPERATIONS if OPAQUE_INPUTS.is_on else ():
     _name = _operation.__name__
     _library.define(  # type: ignore[no-untyped-call]
         _name + torch.library.infer_schema(_operation, mutates_args=()),
@@ -129,22 +131,15 @@ def unmark(graph: torch.fx.Graph) -> str | None:
     return None
 
 
-class WithoutUnusedAttention(CustomGraphPass):
-    """Leave out attention whose output nobody wants, and what only that needs."""
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        """Change the graph that inductor is about to compile."""
-        attentions = graph.find_nodes(op="call_function", target=torch.ops.hf_paged.write_and_attend.default)
-        for node in reversed(attentions):  # those that wait for another first
-            if node.users:
-                continue
-            metadata, _, key, value, layer = node.args[:5]
-            if node.args[9] is None:
-                with graph.inserting_before(node):
-                    graph.call_function(torch.ops.hf_paged.write_only.default, (metadata, key, value, layer))
-            graph.erase_node(node)
-        graph.eliminate_dead_code()
-
-    def uuid(self) -> str:
-        """What inductor's cache knows it by."""
-        return "hf_paged.compile.ops.WithoutUnusedAttention-2"
+def leave_out_unused_attention(graph: torch.fx.Graph) -> None:
+    """Leave out attention whose output nobody wants, and what only that needs, of a graph that will be compiled."""
+    attentions = graph.find_nodes(op="call_function", target=torch.ops.hf_paged.write_and_attend.default)
+    for node in reversed(attentions):  # those that wait for another first
+        if node.users:
+            continue
+        metadata, _, key, value, layer = node.args[:5]
+        if node.args[9] is None:
+            with graph.inserting_before(node):
+                graph.call_function(torch.ops.hf_paged.write_only.default, (metadata, key, value, layer))
+        graph.erase_node(node)
+    graph.eliminate_dead_code()

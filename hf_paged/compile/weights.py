@@ -49,7 +49,11 @@ def gather_weights(model: torch.nn.Module) -> None:
     wherever an allocator put them. To read all weights for each token is then bounded by looking up addresses rather
     than by the memory. The tensors remain the same objects with the same values, shapes and strides. Those that share
     memory go on sharing it, but not with what is no part of the model. Where they were is let go one by one. What was
-    moved before stays, and so does what other processes may see or torch does not lay out by strides.
+    moved before stays, and so does what other processes may see or torch does not lay out by strides. There is no way
+    back, as there is none from `model.to`.
+
+    It is worth a call before `compiled(model)`, and before a server forks its workers, so that they share this memory,
+    as they would have shared the file. Uncompiled it brings nothing.
 
     Args:
         model: that no other thread is running meanwhile.

@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-COMMANDS = ("bench", "ppl", "audit", "long_context", "reproduce")
+COMMANDS = ("bench", "ppl", "audit", "long_context", "reproduce", "env")
 Run = Callable[[argparse.Namespace], None]
 
 

@@ -8,14 +8,15 @@ import weakref
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.compile_fx import compile_fx
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from hf_paged import PagedCache
+from hf_paged._torch.graphs import compile_graph
 from hf_paged._transformers import CACHE
-from hf_paged.compile import linear
+from hf_paged.compile import api, linear
 from hf_paged.compile.api import compiled
+from hf_paged.compile.linear import choose_linear_layers
 from hf_paged.packaged import load_packaged_model, prompts
 from tests.models import generate, left_padded, random_ids, tiny_gemma, tiny_llama, tiny_model
 
@@ -30,11 +31,11 @@ def graphs(monkeypatch):
     counters.clear()
     captured = []
 
-    def compile_nothing(graph, inputs, **options):
+    def compile_nothing(graph, *arguments):
         captured.append(graph)
         return graph
 
-    monkeypatch.setattr(linear, "compile_fx", compile_nothing)
+    monkeypatch.setattr(api, "compile_graph", compile_nothing)
     return captured
 
 
@@ -141,11 +142,11 @@ def test_other_families_compile_too(graphs, sixteen, family):
 def test_what_was_compiled_keeps_no_graph(monkeypatch, num_rows):
     kept = []
 
-    def compile_graph(graph, inputs, **options):
+    def compile_and_note(graph, *arguments):
         kept.append(weakref.ref(graph))
-        return compile_fx(graph, inputs, **options)
+        return compile_graph(graph, *arguments)
 
-    monkeypatch.setattr(linear, "compile_fx", compile_graph)
+    monkeypatch.setattr(api, "compile_graph", compile_and_note)
     model, ids = tiny_llama(), random_ids(num_rows, 9)
     assert torch.equal(compiled_tokens(model, ids), plain_tokens(tiny_llama(), ids))
     gc.collect()
@@ -154,7 +155,7 @@ def test_what_was_compiled_keeps_no_graph(monkeypatch, num_rows):
 
 @pytest.mark.parametrize("is_watched", [False, True])
 def test_a_compiled_prompt_leaves_out_what_only_the_output_needs(monkeypatch, sixteen, is_watched):
-    monkeypatch.setattr(linear, "compile_fx", compile_fx)
+    monkeypatch.setattr(api, "compile_graph", compile_graph)
     model, ids = tiny_llama(), random_ids(2, 150)
     model.set_attn_implementation("paged_flex")
     expected, cache = (PagedCache.from_model(model, page_size=16) for _ in range(2))
@@ -244,9 +245,13 @@ def test_inductor_gives_the_same_with_what_is_compiled_around(num_rows, has_bias
     def function(x):
         return torch.nn.functional.silu(layer(norm(x))) + 1
 
+    def backend(graph, inputs):
+        choose_linear_layers(graph)
+        return compile_graph(graph, inputs, {})
+
     x = torch.randn(num_rows, 1, 40, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        actual = torch.compile(function, backend=linear.backend, fullgraph=True)(x)
+        actual = torch.compile(function, backend=backend, fullgraph=True)(x)
         torch.testing.assert_close(actual, function(x), atol=1e-5, rtol=1e-5)
 
 
@@ -338,7 +343,7 @@ def test_what_changes_about_a_model_changes_what_is_compiled(sixteen, change):
 
 
 def test_a_hook_stops_a_step_from_being_repeated(monkeypatch):
-    monkeypatch.setattr(linear, "compile_fx", compile_fx)
+    monkeypatch.setattr(api, "compile_graph", compile_graph)
     model, ids = tiny_llama(), random_ids(1, 20)
     before = plain_tokens(model, ids)
     assert torch.equal(compiled_tokens(model, ids), before)

@@ -10,8 +10,8 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from hf_paged import PagedCache, ReleaseFinished
 from hf_paged.attention import dispatch
 from hf_paged.attention.backends import flex as kernel
+from hf_paged.compile import api
 from hf_paged.compile import cuda_graph as cuda_graphs
-from hf_paged.compile import linear
 from hf_paged.compile.api import compiled
 from tests.families import FAMILIES
 from tests.models import generate, left_padded, random_ids, tiny_llama, tiny_model
@@ -55,9 +55,7 @@ def steps(way, monkeypatch):
         monkeypatch.setattr(recording, "send", send_and_remember)
         monkeypatch.setattr(dispatch, "choose_backend", lambda *_: dispatch.Backend.FLEX)
         monkeypatch.setattr(kernel, "lists_full_pages", lambda device: False)
-        monkeypatch.setattr(linear, "compile_fx", lambda graph, inputs, **options: graph)
-        compile_graph = linear.backend
-        monkeypatch.setattr(linear, "backend", lambda *graph, **_: cuda_graphs.StepGraphs(compile_graph(*graph)))
+        monkeypatch.setattr(api, "compile_graph", lambda graph, *arguments: cuda_graphs.StepGraphs(graph))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(cuda_graphs, "_stream", lambda: 0)
 

@@ -12,11 +12,12 @@ from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, PreT
 from typing_extensions import override
 
 from hf_paged._torch.dynamo import with_own_code
-from hf_paged._torch.freezing import frozen_weights
+from hf_paged._torch.graphs import frozen_weights
 from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
+from hf_paged.compile.weights import gather_weights
 from hf_paged.tools.lab.baseline import Baseline
 
 
@@ -161,6 +162,7 @@ class PagedCompiled(PagedRagged):
     @override
     def open(self) -> None:
         super().open()
+        gather_weights(self.model)
         self._opened.enter_context(compiled(self.model))
 
     @override

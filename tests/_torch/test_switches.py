@@ -7,13 +7,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._inductor import compile_fx
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from hf_paged import PagedCache
 from hf_paged._torch import inductor
-from hf_paged.compile import linear
+from hf_paged.compile import api
 from hf_paged.compile.api import compiled
+from tests._torch.private import stand_in
 from tests.models import generate, left_padded, random_ids, tiny_llama
 
 
@@ -23,11 +25,11 @@ def compilations(monkeypatch):
     torch._dynamo.reset()
     seen = []
 
-    def compile_nothing(graph, inputs, inner_compile=None, **options):
+    def compile_nothing(graph, *arguments):
         seen.append(graph)
         return graph
 
-    monkeypatch.setattr(linear, "compile_fx", compile_nothing)
+    monkeypatch.setattr(api, "compile_graph", compile_nothing)
     monkeypatch.setattr(inductor, "_kernels", {})
     return seen
 
@@ -96,7 +98,8 @@ def test_a_kernel_that_fails_is_an_error_though_errors_are_to_be_suppressed(comp
     def fail(*arguments, **options):
         raise NotImplementedError("no compiler")
 
-    monkeypatch.setattr(inductor, "compile_fx", fail)
+    monkeypatch.setattr(compile_fx, "compile_fx", fail)
+    stand_in(monkeypatch, inductor.COMPILE_FX, fail)
     with (
         torch._dynamo.config.patch(suppress_errors=True),
         pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler"),
@@ -117,7 +120,7 @@ def test_where_torch_compile_is_off_attention_is_right_and_a_message_tells(is_co
 
 SCRIPT = """
 import torch
-from tests.compile.test_switches import paged_tokens, plain_tokens, ragged
+from tests._torch.test_switches import paged_tokens, plain_tokens, ragged
 from hf_paged import PagedCache
 from hf_paged._torch import inductor
 from tests.models import generate, tiny_llama
