@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_paged._torch.inductor import can_compile
+from hf_paged._torch.tricks import Trick
 from hf_paged.attention.backends import flex
 from hf_paged.attention.backends.base import Attention, AttentionParams
 from hf_paged.attention.backends.kv_splits import kv_splits_of
@@ -16,6 +17,18 @@ from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.storage import LayerStorage
+
+SPLIT_KV = Trick(
+    "split_kv",
+    "single tokens are attended to piece by piece of their rows, shared out among the threads of a CPU",
+    "FlexAttention attends to them, one thread for each key/value head of a row",
+)
+
+VARLEN_SDPA = Trick(
+    "varlen_sdpa",
+    "packed prompts are SDPA's on a CPU, row by row",
+    "FlexAttention attends to them, for which a kernel is compiled",
+)
 
 
 class Backend(enum.Enum):
@@ -44,9 +57,9 @@ def choose_backend(device: torch.device, ranges: KVRanges | None) -> Backend:
     has many rows, each of which would be several launches.
     """
     if device.type == "cpu" and ranges is not None:
-        if ranges.rows is not None:
+        if ranges.rows is not None and VARLEN_SDPA.is_on:
             return Backend.VARLEN_SDPA
-        if ranges.kv_stop.shape[1] == 1:
+        if ranges.rows is None and ranges.kv_stop.shape[1] == 1 and SPLIT_KV.is_on:
             return Backend.SPLIT_KV
     return Backend.FLEX
 

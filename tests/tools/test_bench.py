@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import types
+from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 
 import pytest
@@ -14,7 +15,7 @@ from hf_paged.compile import api
 from hf_paged.tools.bench import race, report, worker
 from hf_paged.tools.bench.bandwidth import Bandwidth
 from hf_paged.tools.bench.race import Lap, Race, race_once, summarize
-from hf_paged.tools.bench.scenarios import SCENARIOS, compile, host, latency, mixed, profile
+from hf_paged.tools.bench.scenarios import SCENARIOS, ablation, compile, host, latency, mixed, profile
 from hf_paged.tools.bench.scenarios.growing import reaching
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.baseline import Baseline, sharing_weights
@@ -147,6 +148,24 @@ def test_host_work_is_measured_for_each_size_of_the_pool(monkeypatch, scenario, 
     rows = measure(scenario, rounds=1)["rows"]
     assert {row["num_pages"] for row in rows} == {1000, 2000}
     assert len(rows) == num_rows
+
+
+def test_each_trick_is_compared_with_everything_in_turns(monkeypatch):
+    asked = []
+
+    def process(trick):
+        asked.append(trick)
+        return ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(ablation, "_process", process)
+    names = ["decode_writer", "split_kv"]
+    monkeypatch.setattr(ablation, "TRICKS", {name: ablation.TRICKS[name] for name in names})
+    figures = measure("ablation", baselines=("paged",), contexts=(20,), rounds=2)["rows"]
+    assert asked == ["", *names]
+    assert [(row["without"], row["num_rows"]) for row in figures] == [
+        (name, rows) for name in names for rows in (1, 8)
+    ]
+    assert all(row["ms_per_step"] > 0 < row["ms_per_step_without"] and "error" not in row for row in figures)
 
 
 def test_a_process_starts_twice_on_one_cache_of_compiled_code(monkeypatch):

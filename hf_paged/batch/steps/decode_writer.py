@@ -3,9 +3,16 @@
 import torch
 from torch import Tensor
 
+from hf_paged._torch.tricks import Trick
 from hf_paged.batch.steps.step import Step, View
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.storage import LayerStorage
+
+DECODE_WRITER = Trick(
+    "decode_writer",
+    "what is the same for all layers of a decoding step on a CPU is found once, before the first",
+    "each layer looks at its keys and values, and finds its slots",
+)
 
 
 class DecodeWriter:
@@ -48,7 +55,7 @@ class DecodeWriter:
 def decode_writers(step: Step, pool: PagePool) -> dict[int, DecodeWriter]:
     """Make the writers of a step, by the index of their group: none where tokens are written in another way."""
     writers: dict[int, DecodeWriter] = {}
-    if step.num_new > 1 or step.view is not View.PAGES or not step.is_settled:
+    if not DECODE_WRITER.is_on or step.num_new > 1 or step.view is not View.PAGES or not step.is_settled:
         return writers
     for index, group in enumerate(pool.groups):
         storages = {layer: storage for layer in group.layers if (storage := group.storage(layer)) is not None}

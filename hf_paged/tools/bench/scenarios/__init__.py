@@ -1,6 +1,6 @@
 """The scenarios: a file each, and a line of this list."""
 
-from hf_paged.tools.bench.scenarios import beam, compile, growing, host, latency, mixed, page_size, profile
+from hf_paged.tools.bench.scenarios import ablation, beam, compile, growing, host, latency, mixed, page_size, profile
 
 SCENARIOS = {
     scenario.name: scenario
@@ -15,6 +15,7 @@ SCENARIOS = {
         host.ALLOCATOR,
         host.PLAN,
         compile.COMPILE,
+        ablation.ABLATION,
     )
 }
 """By name."""
