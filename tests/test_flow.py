@@ -49,8 +49,8 @@ def test_a_decoding_step_of_one_row_passes_few_files():
         model(random_ids(1, 20), past_key_values=cache)
         model(random_ids(1, 1), past_key_values=cache)  # compiles the kernel
         found = files_by_layer(model, cache, random_ids(1, 1))
-    assert len(found[0]) <= 11, sorted(found[0])
+    assert len(found[0]) <= 13, sorted(found[0])
     for layer in (1, 2):
-        assert len(found[layer]) <= 9, sorted(found[layer])
+        assert len(found[layer]) <= 10, sorted(found[layer])
         assert found[layer] <= found[0]
     assert {path.partition("/")[0] for path in found[3] - found[2]} == {"batch", "pages"}, "the last one commits"

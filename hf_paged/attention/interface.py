@@ -84,10 +84,9 @@ def paged_flex_attention(
             'attn_implementation="eager" or "sdpa"; PagedCache works with both.',
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # What the mask function was asked for counts, not what the layer says of itself.
-    is_masked = isinstance(attention_mask, PagedMask)
-    is_causal = is_masked or bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
     if not isinstance(attention_mask, PagedMask):
+        # With one, what its function was asked for counts, not what the layer says of itself.
+        is_causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
         if holds_pages(key) or is_marked(key):
             raise _refused(
                 attention_mask,
@@ -95,7 +94,8 @@ def paged_flex_attention(
                 'model with attn_implementation="eager" or "sdpa"; PagedCache works with both.',
             )
         mask = getattr(attention_mask, ALLOWED, attention_mask)
-        return _attend_to_columns(query, key, value, mask, is_causal, scale, softcap, s_aux), None
+        params = AttentionParams(scale, softcap, s_aux is not None)
+        return _attend_to_columns(query, key, value, mask, is_causal, params, s_aux), None
     is_traced = torch.compiler.is_dynamo_compiling()
     if not is_traced and getattr(module, "training", False) and attention_mask.metadata.is_unwritten:
         raise ValueError(
@@ -106,7 +106,7 @@ def paged_flex_attention(
     if query.dtype is not key.dtype and autocast_dtype(query) is not None:
         query = query.to(key.dtype)
     metadata, layer = attention_mask.metadata, getattr(module, "layer_idx", -1)
-    options = (is_causal, scale, softcap, s_aux)
+    options = (scale, softcap, s_aux)
     source = layer_of(key, value) if hasattr(key, NEW) else None
     if source is not None:
         # In a graph; or between two that parted behind the update.
@@ -135,17 +135,16 @@ def attend(
     key: Tensor,
     value: Tensor,
     layer: int,
-    is_causal: bool,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """A layer's attention; arguments and result are those of `paged_flex_attention`, with the plan of the mask.
+    """A layer's attention; arguments and result are those of `paged_flex_attention`, with the metadata of the mask.
 
     If it fails, so does the pass, of which nothing is left.
     """
     try:
-        return _attend(metadata, query, key, value, layer, is_causal, scale, softcap, sinks)
+        return _attend(metadata, query, key, value, layer, AttentionParams(scale, softcap, sinks is not None), sinks)
     except BaseException:
         metadata.sequences.roll_back(metadata.step)
         raise
@@ -157,9 +156,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     layer: int,
-    is_causal: bool,
-    scale: float,
-    softcap: float | None,
+    params: AttentionParams,
     sinks: Tensor | None,
 ) -> Tensor:
     step = metadata.step
@@ -175,7 +172,7 @@ def _attend(
             "the model in one dtype."
         )
     if step.view is not View.PAGES:
-        return _attend_to_columns(query, key, value, metadata.by_column, is_causal, scale, softcap, sinks)
+        return _attend_to_columns(query, key, value, metadata.by_column, True, params, sinks)
     if query.is_meta:
         return query.new_empty((num_rows, num_queries, query.shape[1], value.shape[3]))
     handed = None if step.is_cancelled else step.handed.get(key.data_ptr())
@@ -184,12 +181,10 @@ def _attend(
     else:
         _, table, storage = handed
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
-    shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, scale, softcap, sinks is None)
+    shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, params)
     attention = metadata.attentions.get((table, table.version, *shapes))
     if attention is None:
-        attention = bind(
-            metadata, table, storage, query, key, value, AttentionParams(scale, softcap, sinks is not None)
-        )
+        attention = bind(metadata, table, storage, query, key, value, params)
         if storage is not None:
             key, value = storage.tensors  # they may have grown for a page of sinks
             shapes = (query.shape, key.shape, value.shape, *shapes[3:])
@@ -204,10 +199,10 @@ def _attend_to_columns(
     value: Tensor,
     mask: Tensor | None,
     is_causal: bool,
-    scale: float,
-    softcap: float | None,
+    params: AttentionParams,
     sinks: Tensor | None,
 ) -> Tensor:
+    scale, softcap, _ = params
     # Without a mask SDPA takes the queries for the first ones, not the last.
     is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
     if softcap is not None or sinks is not None or is_last:

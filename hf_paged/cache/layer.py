@@ -208,12 +208,11 @@ class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
         """Write new tokens into their slots; as `PagedLayer.update`, but pages are for attention only."""
         step = self._sequences.step
         keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling() or not isinstance(step, PaddedStep) or not holds_pages(keys):
+            return keys, values
         pool = self._sequences.pool
         storage = pool.storage(self.index)
-        if torch.compiler.is_dynamo_compiling() or storage is None or not holds_pages(keys):
-            return keys, values
-        if not isinstance(step, PaddedStep):
-            return keys, values
+        assert storage is not None
         table = step.placements[pool.group_of_layer[self.index]].table
         return self._sequences.shared.hand_out(step, table, storage, (keys, values))
 

@@ -22,7 +22,6 @@ def write_and_attend(
     key: Tensor,
     value: Tensor,
     layer: int,
-    is_causal: bool,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -30,17 +29,17 @@ def write_and_attend(
 ) -> Tensor:
     """A layer's attention in a compiled graph, and its update.
 
-    Arguments and result are those of `paged_flex_attention`, with the plan of the mask and the index of the layer that
-    the keys were given to. It writes to what is no input of the graph. That each layer's queries come from the layer
-    before keeps the layers in order. Where several attend to the same keys, `written` is the output of the one that
-    writes them, for the others.
+    Arguments and result are those of `paged_flex_attention`, with the metadata of the mask and the index of the layer
+    that the keys were given to. It writes to what is no input of the graph. That each layer's queries come from the
+    layer before keeps the layers in order. Where several attend to the same keys, `written` is the output of the one
+    that writes them, for the others.
     """
     with profiled("write_and_attend"):
         if written is None:
             key, value = metadata.sequences.write(layer, key, value)
         else:
             key, value = metadata.read(layer, key, value)
-        return attend(metadata, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
+        return attend(metadata, query, key, value, layer, scale, softcap, sinks).contiguous()
 
 
 def write_only(metadata: AttentionMetadata, key: Tensor, value: Tensor, layer: int) -> None:
@@ -54,7 +53,6 @@ def attend_to_others(
     key: Tensor,
     value: Tensor,
     layer: int,
-    is_causal: bool,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -67,7 +65,7 @@ def attend_to_others(
     if metadata.sequences.awaits(layer):
         metadata.sequences.roll_back(metadata.step)
         raise ValueError(changed(layer))
-    return attend(metadata, query, key, value, layer, is_causal, scale, softcap, sinks).contiguous()
+    return attend(metadata, query, key, value, layer, scale, softcap, sinks).contiguous()
 
 
 def changed(layer: int) -> str:
@@ -138,7 +136,7 @@ def leave_out_unused_attention(graph: torch.fx.Graph) -> None:
         if node.users:
             continue
         metadata, _, key, value, layer = node.args[:5]
-        if node.args[9] is None:
+        if node.args[8] is None:
             with graph.inserting_before(node):
                 graph.call_function(torch.ops.hf_paged.write_only.default, (metadata, key, value, layer))
         graph.erase_node(node)
