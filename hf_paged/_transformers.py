@@ -70,12 +70,12 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Say why the steps of a model, or of the decoder that it is made of, can't be planned; None if they can."""
+    """Say why the steps of a model, or of its decoder, can't be reserved before a pass; None if they can."""
     parts = (model, model.get_decoder())  # type: ignore[no-untyped-call]
     for part in parts:
         if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
             return "it computes attention by itself instead of through Transformers' attention interface"
-    # `generate()` makes the masks of a planned step from the configuration. These models make others.
+    # `generate()` makes the masks of a reserved step from the configuration. These models make others.
     decoder = parts[-1]
     config = getattr(decoder, "config", model.config.get_text_config(decoder=True))
     if getattr(config, "is_decoder", True) is False and "config.is_decoder" in inspect.getsource(type(decoder)):

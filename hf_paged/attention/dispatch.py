@@ -9,8 +9,7 @@ from hf_paged._torch.inductor import can_compile
 from hf_paged._torch.tricks import Trick
 from hf_paged.attention.backends import flex
 from hf_paged.attention.backends.base import Attention, AttentionParams
-from hf_paged.attention.backends.kv_splits import kv_splits_of
-from hf_paged.attention.backends.split_kv import split_kv_attention
+from hf_paged.attention.backends.split_kv import kv_splits_of, split_kv_attention
 from hf_paged.attention.backends.varlen_sdpa import varlen_attention, varlen_rows_of
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.steps.step import KVRanges

@@ -16,7 +16,7 @@ from hf_paged.attention.dispatch import bind
 from hf_paged.attention.marks import NEW, is_marked, layer_of, note_output, output_of
 from hf_paged.attention.mask import ALLOWED, NAME, PagedMask, paged_flex_mask
 from hf_paged.attention.metadata import AttentionMetadata
-from hf_paged.batch.shared import SharedTensor
+from hf_paged.batch.handed_on import HandedOnTensor
 from hf_paged.batch.steps.step import View
 from hf_paged.pages.storage import holds_pages
 
@@ -62,7 +62,7 @@ def paged_flex_attention(
     Raises:
         ValueError: for what the kernel can't do.
     """
-    if type(key) is SharedTensor and type(value) is SharedTensor:
+    if type(key) is HandedOnTensor and type(value) is HandedOnTensor:
         step = attention_mask.metadata.step if isinstance(attention_mask, PagedMask) else None
         key, value = key.states.for_attention(step)
     if dropout > 0:

@@ -1,4 +1,4 @@
-"""The mask function of `"paged_flex"`, which plans each step, and what it returns."""
+"""The mask function of `"paged_flex"`, which reserves each step, and what it returns."""
 
 import inspect
 from collections.abc import Callable
@@ -156,7 +156,7 @@ def paged_flex_mask(
     config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> Tensor | PagedMask | None:
-    """Plan the step and make its mask; called by Transformers once per forward pass and mask type.
+    """Reserve the step and make its mask; called by Transformers once per forward pass and mask type.
 
     Args:
         batch_size: rows.
@@ -176,7 +176,7 @@ def paged_flex_mask(
         OutOfPagesError: if the step does not fit into the pool.
         ValueError: if the mask does not fit the cache.
     """
-    make: Any = _planned if isinstance(kv_length, PlannedLength) else _dense  # this one may be in a graph
+    make: Any = _reserved if isinstance(kv_length, PlannedLength) else _dense  # this one may be in a graph
     mask: Tensor | PagedMask | None = make(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, **kwargs
     )
@@ -215,7 +215,7 @@ def _dense(
 
 
 @outside_of_graphs
-def _planned(
+def _reserved(
     batch_size: int,
     q_length: int,
     kv_length: PlannedLength,

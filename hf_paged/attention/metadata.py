@@ -57,11 +57,11 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         """What `block_lists` has returned, by the table, its version, and the other arguments."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
-        # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all plans.
+        # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all of it.
         return object, ()
 
     def __deepcopy__(self, memo: object) -> "AttentionMetadata":
-        # torch.compile (seen in 2.11) copies examples of its inputs; that of a plan stands for a pass, not for itself.
+        # torch.compile (seen in 2.11) copies examples of its inputs; this one stands for a pass, not for itself.
         return self
 
     @property

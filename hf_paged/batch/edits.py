@@ -90,7 +90,7 @@ class Edits:
             OutOfPagesError: if there are too few pages; nothing has changed.
             ValueError: as for `assign`, or if keys and values don't belong together; nothing has changed.
         """
-        sequences.commit()
+        sequences.commit_first()
         if sequences.step is not None:
             raise _changed_in_a_pass(layer)
         storage = sequences.pool.storage(layer)
@@ -124,7 +124,7 @@ class Edits:
 
     def count(self, sequences: Sequences, layer: int) -> int:
         """Columns before the step under way; of a layer alone, where not all have been assigned yet."""
-        sequences.commit()
+        sequences.commit_first()
         if not self.copies or sequences.step is not None:
             return sequences.rows.columns.count
         self._drop_old(sequences)
@@ -198,7 +198,7 @@ class Edits:
         self.copies = {layer: copy for layer, copy in self.copies.items() if copy.columns is sequences.rows.columns}
 
     def _copy(self, sequences: Sequences, layer: int) -> Copy:
-        sequences.commit()
+        sequences.commit_first()
         if sequences.step is not None and layer not in sequences.progress.missing | sequences.rows.absent:
             raise ValueError(
                 f"Keys or values of layer {layer} were read in the middle of the forward pass that has written them, "

@@ -90,7 +90,7 @@ class KnownIds:
             self.note(*self._pass)
             self._pass = None
 
-    def abandon_pass(self) -> None:
+    def roll_back(self) -> None:
         """Take note that the pass under way failed."""
         self._pass = None
 

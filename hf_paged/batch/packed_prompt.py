@@ -82,7 +82,7 @@ class PackedPrompt:
         Raises:
             NotPackable: if it did not go through all layers.
         """
-        self.sequences.commit()
+        self.sequences.commit_first()
         if self.sequences.step is not None:
             missing = sorted(self.sequences.progress.missing)
             raise NotPackable(f"it passed over layers {missing}, which its configuration has")

@@ -106,7 +106,7 @@ def replace(sequences: Sequences, states: dict[int, tuple[Tensor, Tensor]], num_
         for layer, pair in states.items():
             keys, values = (pad(tensor, (0, 0, count - tensor.shape[2], 0)) for tensor in pair)
             other.write(layer, keys, values)
-        other.commit()
+        other.commit_first()
         sequences.exchange(other)
     finally:
         other.clear()

@@ -131,9 +131,9 @@ class Rows:
 
     def roll_back(self) -> None:
         """Give back the room that a step has reserved."""
-        self.known_ids.abandon_pass()
+        self.known_ids.roll_back()
         for table in self.tables:
-            table.rollback()
+            table.roll_back()
             if self.columns.count == 0:
                 table.clear()
         if self.is_fanned_out:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hf_paged._torch.surroundings import check_surroundings
 from hf_paged.batch.edits import Edits
+from hf_paged.batch.handed_on import HandedOn
 from hf_paged.batch.padding import BoolMatrix, Counts
 from hf_paged.batch.rows import Rows
-from hf_paged.batch.shared import Shared
 from hf_paged.batch.steps.decode_writer import DecodeWriter, decode_writers
 from hf_paged.batch.steps.padded import PaddedStep
 from hf_paged.batch.steps.progress import Progress
@@ -37,7 +37,7 @@ class Sequences:
         step: the one under way; None between two of them.
         progress: of that step through the layers.
         edits: what callers have done to copies.
-        shared: keys and values of the last pass that the model may have handed on.
+        handed_on: keys and values of the last pass that the model may have handed on.
     """
 
     def __init__(self, pool: PagePool, *, begins_steps: bool = True) -> None:
@@ -46,7 +46,7 @@ class Sequences:
         self.step: Step | None = None
         self.progress = Progress(pool.group_of_layer, len(pool.layers))
         self.edits = Edits()
-        self.shared = Shared()
+        self.handed_on = HandedOn()
         self._begins_steps = begins_steps
         self._is_reserved_by_mask = False  # whether it was our mask function that has begun the pass under way
         self._captured_layers: list[int] | None = None  # those of the pass under way, if it is only captured
@@ -66,7 +66,7 @@ class Sequences:
 
     @records_past.setter
     def records_past(self, value: bool) -> None:
-        self.commit()
+        self.commit_first()
         self._records_past = value
 
     # A step is reserved
@@ -80,7 +80,7 @@ class Sequences:
         self.apply_edits()
         self._is_reserved_by_mask = False
         if self.step is not None and layer <= self.progress.last:
-            self._end_step()
+            self._close_step()
 
     def reserve(
         self,
@@ -106,7 +106,7 @@ class Sequences:
             ValueError: if rows, mask or layers don't fit what is cached; nothing has changed.
         """
         if not self._begins_steps:
-            return self._begun(num_rows, num_new, attention_mask)
+            return self._prepared(num_rows, num_new, attention_mask)
         check_surroundings()
         self.apply_edits()
         if num_layers is not None and num_layers > len(self.pool.layers):
@@ -131,8 +131,8 @@ class Sequences:
         self.step = step
         self._writers = decode_writers(step, self.pool)
 
-    def _begun(self, num_rows: int, num_new: int, attention_mask: Tensor | None) -> Step:
-        self.commit()
+    def _prepared(self, num_rows: int, num_new: int, attention_mask: Tensor | None) -> Step:
+        self.commit_first()
         is_masked = attention_mask is not None and not attention_mask.all()
         if self.step is None or is_masked or not self.step.matches(num_rows, num_new, None):
             raise NotPackable(_OWN_WAY)
@@ -150,7 +150,7 @@ class Sequences:
     ) -> Step:
         if not self._begins_steps:
             raise NotPackable(_OWN_WAY)
-        self._end_step()
+        self._close_step()
         self.drop_past()
         rows = self.rows
         rows.admit(num_rows)
@@ -238,7 +238,7 @@ class Sequences:
         num_rows, _, num_new, _ = keys.shape
         missing, progress = self.progress.missing, self.progress
         if self.step is not None and layer not in missing and progress.has_reached_the_end:
-            self._end_step()
+            self._close_step()
         if self.step is None:
             self.apply_edits()
         step = self.step
@@ -259,7 +259,7 @@ class Sequences:
             raise progress.updated_twice(layer)
         elif (num_rows, num_new) != (step.num_rows, step.num_new):
             raise ValueError(
-                f"Layer {layer} was given {num_new} tokens in {num_rows} rows, but this forward pass was planned for "
+                f"Layer {layer} was given {num_new} tokens in {num_rows} rows, but this forward pass was reserved for "
                 f"{step.num_new} tokens in {step.num_rows} rows."
             )
         step.settle_duplicates(keys, values)
@@ -267,10 +267,10 @@ class Sequences:
 
     # then committed or rolled back
 
-    def commit(self) -> None:
-        """Commit a step that is over.
+    def commit_first(self) -> None:
+        """Commit the first step, if it is over: its last layer says that those not written are passed over.
 
-        After the first one the last layer says that those that were not written are passed over.
+        Any later step is committed as soon as the last of the layers that hold tokens is written.
         """
         if self.step is not None and self.progress.has_reached_the_end and self.rows.are_empty:
             self.rows.absent = frozenset(self.progress.missing)
@@ -291,12 +291,12 @@ class Sequences:
             step: do so only if it is this one.
         """
         if step is None:
-            self.commit()
+            self.commit_first()
         if step is None or step is self.step:
             self._roll_back()
 
     def _roll_back(self) -> None:
-        self.shared.unshare()
+        self.handed_on.unshare()
         if self.step is not None:
             self.step.is_cancelled = True
             self.progress.missing.clear()
@@ -319,12 +319,12 @@ class Sequences:
         Raises:
             UnclearPassError: if it can't be told whether the last pass has failed; nothing has changed.
         """
-        self._end_step()
+        self._close_step()
         self.drop_past()
 
-    def _end_step(self) -> None:
+    def _close_step(self) -> None:
         """Forget the step under way if it wrote nothing, since another one begins."""
-        self.commit()
+        self.commit_first()
         if self.step is None or not self.progress.has_begun:
             self._roll_back()
         else:
@@ -334,9 +334,9 @@ class Sequences:
 
     def apply_edits(self) -> None:
         """Commit, and let the pages hold what was done to copies of them, unless a step is under way."""
-        self.commit()
+        self.commit_first()
         if self.edits.copies and self.step is None:
-            self.shared.unshare()
+            self.handed_on.unshare()
             self.edits.absorb(self)
 
     def drop_past(self) -> None:
@@ -344,7 +344,7 @@ class Sequences:
         # Not as soon as a step is committed: the attention of its last layer is still to come.
         self.apply_edits()
         if self.step is None and not self._records_past:
-            self.shared.unshare()
+            self.handed_on.unshare()
             self.rows.drop_past()
 
     def clear(self) -> None:

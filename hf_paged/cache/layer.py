@@ -23,7 +23,7 @@ def layers_over(sequences: Sequences) -> list[Any]:
     modes = getattr(config, "kv_sharing_modes", None) or ["store"] * len(specs)
     is_shared = [mode == "store" and not all(spec.stores for spec in specs) for mode in modes]
     return [
-        (SharedLayer if shared else PagedLayer)(sequences, index, spec)
+        (HandingOnLayer if shared else PagedLayer)(sequences, index, spec)
         if spec.stores
         else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
         for index, (spec, shared) in enumerate(zip(specs, is_shared, strict=True))
@@ -113,7 +113,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             **kwargs: ignored.
 
         Returns:
-            Keys and values for the attention function: the storage of the layer where the step was planned by
+            Keys and values for the attention function: the storage of the layer where the step was reserved by
             `paged_flex`, otherwise `(num_rows, num_kv_heads, num_columns, head_dim)`, from the first column that a
             query sees.
 
@@ -201,7 +201,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
 
 
-class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
+class HandingOnLayer(PagedLayer):  # type: ignore[no-untyped-call]
     """A layer of a model that may hand on what `update` returned to other layers, and to its caller."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,7 @@ class SharedLayer(PagedLayer):  # type: ignore[no-untyped-call]
         storage = pool.storage(self.index)
         assert storage is not None
         table = step.placements[pool.group_of_layer[self.index]].table
-        return self._sequences.shared.hand_out(step, table, storage, (keys, values))
+        return self._sequences.handed_on.hand_out(step, table, storage, (keys, values))
 
 
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs

@@ -24,7 +24,7 @@ _SETTINGS = {"use_cache", "logits_to_keep", "return_dict"}
 
 
 class _Rows(Cache):
-    """Rows whose number and lengths are looked at, while no pass over them is planned.
+    """Rows whose number and lengths are looked at, while no pass over them is under way.
 
     Args:
         layers: of the cache.

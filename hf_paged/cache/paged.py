@@ -152,7 +152,7 @@ class PagedCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate()` plans each step outside of the forward pass: with `paged_flex` it does."""
+        """Whether `generate()` prepares each step outside of the forward pass: with `paged_flex` it does."""
         return bool(self.pool.config._attn_implementation == NAME)
 
     @property
@@ -172,7 +172,7 @@ class PagedCache(Cache):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         # `generate()` sets this on a cache that it was given, once, before it computes anything.
-        self._sequences.commit()
+        self._sequences.commit_first()
         self._sequences.rows.known_ids.check(self._sequences.rows.columns)
         self._was_given = value
 
@@ -388,5 +388,5 @@ class PagedCache(Cache):
         Args:
             width: pages to a line.
         """
-        self._sequences.commit()
+        self._sequences.commit_first()
         return draw(self._sequences.rows.tables, width)

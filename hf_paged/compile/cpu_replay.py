@@ -20,7 +20,7 @@ class StepReplay:
     """What inductor made of a decoding step. What it was given is not held between two steps.
 
     Args:
-        run: takes a list of tensors and plans, which it may clear, and returns tensors.
+        run: takes a list of tensors and metadata, which it may clear, and returns tensors.
     """
 
     def __init__(self, run: Run) -> None:

@@ -40,7 +40,7 @@ class StepGraphs:
     """A compiled forward pass that repeats its decoding steps.
 
     Args:
-        run: the forward pass; takes tensors, numbers and plans, and returns tensors.
+        run: the forward pass; takes tensors, numbers and metadata, and returns tensors.
     """
 
     def __init__(self, run: Callable[..., Any]) -> None:
@@ -149,7 +149,7 @@ class _Recording:
         return self._graph is not None
 
     def fits(self, all_metadata: list[AttentionMetadata]) -> bool:
-        """Whether the lists of pages for these plans are where they were; makes them."""
+        """Whether the lists of pages for this metadata are where they were; makes them."""
         made = (
             all_metadata[number].block_lists(all_metadata[number].sequences.rows.tables[group], layout, num_slots)
             is block_lists
@@ -214,7 +214,7 @@ def _fixed(inputs: Inputs, moving: set[int], sequences: Sequences) -> Hashable:
         for storage in group.storages():
             fixed.append((storage.keys.data_ptr(), storage.values.data_ptr(), storage.num_pages))
     step = sequences.step
-    assert step is not None  # or there would be no plan
+    assert step is not None  # or there would be no metadata
     for placement in step.placements:
         slots, token_index = placement.slots(step, torch.device("cpu"))
         fixed.append((len(slots), token_index is None))

@@ -49,7 +49,7 @@ class BlockTable:
     """Block tables: for each row its length and the ids of its pages, in order.
 
     Tokens enter in two moves. `reserve` makes room, copying a shared page that will be written; `commit` lets the
-    lengths grow, or `rollback` gives the room back. Between them the tokens are written into their slots.
+    lengths grow, or `roll_back` gives the room back. Between them the tokens are written into their slots.
 
     Args:
         group: where the pages are.
@@ -156,7 +156,7 @@ class BlockTable:
         if followers:
             self._tails_may_be_shared = True
 
-    def part(self, row: int) -> None:
+    def unshare(self, row: int) -> None:
         """Give a row pages of its own for the tokens that are reserved and not yet committed.
 
         Raises:
@@ -190,7 +190,7 @@ class BlockTable:
         """Let `counts[row]` reserved tokens be part of each row."""
         self._rows.lengths += counts
 
-    def rollback(self) -> None:
+    def roll_back(self) -> None:
         """Give back the pages that no token needs."""
         self._keep_pages(-(-self._rows.lengths // self.group.page_size))
 
@@ -198,7 +198,7 @@ class BlockTable:
         """Shorten the rows to `lengths`, 0 or not below what was dropped, and release the pages behind them."""
         self._rows.lengths = lengths.copy()
         self._tails_may_be_shared = True
-        self.rollback()
+        self.roll_back()
 
     def drop(self, starts: Counts) -> None:
         """Release the pages before token `starts[row]` of each row, which nobody will read again."""

@@ -66,7 +66,7 @@ class PageGroup:
         self._prepared: dict[int, LayerStorage] = {}  # of layers before their first key, in case they are like others
         # The place of a page in its row. Rows that share a page have it at the same place, so one entry is enough.
         self._physical_to_logical = torch.from_numpy(np.zeros(max(1, num_pages), dtype=np.int32))
-        self._page_index_on: dict[torch.device, Tensor] = {}
+        self._physical_to_logical_on: dict[torch.device, Tensor] = {}
         self._sink_page: int | None = None
         self._lock = threading.RLock()
 
@@ -162,7 +162,7 @@ class PageGroup:
         """Note that each page is the page number `index` of its row."""
         with self._lock:
             self._physical_to_logical.numpy()[pages] = indices
-            for device, mirror in self._page_index_on.items():
+            for device, mirror in self._physical_to_logical_on.items():
                 mirror[torch.tensor(pages, device=device)] = torch.tensor(indices, dtype=torch.int32, device=device)
 
     def physical_to_logical(self, device: torch.device) -> Tensor:
@@ -170,10 +170,10 @@ class PageGroup:
         with self._lock:  # not in the middle of a growth
             if device.type == "cpu":
                 return self._physical_to_logical
-            if device not in self._page_index_on:
+            if device not in self._physical_to_logical_on:
                 with torch.inference_mode(False):  # it must be writable outside of inference mode too
-                    self._page_index_on[device] = self._physical_to_logical.clone().to(device)
-            return self._page_index_on[device]
+                    self._physical_to_logical_on[device] = self._physical_to_logical.clone().to(device)
+            return self._physical_to_logical_on[device]
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages in every layer."""
@@ -245,4 +245,4 @@ class PageGroup:
         kept = min(len(physical_to_logical), len(self._physical_to_logical))
         physical_to_logical[:kept] = self._physical_to_logical.numpy()[:kept]
         self._physical_to_logical = torch.from_numpy(physical_to_logical)
-        self._page_index_on.clear()
+        self._physical_to_logical_on.clear()

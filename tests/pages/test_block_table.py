@@ -104,7 +104,7 @@ def test_rolling_back_gives_the_reserved_pages_back(more):
     table = numbered_table(pool, 15, 16)
     before = state(table)
     table.reserve(counts(more, more))
-    table.rollback()
+    table.roll_back()
     assert state(table)[0] == before[0]
     assert pool.groups[0].allocator.num_active == 2
     pool.check_integrity()
@@ -116,7 +116,7 @@ def test_a_rolled_back_copy_leaves_the_tokens_as_they_were():
     fork = table.fork()
     table.reserve(counts(20))
     write_ids(table, 0, 10, range(500, 520))
-    table.rollback()
+    table.roll_back()
     assert read_ids(table) == read_ids(fork) == rows_of(10)
     pool.check_integrity()
 
@@ -474,7 +474,7 @@ class TableMachine(RuleBasedStateMachine):
         for row, (ids, count) in enumerate(zip(rows, more, strict=True)):
             if count:
                 write_ids(table, row, len(ids), [-1] * count)
-        table.rollback()
+        table.roll_back()
 
     @rule(which=st.integers(0, 3), data=st.data())
     def truncate(self, which, data):

@@ -81,7 +81,7 @@ class PaddedStep(Step):
             assert self.originals is not None
             for row in parted_duplicates(self.originals, keys, values):
                 for placement in self.placements:
-                    placement.table.part(row)
+                    placement.table.unshare(row)
                 self.originals[row] = row
 
     @override
@@ -145,6 +145,6 @@ class PaddedStep(Step):
                 placement.table.reserve(self.counts, placement.starts, self.originals)
             except OutOfPagesError:
                 for other in self.placements[:done]:
-                    other.table.rollback()
+                    other.table.roll_back()
                 raise
         self._is_reserved = True

@@ -70,7 +70,7 @@ def _dropped(table: BlockTable) -> ValueError:
 
 
 class Step(ABC):
-    """The plan of one forward pass, made before the first layer runs and used by all of them.
+    """One forward pass, laid out before the first layer runs and used by all of them.
 
     Args:
         view: what attention is handed.
@@ -104,7 +104,7 @@ class Step(ABC):
 
     @abstractmethod
     def matches(self, num_rows: int, num_new: int, new: BoolMatrix | None) -> bool:
-        """Whether this is the plan for these new columns."""
+        """Whether this step is for these new columns."""
 
     @abstractmethod
     def settle_duplicates(self, keys: Tensor, values: Tensor) -> None:

@@ -20,17 +20,17 @@ _NOTHING = torch.empty(0)
 _ALIKE = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")}
 
 
-class Shared:
+class HandedOn:
     """What the layers of the last pass were handed, as long as somebody holds it."""
 
     def __init__(self) -> None:
-        self._states: WeakSet[SharedStates] = WeakSet()
+        self._states: WeakSet[HandedOnStates] = WeakSet()
 
     def hand_out(
         self, step: Step, table: BlockTable, storage: LayerStorage, pages: tuple[Tensor, Tensor]
-    ) -> tuple["SharedTensor", "SharedTensor"]:
-        """Return what stands for pages, and for a copy where need be; arguments as for `SharedStates`."""
-        states = SharedStates(step, table, storage, pages)
+    ) -> tuple["HandedOnTensor", "HandedOnTensor"]:
+        """Return what stands for pages, and for a copy where need be; arguments as for `HandedOnStates`."""
+        states = HandedOnStates(step, table, storage, pages)
         self._states.add(states)
         return states.tensors()
 
@@ -42,7 +42,7 @@ class Shared:
             self._states.clear()
 
 
-class SharedStates:
+class HandedOnStates:
     """What one layer was handed in one forward pass: pages for attention, a padded copy for anybody else.
 
     Args:
@@ -59,9 +59,9 @@ class SharedStates:
         self._copies: tuple[Tensor, Tensor] | None = None
         self._versions: tuple[int, int] | None = None
 
-    def tensors(self) -> tuple["SharedTensor", "SharedTensor"]:
+    def tensors(self) -> tuple["HandedOnTensor", "HandedOnTensor"]:
         """Return keys and values to hand out."""
-        keys, values = (_NOTHING.as_subclass(SharedTensor) for _ in range(2))
+        keys, values = (_NOTHING.as_subclass(HandedOnTensor) for _ in range(2))
         keys.states, keys.which = self, 0
         values.states, values.which = self, 1
         return keys, values
@@ -111,7 +111,7 @@ class SharedStates:
         return self._pages
 
 
-class SharedTensor(Tensor):
+class HandedOnTensor(Tensor):
     """Keys or values of a layer: for the attention of `"paged_flex"` its pages, in any other use a padded copy.
 
     Attributes:
@@ -119,7 +119,7 @@ class SharedTensor(Tensor):
         which: 0 for keys, 1 for values.
     """
 
-    states: SharedStates
+    states: HandedOnStates
     which: int
 
     @classmethod
@@ -129,7 +129,7 @@ class SharedTensor(Tensor):
         """Let torch have the copy."""
         kwargs = kwargs or {}
         shared = args[0] if args else None
-        if isinstance(shared, SharedTensor) and (func is Tensor.to or func in _ALIKE):
+        if isinstance(shared, HandedOnTensor) and (func is Tensor.to or func in _ALIKE):
             example = shared.states.example(shared.which)[:, :, :1]
             answer = func(example, *args[1:], **kwargs)
             if func is not Tensor.to:
@@ -141,7 +141,7 @@ class SharedTensor(Tensor):
 
 def _copied(value: Any) -> Any:
     match value:
-        case SharedTensor():
+        case HandedOnTensor():
             return value.states.copies()[value.which]
         case list() | tuple():
             return type(value)(map(_copied, value))
