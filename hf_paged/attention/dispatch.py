@@ -71,7 +71,7 @@ def bind(
     key: Tensor,
     value: Tensor,
     params: AttentionParams,
-) -> Attention:
+) -> tuple[Attention, Tensor, Tensor]:
     """Return the attention of layers with tensors of these shapes, dtype and device in this pass.
 
     Args:
@@ -83,18 +83,22 @@ def bind(
         value: `(1, num_kv_heads, num_slots, value_head_dim)`.
         params: what the layers want.
 
+    Returns:
+        The attention, and the keys and values that it was bound to: others than were given if the storage has grown
+        for the page of the sinks. Only tensors of their sizes may be given to it.
+
     Raises:
         ValueError: if a token is to be seen that was dropped, or for a dtype that the backend does not take.
     """
     ranges = metadata.ranges if table.group.window is None else metadata.ranges_of(table)
     backend = choose_backend(query.device, ranges)
     if backend is Backend.VARLEN_SDPA and ranges is not None:
-        return varlen_attention(query, value, varlen_rows_of(table, ranges), params)
+        return varlen_attention(query, value, varlen_rows_of(table, ranges), params), key, value
     if backend is Backend.SPLIT_KV and ranges is not None:
-        return split_kv_attention(query, key, value, kv_splits_of(table, ranges), params)
+        return split_kv_attention(query, key, value, kv_splits_of(table, ranges), params), key, value
     sink_page = table.group.sink_page() if params.has_sinks else None
     if sink_page is not None and storage is not None:
         key, value = storage.tensors  # taking the page may have let the storage grow
     layout = flex.layout_for(query, key, sink_page)
     block_lists = metadata.block_lists(table, layout, key.shape[2])
-    return flex.paged_attention(query, key, value, block_lists, table.group.page_size, params)
+    return flex.paged_attention(query, key, value, block_lists, table.group.page_size, params), key, value

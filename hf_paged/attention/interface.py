@@ -184,10 +184,8 @@ def _attend(
     shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, params)
     attention = metadata.attentions.get((table, table.version, *shapes))
     if attention is None:
-        attention = bind(metadata, table, storage, query, key, value, params)
-        if storage is not None:
-            key, value = storage.tensors  # they may have grown for a page of sinks
-            shapes = (query.shape, key.shape, value.shape, *shapes[3:])
+        attention, key, value = bind(metadata, table, storage, query, key, value, params)
+        shapes = (query.shape, key.shape, value.shape, *shapes[3:])
         metadata.attentions[table, table.version, *shapes] = attention
     with profiled("paged_attention"):
         return attention(query, key, value, sinks)

@@ -185,7 +185,7 @@ class Edits:
         for layer, copy in self.copies.items():
             width = _width(sequences, layer, count)
             is_beginning = columns.count - _width(sequences, layer, columns.count) == count - width
-            if copy.columns is columns and is_beginning and width:
+            if copy.columns is columns and is_beginning and width and copy.tensors[0] is not None:
                 keys, values = _pair(copy)
                 kept[layer] = keys[:, :, :width], values[:, :, :width]
         return kept

@@ -310,7 +310,7 @@ class Sequences:
             self.roll_back()
         elif self.rows.columns.count == num_new:
             self.clear()
-        else:
+        elif self.rows.columns.count > num_new:
             self.truncate(self.rows.columns.count - num_new)
 
     def end_step(self) -> None:

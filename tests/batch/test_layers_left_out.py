@@ -13,7 +13,7 @@ from transformers import (
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
 from hf_paged.errors import UnclearPassError
-from tests.models import generate, left_padded, random_ids, run, tiny_gemma, tiny_llama, tiny_model
+from tests.models import generate, left_padded, plain, random_ids, run, tiny_gemma, tiny_llama, tiny_model
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}
 
@@ -257,3 +257,28 @@ def test_layers_may_be_called_in_any_order(order):
     assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask, max_new_tokens=10), expected)
     assert cache.get_seq_length() == 26
     assert all(cache.gather(layer)[0] is not None for layer in range(4))
+
+
+def test_a_layer_that_was_passed_over_may_be_read_before_a_crop():
+    model = tiny_llama(num_layers=2)
+    model.model.layers[0].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    with torch.no_grad():
+        model(random_ids(2, 20), past_key_values=cache)
+        assert [keys is None for keys, _, _ in cache] == [True, False]
+        cache.crop(-5)
+    assert cache.lengths == [15, 15]
+    assert cache.gather(1)[0].shape[2] == 15
+
+
+def test_a_layer_that_no_cache_has_leaves_an_empty_cache_as_it_was():
+    model = tiny_llama(num_layers=2)
+    ids = random_ids(1, 20)
+    expected = plain(model, ids, [20])
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16)
+    states = torch.zeros(1, 2, 3, 16)
+    with pytest.raises(ValueError, match="Layer 5 was given to a PagedCache that was made for a model of 2 layers"):
+        cache.update(states, states, 5)
+    torch.testing.assert_close(run(model, cache, ids, [20]), expected, atol=2e-4, rtol=1e-4)

@@ -39,7 +39,7 @@ def block_lists_of(table: BlockTable, ranges: KVRanges, layout: Layout) -> Block
         return replace(_between(table, first, last, tile_rows, layout), query_tiles=query_tiles, tiles_per_row=1)
     num_rows, num_queries = kv_stop.shape
     if num_queries == 1:
-        lists = _decode_lists.setdefault(table, {})
+        lists = _decode_lists.setdefault(table, {}) if ranges.is_whole else {}
         decode = lists.get((ranges.window, layout))
         if decode is None or not decode.fits(table):
             decode = lists[ranges.window, layout] = _DecodeLists(table, ranges.window, layout)

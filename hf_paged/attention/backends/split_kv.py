@@ -62,7 +62,7 @@ def kv_splits_of(table: BlockTable, ranges: KVRanges) -> KVSplits:
         table: the rows whose pages are read.
         ranges: of one query for each row.
     """
-    builders = _builders.setdefault(table, {})
+    builders = _builders.setdefault(table, {}) if ranges.is_whole else {}
     builder = builders.get(ranges.window)
     if builder is None:
         builder = builders[ranges.window] = _Builder(table.group.page_size)

@@ -102,11 +102,12 @@ class PaddedStep(Step):
     @override
     def kv_ranges(self, window: int | None, queries: slice) -> KVRanges:
         kv_stop = self.kv_stop[:, queries]
+        is_whole = queries == slice(None)
         if window is None:
-            return KVRanges(kv_stop)
+            return KVRanges(kv_stop, is_whole=is_whole)
         # Padding may stand so far behind the tokens of its row that it sees none of them through a window.
         kv_start = self.kv_start(window)[:, queries]
-        return KVRanges(np.where(kv_start < kv_stop, kv_stop, 0), kv_start, window)
+        return KVRanges(np.where(kv_start < kv_stop, kv_stop, 0), kv_start, window, is_whole=is_whole)
 
     def kv_start(self, window: int) -> Counts:
         """`(num_rows, num_new)` tokens of its row that each query no longer sees through a window."""

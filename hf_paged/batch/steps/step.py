@@ -34,6 +34,7 @@ class KVRanges:
         window: tokens that a query sees at most; None where `kv_start` is.
         rows: packed: `(num_tokens,)` the row of each query, ascending; None where queries come row by row.
         num_queries: packed: queries, of which those behind `num_tokens` belong to no row.
+        is_whole: whether all new columns ask; parts of a pass may be attended to in turns.
     """
 
     kv_stop: Counts
@@ -41,12 +42,14 @@ class KVRanges:
     window: int | None = None
     rows: Counts | None = None
     num_queries: int = 0
+    is_whole: bool = True
 
     def check_kept(self, table: BlockTable) -> None:
         """Raise ValueError if a token is to be seen that was dropped."""
         if table.group.window is not None:
             starts = table.starts[:, None] if self.rows is None else table.starts[self.rows]
-            if (starts > (0 if self.kv_start is None else self.kv_start))[self.kv_stop > 0].any():
+            is_dropped = np.broadcast_to(starts > (0 if self.kv_start is None else self.kv_start), self.kv_stop.shape)
+            if is_dropped[self.kv_stop > 0].any():
                 raise _dropped(table)
 
 
