@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 TROUBLESHOOT = DOCS / "how-to" / "troubleshoot.md"
-SHOWN = ("text", "yaml", "json", "diff")
+SHOWN = ("text", "yaml", "json", "diff", "mermaid")
 
 
 @dataclass(frozen=True)
