@@ -141,7 +141,7 @@ def test_without_them_only_the_making_of_the_mask_is_outside_of_graphs():
     torch.testing.assert_close(run(model, PagedCache.from_model(model, page_size=16), ids, splits), expected, **FP32)
     breaks = "\n".join(counters["graph_break"])
     assert "_mask_sizes_between_graphs" in breaks
-    assert "_planned" in breaks
+    assert "_reserved" in breaks
     assert len(counters["graph_break"]) == 2
 
 

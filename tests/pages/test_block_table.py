@@ -421,7 +421,7 @@ def test_the_version_changes_with_the_block_table():
     table = numbered_table(open_pool(), 20, 5)
     changes = [
         lambda: table.reserve(counts(20, 0)),
-        table.rollback,
+        table.roll_back,
         lambda: table.select([1, 0]),
         lambda: table.truncate(counts(2, 2)),
         table.clear,
