@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch._dynamo.utils import counters
 from torch.nn.functional import layer_norm
 from transformers import (
@@ -305,8 +306,7 @@ def test_an_error_of_another_function_stays_torch_s():
 
 
 def test_hooks_that_move_tensors_are_refused():
-    accelerate = pytest.importorskip("accelerate")
-    model = accelerate.dispatch_model(tiny_llama(), {"": "cpu"}, force_hooks=True)
+    model = dispatch_model(tiny_llama(), {"": "cpu"}, force_hooks=True)
     with pytest.raises(ValueError, match=r"has hooks of accelerate.*leave out compiled"), compiled(model):
         pass
 
