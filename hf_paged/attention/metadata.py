@@ -42,6 +42,7 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
     ) -> None:
         self.sequences = sequences
         self.step = step
+        step.note_mask(self)
         self.by_column = by_column
         self.window = window
         self.visible = visible

@@ -20,9 +20,16 @@ def states(num_rows, num_new=1, dtype=torch.float32, seed=0):
     return tuple(torch.randn(shape, generator=generator).to(dtype).transpose(2, 3))
 
 
-def begin_step(cache, num_rows):
-    length, _ = cache.get_mask_sizes(1, 0)
-    return paged_flex_mask(num_rows, 1, length, config=cache.pool.config)
+@pytest.fixture
+def begin_step():
+    """Reserve a step, as a model does; it holds the mask until its pass is over."""
+    masks = []
+
+    def begin(cache, num_rows):
+        length, _ = cache.get_mask_sizes(1, 0)
+        masks.append(paged_flex_mask(num_rows, 1, length, config=cache.pool.config))
+
+    return begin
 
 
 def prefilled(num_rows, dtype=torch.float32, num_layers=4):
@@ -34,7 +41,7 @@ def prefilled(num_rows, dtype=torch.float32, num_layers=4):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_every_layer_holds_what_it_was_given(num_rows, dtype):
+def test_every_layer_holds_what_it_was_given(num_rows, dtype, begin_step):
     cache = prefilled(num_rows, dtype)
     expected = [cache.layers[layer].keys for layer in range(4)], [cache.layers[layer].values for layer in range(4)]
     for seed in range(14):  # over the end of a page
@@ -60,7 +67,7 @@ def test_every_layer_holds_what_it_was_given(num_rows, dtype):
         (lambda keys: keys.expand(-1, -1, 2, -1), "Layer 2 was given values of shape"),
     ],
 )
-def test_a_layer_that_does_not_fit_raises_and_the_step_is_rolled_back(changed, message):
+def test_a_layer_that_does_not_fit_raises_and_the_step_is_rolled_back(changed, message, begin_step):
     cache = prefilled(3)
     begin_step(cache, 3)
     for layer in range(2):
@@ -78,7 +85,7 @@ def test_a_layer_that_does_not_fit_raises_and_the_step_is_rolled_back(changed, m
     assert torch.equal(cache.layers[2].keys[:, :, -1:], keys)
 
 
-def test_a_layer_that_is_written_twice_raises():
+def test_a_layer_that_is_written_twice_raises(begin_step):
     cache = prefilled(1)
     begin_step(cache, 1)
     for layer in range(2):
@@ -128,7 +135,7 @@ def test_groups_of_layers_that_take_turns_have_one_each(monkeypatch):
     assert made == [0, 1] * 10
 
 
-def test_tensors_that_require_gradients_are_written_without_them():
+def test_tensors_that_require_gradients_are_written_without_them(begin_step):
     cache = prefilled(1)
     begin_step(cache, 1)
     with torch.no_grad():

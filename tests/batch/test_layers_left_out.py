@@ -5,6 +5,7 @@ import torch
 from transformers import (
     BartConfig,
     BartForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     WhisperConfig,
@@ -218,6 +219,36 @@ def test_a_pass_that_failed_is_not_taken_for_a_shorter_model(failure, layer):
     assert cache.lengths == [17]
     cache.roll_back()
     assert torch.equal(generate(model, "paged_flex", cache, ids, max_new_tokens=10), expected)
+
+
+@pytest.mark.parametrize("num_new", [1, 5])
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_pass_given_up_before_its_first_layer_leaves_nothing_to_one_of_another_attention(num_rows, num_new):
+    model, ids = tiny_llama(), random_ids(num_rows, 32)
+    split = 32 - num_new
+    # A mask in four dimensions is taken as it is: the cache is not asked for the sizes of one.
+    hidden = torch.zeros(num_rows, 1, num_new, 32).masked_fill(torch.arange(32) < 5, torch.finfo(torch.float32).min)
+    hidden = hidden.masked_fill(torch.arange(32) > split + torch.arange(num_new)[:, None], hidden.min())
+    inputs = {"attention_mask": hidden, "position_ids": torch.arange(split, 32)[None]}
+    expected = DynamicCache(config=model.config)
+    model.set_attn_implementation("sdpa")
+    run(model, expected, ids[:, :split], [split])
+    with torch.no_grad():
+        logits = model(ids[:, split:], past_key_values=expected, **inputs).logits
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache.from_model(model, page_size=16, num_pages=2 * num_rows)  # as many slots as columns
+    run(model, cache, ids[:, :split], [split])
+
+    def fail(*args):
+        raise KeyError
+
+    hook = model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        run(model, cache, ids[:, split:], [num_new])
+    hook.remove()
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids[:, split:], past_key_values=cache, **inputs).logits, logits, **FP32)
 
 
 def test_a_pass_that_ran_out_of_pages_needs_no_roll_back():

@@ -25,11 +25,14 @@ class DecodeWriter:
         step: adds one token to each row, whose pages are reserved.
         group: index of the group of layers.
         storages: of its layers that have the head counts and sizes of the first of them.
+
+    Attributes:
+        step: as given.
     """
 
     def __init__(self, step: Step, group: int, storages: dict[int, LayerStorage]) -> None:
         first = next(iter(storages.values()))
-        self._step = step
+        self.step = step
         self._table = step.placements[group].table
         self._slots = step.placements[group].written
         self._storages = storages
@@ -48,7 +51,7 @@ class DecodeWriter:
             return None
         storage.write_one_each(keys, values, self._slots)
         tensors = storage.tensors
-        self._step.handed[tensors[0].data_ptr()] = tensors[0], self._table, storage
+        self.step.handed[tensors[0].data_ptr()] = tensors[0], self._table, storage
         return tensors
 
 

@@ -3,6 +3,7 @@
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -99,6 +100,18 @@ class Step(ABC):
         self.is_cancelled = False
         self.handed: dict[int, tuple[Tensor, BlockTable, LayerStorage]] = {}
         """Keys that stand for pages, by their address, with the rows and the storage."""
+        self._masks: WeakSet[object] | None = None
+
+    def note_mask(self, mask: object) -> None:
+        """Note what stands for this step among the arguments of the model, and is gone when its pass is."""
+        if self._masks is None:
+            self._masks = WeakSet()
+        self._masks.add(mask)
+
+    @property
+    def has_lost_its_masks(self) -> bool:
+        """Whether there were masks of this step, and nobody holds one any more."""
+        return self._masks is not None and not self._masks
 
     @property
     def is_settled(self) -> bool:
