@@ -1,5 +1,6 @@
 import gc
 import importlib.util
+import os
 import random
 import sys
 import threading
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 
 @pytest.fixture

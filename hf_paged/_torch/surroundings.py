@@ -1,5 +1,6 @@
 """What a model may be run under, and with which tensors, for pages to take part in it."""
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -122,3 +123,9 @@ def check_dense(tensor: Tensor) -> None:
         "(a DTensor has to_local(), others to_dense(), dequantize() or to_padded_tensor()), or use Transformers' "
         "DynamicCache."
     )
+
+
+@cache
+def can_launch(device: torch.device) -> bool:
+    """Whether Triton's kernels can be launched there; it comes with torch's builds for the GPUs of NVIDIA and AMD."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -2,14 +2,14 @@
 
 import enum
 
-import torch
 from torch import Tensor
 
 from hf_paged._torch.inductor import can_compile
+from hf_paged._torch.surroundings import can_launch
 from hf_paged._torch.tricks import Trick
 from hf_paged.attention.backends import flex
 from hf_paged.attention.backends.base import Attention, AttentionParams
-from hf_paged.attention.backends.split_kv import kv_splits_of, split_kv_attention
+from hf_paged.attention.backends.split_kv import cpu, gpu
 from hf_paged.attention.backends.varlen_sdpa import varlen_attention, varlen_rows_of
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.steps.step import KVRanges
@@ -17,10 +17,16 @@ from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.storage import LayerStorage
 
-SPLIT_KV = Trick(
-    "split_kv",
+SPLIT_KV_CPU = Trick(
+    "split_kv_cpu",
     "single tokens are attended to piece by piece of their rows, shared out among the threads of a CPU",
     "FlexAttention attends to them, one thread for each key/value head of a row",
+)
+
+SPLIT_KV_GPU = Trick(
+    "split_kv_gpu",
+    "few tokens of each row are attended to in equal pieces of the rows, one for each program of a GPU",
+    "FlexAttention attends to them, whose programs wait for the longest row",
 )
 
 VARLEN_SDPA = Trick(
@@ -34,7 +40,8 @@ class Backend(enum.Enum):
     """Ways to attend to pages; where none of them reads pages, SDPA is handed a copy."""
 
     FLEX = "FlexAttention over block lists"
-    SPLIT_KV = "single queries over pieces of pages, shared out among the threads of a CPU"
+    SPLIT_KV_CPU = "single queries over pieces of pages, shared out among the threads of a CPU"
+    SPLIT_KV_GPU = "few queries over equal pieces of rows, shared out among the programs of a GPU"
     VARLEN_SDPA = "SDPA over one row of packed queries after another, copied out of the pages"
 
 
@@ -49,18 +56,21 @@ def reads_pages(pool: PagePool, num_new: int) -> bool:
     return flex.takes(storage.dtype) and (num_new == 1 or not flex.repacks_storage(storage.dtype, storage.device))
 
 
-def choose_backend(device: torch.device, ranges: KVRanges | None) -> Backend:
-    """Say what attends, from where the queries are and what they see (None: token by token).
+def choose_backend(query: Tensor, key: Tensor, ranges: KVRanges | None) -> Backend:
+    """Say what attends, from queries and keys and what they see (None: token by token).
 
     On a CPU packed queries, and single ones, have ways of their own, which are faster there. On a GPU a packed chunk
-    has many rows, each of which would be several launches.
+    has many rows, each of which would be several launches; few queries for each row are read for in equal pieces.
     """
-    if device.type == "cpu" and ranges is not None:
-        if ranges.rows is not None and VARLEN_SDPA.is_on:
-            return Backend.VARLEN_SDPA
-        if ranges.rows is None and ranges.kv_stop.shape[1] == 1 and SPLIT_KV.is_on:
-            return Backend.SPLIT_KV
-    return Backend.FLEX
+    is_on_cpu = query.device.type == "cpu"
+    if ranges is None or not (is_on_cpu or query.device.type == "cuda"):
+        return Backend.FLEX
+    if ranges.rows is not None:
+        return Backend.VARLEN_SDPA if is_on_cpu and VARLEN_SDPA.is_on else Backend.FLEX
+    if is_on_cpu:
+        return Backend.SPLIT_KV_CPU if query.shape[2] == 1 and SPLIT_KV_CPU.is_on else Backend.FLEX
+    takes_gpu = SPLIT_KV_GPU.is_on and can_launch(query.device) and gpu.takes(query, key)
+    return Backend.SPLIT_KV_GPU if takes_gpu else Backend.FLEX
 
 
 def bind(
@@ -91,14 +101,17 @@ def bind(
         ValueError: if a token is to be seen that was dropped, or for a dtype that the backend does not take.
     """
     ranges = metadata.ranges if table.group.window is None else metadata.ranges_of(table)
-    backend = choose_backend(query.device, ranges)
+    backend = choose_backend(query, key, ranges)
     if backend is Backend.VARLEN_SDPA and ranges is not None:
         return varlen_attention(query, value, varlen_rows_of(table, ranges), params), key, value
-    if backend is Backend.SPLIT_KV and ranges is not None:
-        return split_kv_attention(query, key, value, kv_splits_of(table, ranges), params), key, value
+    if backend is Backend.SPLIT_KV_CPU and ranges is not None:
+        return cpu.split_kv_attention(query, key, value, cpu.kv_splits_of(table, ranges), params), key, value
+    if backend is Backend.SPLIT_KV_GPU:
+        splits = metadata.device_lists(table, gpu.SplitLayout(key.shape[1], key.device), key.shape[2])
+        return gpu.split_kv_attention(query, key, value, splits, table.group.page_size, params), key, value
     sink_page = table.group.sink_page() if params.has_sinks else None
     if sink_page is not None and storage is not None:
         key, value = storage.tensors  # taking the page may have let the storage grow
     layout = flex.layout_for(query, key, sink_page)
-    block_lists = metadata.block_lists(table, layout, key.shape[2])
+    block_lists = metadata.device_lists(table, layout, key.shape[2])
     return flex.paged_attention(query, key, value, block_lists, table.group.page_size, params), key, value

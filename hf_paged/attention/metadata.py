@@ -1,11 +1,14 @@
 """What the layers of one forward pass are told, besides their queries."""
 
+from typing import overload
+
 from torch import Tensor
 
 from hf_paged._torch.opaque import Opaque, opaque
 from hf_paged.attention.backends.base import Attention
 from hf_paged.attention.backends.block_list_builder import block_lists_of, block_lists_of_tokens
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
+from hf_paged.attention.backends.split_kv.gpu import DeviceSplits, SplitLayout, device_splits_of
 from hf_paged.batch.padding import BoolMatrix
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.step import KVRanges, Step, View, check_tokens_kept
@@ -54,8 +57,8 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         """What each query sees of its row; None without `View.PAGES`, or where `visible` says it."""
         self.attentions: dict[tuple[object, ...], Attention] = {}
         """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
-        self.made_block_lists: dict[tuple[BlockTable, int, Layout, int], BlockLists] = {}
-        """What `block_lists` has returned, by the table, its version, and the other arguments."""
+        self.made_lists: dict[tuple[BlockTable, int, Layout | SplitLayout, int], BlockLists | DeviceSplits] = {}
+        """What `device_lists` has returned, by the table, its version, and the other arguments."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all of it.
@@ -100,8 +103,16 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
                 check_tokens_kept(table, self.visible)
         return self.ranges
 
-    def block_lists(self, table: BlockTable, layout: Layout, num_slots: int) -> BlockLists:
-        """Block lists over the pages of `table`, made once for all layers of its group.
+    @overload
+    def device_lists(self, table: BlockTable, layout: Layout, num_slots: int) -> BlockLists: ...
+
+    @overload
+    def device_lists(self, table: BlockTable, layout: SplitLayout, num_slots: int) -> DeviceSplits: ...
+
+    def device_lists(
+        self, table: BlockTable, layout: Layout | SplitLayout, num_slots: int
+    ) -> BlockLists | DeviceSplits:
+        """What a kernel is to read of the pages of `table`, made once for all layers of its group.
 
         They are made anew when rows turn out to be no duplicates, and when another thread lets the pool grow between
         two layers, to `num_slots` slots.
@@ -110,12 +121,16 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
             ValueError: if a token is to be seen that was dropped.
         """
         key = (table, table.version, layout, num_slots)
-        if key not in self.made_block_lists:
-            ranges = self.ranges_of(table)
-            if ranges is None:
-                assert self.visible is not None
-                lists = block_lists_of_tokens(table, self.visible[:, self._queries], layout)
-            else:
-                lists = block_lists_of(table, ranges, layout)
-            self.made_block_lists[key] = lists
-        return self.made_block_lists[key]
+        if key not in self.made_lists:
+            self.made_lists[key] = self._lists_of(table, layout)
+        return self.made_lists[key]
+
+    def _lists_of(self, table: BlockTable, layout: Layout | SplitLayout) -> BlockLists | DeviceSplits:
+        ranges = self.ranges_of(table)
+        if isinstance(layout, SplitLayout):
+            assert ranges is not None  # or another backend was chosen
+            return device_splits_of(table, ranges, layout)
+        if ranges is not None:
+            return block_lists_of(table, ranges, layout)
+        assert self.visible is not None
+        return block_lists_of_tokens(table, self.visible[:, self._queries], layout)

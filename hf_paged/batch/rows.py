@@ -156,7 +156,9 @@ class Rows:
         self.known_ids.select(indices)
 
     def release(self, rows: Sequence[int]) -> None:
-        """Give back the pages of rows that are finished."""
+        """Give back the pages of rows that are finished, unless they have done so."""
+        if not rows or (self.columns.released is not None and self.columns.released[list(rows)].all()):
+            return
         for table in self.tables:
             table.release(rows)
         self.columns = self.columns.without(rows, self.count)

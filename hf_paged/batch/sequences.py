@@ -184,7 +184,8 @@ class Sequences:
         try:
             if self.edits.copies and self.step is not None:
                 self.edits.check_untouched(layer)
-            if writer is not None and layer in self.progress.missing and self._is_of_this_pass(writer.step):
+            is_under_way = self.progress.last >= 0 or self._is_reserved_by_mask
+            if writer is not None and is_under_way and layer in self.progress.missing and writer.step.masks:
                 result = writer.write(layer, keys, values)
             if result is None:
                 storage = self.pool.open_storage(layer, keys, values)
@@ -233,13 +234,6 @@ class Sequences:
         """Whether the attention function of a compiled graph is going to call `write`, so that `update` need not."""
         return self.step is not None and self._is_reserved_by_mask
 
-    def _is_of_this_pass(self, step: Step) -> bool:
-        """Whether a step was reserved for the pass under way, not for one that was given up before its first layer.
-
-        A pass with a mask that the caller made in four dimensions begins without asking for the sizes of one.
-        """
-        return self.progress.has_begun or (self._is_reserved_by_mask and not step.has_lost_its_masks)
-
     def _step_for(self, layer: int, keys: Tensor, values: Tensor) -> Step:
         """Return the step that new keys of a layer belong to, beginning one if no mask function did."""
         num_rows, _, num_new, _ = keys.shape
@@ -256,7 +250,7 @@ class Sequences:
             )
         if step is None or not progress.has_begun:
             fits = step is not None and (num_rows, num_new) == (step.num_rows, step.num_new)
-            if step is None or not fits or not self._is_of_this_pass(step):
+            if step is None or not fits or not self._is_reserved_by_mask or not step.masks:
                 # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
                 check_surroundings()
                 self.rows.check_shape(num_rows, num_new)
@@ -390,9 +384,7 @@ class Sequences:
             ValueError: if a row does not exist; nothing has changed.
         """
         self.end_step()
-        rows = sorted(set(self.rows.existing(rows)))
-        if rows:
-            self.rows.release(rows)
+        self.rows.release(sorted(set(self.rows.existing(rows))))
 
     def become_fork_of(self, other: "Sequences") -> None:
         """Hold what `other` holds, sharing its pages."""

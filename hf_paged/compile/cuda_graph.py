@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hf_paged._torch.tricks import Trick
-from hf_paged.attention.backends.block_lists import BlockLists, Layout
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.step import View
@@ -130,10 +129,10 @@ class _Recording:
     def __init__(self, inputs: Inputs, moving: set[int], all_metadata: list[AttentionMetadata]) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._moving = {index: inputs[index].clone() for index in moving}
-        self._lists: list[tuple[int, int, Layout, int, BlockLists]] = [
-            (number, metadata.sequences.rows.tables.index(table), layout, num_slots, block_lists)
+        self._lists = [
+            (number, metadata.sequences.rows.tables.index(table), layout, num_slots, lists)
             for number, metadata in enumerate(all_metadata)
-            for (table, _, layout, num_slots), block_lists in metadata.made_block_lists.items()
+            for (table, _, layout, num_slots), lists in metadata.made_lists.items()
         ]
         step = all_metadata[0].step
         self._device = self._lists[0][2].device
@@ -151,9 +150,9 @@ class _Recording:
     def fits(self, all_metadata: list[AttentionMetadata]) -> bool:
         """Whether the lists of pages for this metadata are where they were; makes them."""
         made = (
-            all_metadata[number].block_lists(all_metadata[number].sequences.rows.tables[group], layout, num_slots)
-            is block_lists
-            for number, group, layout, num_slots, block_lists in self._lists
+            all_metadata[number].device_lists(all_metadata[number].sequences.rows.tables[group], layout, num_slots)
+            is lists
+            for number, group, layout, num_slots, lists in self._lists
         )
         return all(made)
 

@@ -130,6 +130,20 @@ class LayerStorage:
                 held_keys[:, slots] = new_keys[:, :, 0].swapaxes(0, 1)
                 held_values[:, slots] = new_values[:, :, 0].swapaxes(0, 1)
 
+    def write_on_gpu(self, keys: Tensor, values: Tensor, slots: Tensor, token_index: Tensor | None) -> None:
+        """Store tokens by one kernel.
+
+        Args:
+            keys: `(num_rows, num_kv_heads, num_new, head_dim)`, rotary embedding applied.
+            values: like `keys`.
+            slots: `(num_tokens,)` int64, distinct, all in pages with one holder.
+            token_index: `(num_tokens,)` int64, which of the `num_rows * num_new` tokens they are; None: all.
+        """
+        from hf_paged.pages.write_kernel import store_keys_and_values
+
+        with self._lock:
+            store_keys_and_values(keys, values, self.tensors, slots, token_index)
+
     def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Read tokens: keys and values, each `(num_kv_heads, num_tokens, head_dim)`, of `slots` `(num_tokens,)`."""
         return self.keys[0].index_select(1, slots), self.values[0].index_select(1, slots)

@@ -8,7 +8,7 @@ import torch
 from hf_paged._torch import inductor
 from hf_paged._torch.wrapper_replay import capture
 from hf_paged.attention.backends.base import AttentionParams
-from hf_paged.attention.backends.split_kv import KVSplits, split_kv_attention
+from hf_paged.attention.backends.split_kv.cpu import KVSplits, split_kv_attention
 
 
 def splits(num_rows, num_places):

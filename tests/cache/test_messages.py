@@ -28,7 +28,7 @@ BART = {
     "decoder_ffn_dim": 48,
 }
 MLLAMA = {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
-GPTJ = {"vocab_size": 200, "n_embd": 48, "n_head": 3, "n_layer": 2, "rotary_dim": 8}
+GPT_NEO = {"hidden_size": 48, "num_layers": 2, "num_heads": 3, "attention_types": [[["global", "local"], 1]]}
 
 
 def llama(attention="paged_flex", **sizes):
@@ -154,7 +154,7 @@ MISTAKES = {
     ),
     "a layer updated twice": (lambda: twice(cache_of(llama())), "Layer 0 was updated twice in one forward pass"),
     "attention by itself, set by hand": (
-        lambda: set_by_hand(transformers.GPTJForCausalLM(transformers.GPTJConfig(**GPTJ))),
+        lambda: set_by_hand(transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**GPT_NEO))),
         "it computes attention by itself instead of through Transformers' attention interface",
     ),
     "attention weights": (
@@ -167,11 +167,11 @@ MISTAKES = {
         "Keys that require gradients were given to a PagedCache",
     ),
     "checkpointing": (
-        lambda: run(checkpointed(), cache_of(llama())),
+        lambda: checkpointed()(IDS, past_key_values=cache_of(llama())),
         "in training mode over keys that were not given to the PagedCache",
     ),
     "checkpointing, padded": (
-        lambda: run(checkpointed(), cache_of(llama()), attention_mask=MASK),
+        lambda: checkpointed()(IDS, past_key_values=cache_of(llama()), attention_mask=MASK),
         "Call model.eval() before generating",
     ),
     "compiled in training mode": (lambda: compiled(llama().train()).__enter__(), "Call model.eval()"),
@@ -343,12 +343,8 @@ def test_the_context_of_compiled_gives_the_model():
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        ("GPTJConfig", GPTJ),
         ("FalconConfig", {"vocab_size": 200, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}),
-        (
-            "GPTNeoConfig",
-            {"hidden_size": 48, "num_layers": 2, "num_heads": 3, "attention_types": [[["global", "local"], 1]]},
-        ),
+        ("GPTNeoConfig", GPT_NEO),
     ],
 )
 def test_families_that_look_attention_up_run_what_they_were_loaded_with(config, sizes):

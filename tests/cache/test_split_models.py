@@ -59,7 +59,7 @@ def test_each_layer_is_stored_where_its_keys_are_and_tables_are_copied_there():
         for layer, device in enumerate(devices):
             states = torch.zeros(3, 2, num_new, 16, device=device)
             keys, _ = cache.update(states, states, layer)
-            block_lists = metadata.block_lists(
+            block_lists = metadata.device_lists(
                 length.sequences.rows.tables[0], Layout(3, 127, device, lists_full=False), keys.shape[2]
             )
             tables = (

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, MaxLengthCriteria
 
 from hf_paged import PagedCache, PagePool, ReleaseFinished
-from hf_paged.attention.backends import split_kv
+from hf_paged.attention.backends.split_kv import cpu
 from tests.models import generate, left_padded, random_ids, run, tiny_llama
 from tests.reference import assert_same, filled, forward, random_layers, tiny_config
 
@@ -83,7 +83,7 @@ def test_a_released_row_neither_grows_nor_costs_attention_work(model):
                 attention_mask=mask[:, : column + 1],
             )
         position += 1
-        (builder,) = split_kv._builders[tables[0]].values()
+        (builder,) = cpu._builders[tables[0]].values()
         assert builder._splits.counts.tolist() == [0, *(-(-tables[0].lengths[1:] // 16))]
         assert tables[0].row_pages(0) == []
     assert cache.lengths == [0, 41, 20]

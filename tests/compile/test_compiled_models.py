@@ -47,12 +47,15 @@ def graphs(monkeypatch):
 class Attention(LlamaAttention):
     """A Llama's attention with something between its parts, which stand here as methods."""
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask, **kwargs):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        key, value = self.update(past_key_values, key, value)
+        cache = (
+            kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"]
+        )  # from Transformers 5.24 on; before
+        key, value = self.update(cache, key, value)
         output = self.attend(query, key, value, attention_mask)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
 

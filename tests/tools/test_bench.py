@@ -158,7 +158,7 @@ def test_each_trick_is_compared_with_everything_in_turns(monkeypatch):
         return ThreadPoolExecutor(1)
 
     monkeypatch.setattr(ablation, "_process", process)
-    names = ["decode_writer", "split_kv"]
+    names = ["decode_writer", "split_kv_cpu"]
     monkeypatch.setattr(ablation, "TRICKS", {name: ablation.TRICKS[name] for name in names})
     figures = measure("ablation", baselines=("paged",), contexts=(20,), rounds=2)["rows"]
     assert asked == ["", *names]

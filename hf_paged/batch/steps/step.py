@@ -2,6 +2,7 @@
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -9,9 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged._torch.surroundings import can_launch
+from hf_paged._torch.tricks import Trick
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage, Slots
+
+GPU_WRITER = Trick(
+    "gpu_writer",
+    "a layer's new keys and values are stored by one kernel on a GPU",
+    "they are gathered and stored by torch, one after the other",
+)
+
+
+_NO_MASK_YET = (None,)
 
 
 class View(enum.Enum):
@@ -100,18 +112,17 @@ class Step(ABC):
         self.is_cancelled = False
         self.handed: dict[int, tuple[Tensor, BlockTable, LayerStorage]] = {}
         """Keys that stand for pages, by their address, with the rows and the storage."""
-        self._masks: WeakSet[object] | None = None
+        self.masks: Collection[object] = _NO_MASK_YET
+        """What stands for it among the arguments of the model: empty as soon as its pass is over or was given up.
+
+        A pass with a mask of its caller's own begins without asking for one, and is told by that from the one before.
+        """
 
     def note_mask(self, mask: object) -> None:
-        """Note what stands for this step among the arguments of the model, and is gone when its pass is."""
-        if self._masks is None:
-            self._masks = WeakSet()
-        self._masks.add(mask)
-
-    @property
-    def has_lost_its_masks(self) -> bool:
-        """Whether there were masks of this step, and nobody holds one any more."""
-        return self._masks is not None and not self._masks
+        """Add one of `masks`."""
+        if not isinstance(self.masks, WeakSet):
+            self.masks = WeakSet()
+        self.masks.add(mask)
 
     @property
     def is_settled(self) -> bool:
@@ -180,6 +191,9 @@ class Step(ABC):
         slots, token_index = placement.slots(self, storage.device)
         if self.num_new == 1 and token_index is None and slots.device.type == "cpu":
             storage.write_one_each(keys, values, placement.written)
+            return
+        if GPU_WRITER.is_on and can_launch(slots.device):
+            storage.write_on_gpu(keys, values, slots, token_index)
             return
         if self.num_rows == 1:
             keys, values = keys[0], values[0]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
-from hf_paged.attention.backends.split_kv import kv_splits_of
+from hf_paged.attention.backends.split_kv.cpu import kv_splits_of
 from hf_paged.attention.mask import NAME, PagedMask
 from hf_paged.cache.paged import PagedCache
 from hf_paged.pages.allocator import PageAllocator

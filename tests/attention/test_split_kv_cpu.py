@@ -8,7 +8,7 @@ import torch
 
 from hf_paged._torch import inductor
 from hf_paged.attention.backends.base import AttentionParams
-from hf_paged.attention.backends.split_kv import kv_splits_of, split_kv_attention
+from hf_paged.attention.backends.split_kv.cpu import kv_splits_of, split_kv_attention
 from hf_paged.batch.steps.step import KVRanges
 
 PAGE = 16
