@@ -7,6 +7,7 @@ reads 28.8 GB/s its share is 65 %.
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -17,10 +18,12 @@ _NUM_WARM_UPS = 5
 
 
 class Bandwidth:
-    """Bytes per second that a sum reads from memory, measured in turns with something else.
+    """Bytes per second that memory gives, measured in turns with something else.
+
+    On a CPU to a sum that reads it in huge pages, as fast as it can be; on a GPU to a copy, which reads and writes.
 
     Args:
-        device: whose memory; of a CPU's, it is read in huge pages, as fast as it can be.
+        device: whose memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,13 +31,14 @@ class Bandwidth:
             memory = untouched_memory(_BYTES_ON_CPU, huge_pages=True).view(torch.float32)
         else:
             memory = torch.empty(_BYTES // 4, device=device)
+            self._copy = torch.empty_like(memory)
         self._memory = memory.fill_(1)
         for _ in range(_NUM_WARM_UPS):
             self._rate()
         self._rates: list[float] = []
 
     def measure(self) -> None:
-        """Read the memory once."""
+        """Read the memory once, or copy it."""
         self._rates.append(self._rate())
 
     def take_median(self) -> float:
@@ -43,6 +47,18 @@ class Bandwidth:
         return statistics.median(rates)
 
     def _rate(self) -> float:
+        if self._memory.is_cuda:
+            return 2 * self._memory.nbytes / device_seconds(lambda: self._copy.copy_(self._memory))
         start = time.perf_counter()
         self._memory.sum().item()
         return self._memory.nbytes / (time.perf_counter() - start)
+
+
+def device_seconds(action: Callable[[], object]) -> float:
+    """Seconds that a GPU works on what is launched, by its own clock."""
+    start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
