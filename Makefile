@@ -30,7 +30,7 @@ bench: $(STAMP) ## measure everything that docs show, into docs/results (hours; 
 		--json docs/results/bench.json --plot docs/results $(ARGS)
 
 bench-gpu: $(STAMP) ## measure a GPU at the shapes of real models, into docs/results/bench (8 minutes; ARGS goes to the script)
-	@$(BIN)/python -m hf_paged.tools.bench.gpu --json docs/results/bench/gpu-shapes.json $(ARGS)
+	@$(BIN)/python examples/bench_gpu.py --json docs/results/bench/gpu-shapes.json $(ARGS)
 
 bench-llama: $(STAMP) ## measure the contiguous cache alone: latency and a mixed batch (ARGS goes to hf-paged bench)
 	@$(BIN)/hf-paged bench latency mixed --baselines dynamic $(ARGS)

@@ -461,6 +461,8 @@ def test_settings_that_make_no_sense_are_errors():
         load(settings(dtype="float33"))
     with pytest.raises(ValueError, match="give one of the three"):
         settings(model="gpt2")
+    with pytest.raises(ValueError, match="shape='llama' was asked for; there are tiny, "):
+        Settings(shape="llama")
     with pytest.raises(ValueError, match="more than lies between two of them"):
         measure("chat", contexts=(20, 22))
 

@@ -18,12 +18,9 @@ _NUM_WARM_UPS = 5
 
 
 class Bandwidth:
-    """Bytes per second that memory gives, measured in turns with something else.
+    """Bytes per second that a device's memory gives, measured in turns with something else.
 
     On a CPU to a sum that reads it in huge pages, as fast as it can be; on a GPU to a copy, which reads and writes.
-
-    Args:
-        device: whose memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,18 +44,21 @@ class Bandwidth:
         return statistics.median(rates)
 
     def _rate(self) -> float:
-        if self._memory.is_cuda:
-            return 2 * self._memory.nbytes / device_seconds(lambda: self._copy.copy_(self._memory))
+        memory = self._memory
+        if memory.is_cuda:
+            return 2 * memory.nbytes / seconds(lambda: self._copy.copy_(memory), memory.device)
+        return memory.nbytes / seconds(memory.sum, memory.device)
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds that an action takes, on a GPU by its own clock, without the launch."""
+    if device.type != "cuda":
         start = time.perf_counter()
-        self._memory.sum().item()
-        return self._memory.nbytes / (time.perf_counter() - start)
-
-
-def device_seconds(action: Callable[[], object]) -> float:
-    """Seconds that a GPU works on what is launched, by its own clock."""
-    start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
-    start.record()
+        action()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    before.record()
     action()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3

@@ -110,12 +110,12 @@ class Race:
         self._turn(finish)
         return laps | {name: Lap(error=error) for name, error in self._errors.items()}
 
-    def profile(self, laps: dict[str, Lap], num_tokens: int) -> None:
-        """Let whole runs decode so many tokens more under a profiler, for the figures of the laps before."""
+    def profile(self, laps: dict[str, Lap]) -> None:
+        """Let whole runs go on under a profiler, for the figures of their laps."""
 
         def look(baseline: Baseline) -> None:
             if isinstance(baseline, Generated):
-                laps[baseline.name].figures = baseline.figures | baseline.profile(num_tokens)
+                laps[baseline.name].figures |= baseline.profile(_NUM_PROFILED)
 
         self._turn(look)
 
@@ -151,25 +151,21 @@ def race_once(
 
 
 def laps_of(
-    baselines: Sequence[Baseline],
-    ids: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    after_steps: Callable[[], None] = lambda: None,
+    settings: Settings, baselines: Sequence[Baseline], ids: Tensor, mask: Tensor | None, after: Callable[[], None]
 ) -> list[dict[str, Lap]]:
     """Run a prompt or a batch as often as the settings say, each time from nothing.
 
     Whole runs are made once more before that: what is compiled for them is not in their times. Who is out stays out.
     """
-    num_profiled = _NUM_PROFILED if settings.whole else 0
     laps: list[dict[str, Lap]] = []
     failed: dict[str, Lap] = {}
+    max_length = ids.shape[1] + settings.max_new_tokens + settings.whole * _NUM_PROFILED
     for number in tqdm(range(settings.whole + settings.rounds), f"{len(ids)} rows", disable=None):
         racing = [baseline for baseline in baselines if baseline.name not in failed]
-        race = Race(racing, ids.shape[1] + settings.max_new_tokens + num_profiled, mask, after_steps)
+        race = Race(racing, max_length, mask, after)
         own = race.lap(ids, settings.max_new_tokens)
-        if num_profiled and number == settings.rounds:
-            race.profile(own, num_profiled)
+        if settings.whole and number == settings.rounds:
+            race.profile(own)
         race.end()
         failed |= {name: lap for name, lap in own.items() if lap.error is not None}
         laps.append({baseline.name: (own | failed)[baseline.name] for baseline in baselines})

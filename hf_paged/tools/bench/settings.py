@@ -44,20 +44,16 @@ class Settings:
                 "token in a chunk."
             )
         if self.random_llama + (self.model is not None) + (self.shape is not None) > 1:
-            raise ValueError(
-                f"model={self.model!r}, random_llama={self.random_llama} and shape={self.shape!r} were asked for; "
-                "give one of the three."
-            )
+            asked = f"model={self.model!r}, random_llama={self.random_llama} and shape={self.shape!r}"
+            raise ValueError(f"{asked} were asked for; give one of the three.")
         if self.shape is not None and self.shape not in SHAPES:
             raise ValueError(f"shape={self.shape!r} was asked for; there are {', '.join(SHAPES)}.")
 
     @property
     def model_name(self) -> str:
         """Of the model that `load` loads, for people."""
-        if self.random_llama:
-            return "random Llama"
-        if self.shape is not None:
-            return self.shape
+        if self.random_llama or self.shape is not None:
+            return self.shape or "random Llama"
         return "SmolLM2-135M-Instruct" if self.model is None else Path(self.model).name
 
 
@@ -69,23 +65,18 @@ def load(settings: Settings) -> MeasuredModel:
     """
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
-    return _load(settings.model, settings.random_llama, settings.shape, settings.dtype, settings.device)
+    shape = "tiny" if settings.random_llama else settings.shape
+    return _load(settings.model, shape, settings.dtype, settings.device)
 
 
 @lru_cache(maxsize=1)
-def _load(model: str | None, is_random: bool, shape: str | None, dtype: str, device: str) -> MeasuredModel:
-    if is_random or shape is not None:
-        return random_llama(dtype, device, shape)
-    return load_model(model, dtype, device)
+def _load(model: str | None, shape: str | None, dtype: str, device: str) -> MeasuredModel:
+    return load_model(model, dtype, device) if shape is None else random_llama(dtype, device, shape)
 
 
 def line_up_for(
     settings: Settings, model: MeasuredModel, default: Sequence[str]
 ) -> AbstractContextManager[list[Baseline]]:
-    """Make the baselines that are asked for, or the default ones.
-
-    Raises:
-        ValueError: for a name that is none of a baseline.
-    """
+    """Make the baselines that are asked for, or the default ones; an unknown name raises ValueError."""
     kinds = WHOLE if settings.whole else BASELINES
     return line_up(model.model, settings.baselines or default, settings.page_size, kinds)

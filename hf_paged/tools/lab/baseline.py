@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from hf_paged._transformers import CACHE
 from hf_paged.cache.paged import PagedCache
-from hf_paged.tools.lab.memory import PeakMemory
+from hf_paged.tools.lab.memory import PeakMemory, kv_bytes
 
 
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -32,8 +32,7 @@ class Baseline:
 
     name = "dynamic"
     attention = "sdpa"
-    packs_prompts = False
-    """Whether `PagedCache.prefill` computes prompts with padding."""
+    packs_prompts = False  # those with padding, by `PagedCache.prefill`
 
     def __init__(self, model: PreTrainedModel, page_size: int) -> None:
         self.model = sharing_weights(model)
@@ -43,8 +42,7 @@ class Baseline:
         # the hole before it would be too small for the next ones, so that every step would take new memory.
         self.tokens: list[list[int]] = []
         """Greedy tokens since `begin`, one for each row."""
-        self.figures: dict[str, Any] = {}
-        """What `feed` has measured beside its time."""
+        self.figures: dict[str, Any] = {}  # what `feed` has measured beside its time
         self._opened = ExitStack()
         self._is_prepared = False
         self._mask: Tensor | None = None  # of all columns that will be
@@ -140,20 +138,15 @@ class Baseline:
 class WholeRun(Baseline):
     """What only runs as a whole: `feed` runs everything, and `step` gives the tokens and the times that were noted."""
 
-    @override
-    def begin(self, max_length: int, mask: Tensor | None = None) -> None:
-        super().begin(max_length, mask)
-        self._steps: list[tuple[list[int], float]] = []
-
     def run(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None) -> list[tuple[list[int], float]]:
         """Run everything; arguments are those of `feed`. Return the tokens and the seconds of each step."""
         raise NotImplementedError
 
     @override
     def feed(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> float:
-        memory = PeakMemory(ids.device)
+        held, memory = kv_bytes(self.cache), PeakMemory(ids.device)
         self._steps = self.run(ids, num_new_tokens, chunk_size)
-        self.figures = {"peak_bytes": memory.bytes}
+        self.figures = {"peak_bytes": held + memory.bytes}
         if isinstance(self.cache, PagedCache):
             self.figures["reserved_bytes"] = self.cache.pool.stats().reserved_bytes
         return self.step()

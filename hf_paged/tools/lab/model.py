@@ -20,23 +20,14 @@ from hf_paged.packaged import load_packaged_model, prompts
 
 _SEED = 0
 _LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-_LLAMA_3 = _LLAMA | {"vocab_size": 128256, "intermediate_size": 14336, "rope_theta": 500000.0}
-_SMALL = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+_LLAMA_3 = _LLAMA | {"vocab_size": 128256, "intermediate_size": 14336}
 
 SHAPES: dict[str, dict[str, Any]] = {
     # Small enough for prompts of 100,000 tokens on a CPU; its weights keep the logits apart.
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "initializer_range": 0.2,
-    },
-    "smollm2-135m": _SMALL
-    | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+    "tiny": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2},
+    "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     "llama-3.2-1b": _LLAMA_3
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "llama-3-8b": _LLAMA_3,
@@ -119,25 +110,14 @@ def load_model(name: str | None = None, dtype: str = "float32", device: str | to
     return MeasuredModel(Path(name).name, _place(model, device), AutoTokenizer.from_pretrained(name))
 
 
-def random_llama(
-    dtype: str = "float32", device: str | torch.device = "cpu", shape: str | None = None
-) -> MeasuredModel:
-    """Make a Llama of 131,072 positions with random weights, which are the same in all runs on a device.
-
-    Args:
-        dtype: of the weights, by its name in torch.
-        device: where they are made.
-        shape: one of `SHAPES`; None: `"tiny"`.
-
-    Raises:
-        ValueError: for a dtype that torch doesn't have.
-    """
-    config = LlamaConfig(max_position_embeddings=131072, pad_token_id=0, **SHAPES[shape or "tiny"])
+def random_llama(dtype: str = "float32", device: str | torch.device = "cpu", shape: str = "tiny") -> MeasuredModel:
+    """Make a Llama of 131,072 positions on a device; its random weights are the same in all runs there."""
+    config = LlamaConfig(max_position_embeddings=131072, pad_token_id=0, **SHAPES[shape])
     torch_dtype = _read_dtype(dtype)
     torch.manual_seed(_SEED)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)  # type: ignore[no-untyped-call]
-    return MeasuredModel(shape or "random Llama", model.eval())
+    return MeasuredModel("random Llama" if shape == "tiny" else shape, model.eval())
 
 
 def _read_dtype(name: str) -> torch.dtype:

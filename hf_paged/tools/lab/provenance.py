@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.utils import collect_env
 
 import hf_paged
@@ -20,13 +19,14 @@ import hf_paged
 def provenance() -> dict[str, Any]:
     """What whoever runs this again has to know; `num_threads` is torch's at this moment."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    versions = {"hf-paged": hf_paged.__version__, "transformers": transformers.__version__, "torch": version("torch")}
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
         "machine": ", ".join([_processor(), f"{os.cpu_count()} cores", *gpus]),
         "num_threads": torch.get_num_threads(),
-        "versions": versions | {"python": platform.python_version()},
+        "versions": {"hf-paged": hf_paged.__version__}
+        | {name: version(name) for name in ("transformers", "torch")}
+        | {"python": platform.python_version()},
     }
 
 

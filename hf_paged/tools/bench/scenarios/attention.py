@@ -2,12 +2,11 @@
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from hf_paged.attention.backends.base import AttentionParams
 from hf_paged.attention.dispatch import bind
 from hf_paged.attention.mask import NAME, PagedMask
 from hf_paged.cache.paged import PagedCache
-from hf_paged.tools.bench.bandwidth import Bandwidth, device_seconds
+from hf_paged.tools.bench.bandwidth import Bandwidth, seconds
 from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.settings import Settings
 
@@ -26,8 +25,6 @@ _SEED = 0
 _CHUNK = 512  # columns that are stored at once
 _CACHED_BYTES = 2**28  # more than the processor's caches hold
 _REPEATS = 20
-_NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM = 32, 8, 128
-_HIDDEN_SIZE = _NUM_HEADS * _HEAD_DIM
 
 _lengths = torch.Generator().manual_seed(3)
 RAGGED, RAGGED_AND_LONG = (
@@ -55,20 +52,18 @@ def measure(settings: Settings) -> dict[str, Any]:
         and `bandwidth_share`, the second by the first.
     """
     device = torch.device(settings.device)
+    bandwidth, flush = Bandwidth(device), torch.empty(_CACHED_BYTES, dtype=torch.uint8, device=device)
     cases = CASES if settings.prompt_lengths is None else {"as asked": settings.prompt_lengths}
-    bandwidth = Bandwidth(device)
-    flush = torch.empty(_CACHED_BYTES, dtype=torch.uint8, device=device)
     rows = []
     for name, lengths in tqdm(cases.items(), "attention", disable=None):
         attend, num_bytes = decoding(lengths, settings.page_size, device, getattr(torch, settings.dtype))
         run = _captured(attend) if device.type == "cuda" else attend
-        seconds = []
+        times = []
         for _ in range(_REPEATS):
             bandwidth.measure()
             flush.zero_()
-            seconds.append(device_seconds(run) if device.type == "cuda" else _host_seconds(run))
-        limit_us = 1e6 * num_bytes / bandwidth.take_median()
-        us = 1e6 * statistics.median(seconds)
+            times.append(seconds(run, device))
+        us, limit_us = 1e6 * statistics.median(times), 1e6 * num_bytes / bandwidth.take_median()
         rows.append({"context": name, "us": us, "limit_us": limit_us, "bandwidth_share": limit_us / us})
     return {"rows": rows}
 
@@ -81,12 +76,7 @@ def decoding(
     Returns:
         What computes it, and the bytes of the keys and values that it reads.
     """
-    config = LlamaConfig(
-        hidden_size=_HIDDEN_SIZE,
-        num_hidden_layers=1,
-        num_attention_heads=_NUM_HEADS,
-        num_key_value_heads=_NUM_KV_HEADS,
-    )
+    config = LlamaConfig(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8)
     config._attn_implementation = NAME
     cache = PagedCache(config, sum(-(-length // page_size) for length in lengths), page_size)
     (group,) = cache.pool.groups
@@ -94,24 +84,19 @@ def decoding(
     random.Random(_SEED).shuffle(pages)
     group.allocator.release(pages)
     num_rows, longest = len(lengths), max(lengths)
-    columns = np.arange(longest)
-    is_token = torch.tensor(columns >= longest - np.array(lengths)[:, None], device=device)
+    is_token = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     generator = torch.Generator(device).manual_seed(_SEED)
     new = partial(torch.randn, generator=generator, device=device, dtype=dtype)
-    for first in [*range(0, longest - 1, _CHUNK), longest - 1]:
-        stop = min(first + _CHUNK, longest - 1) if first < longest - 1 else longest
-        embeddings = torch.zeros((), device=device, dtype=dtype).expand(num_rows, stop - first, _HIDDEN_SIZE)
+    for start, stop in pairwise([*range(0, longest - 1, _CHUNK), longest - 1, longest]):
         cache.get_seq_length()
-        mask = create_causal_mask(config, embeddings, is_token[:, :stop], cache)
-        shape = num_rows, _NUM_KV_HEADS, stop - first, _HEAD_DIM
+        mask = create_causal_mask(config, new((num_rows, stop - start, 1)), is_token[:, :stop].to(device), cache)
+        shape = num_rows, 8, stop - start, 128
         keys, values = cache.update(new(shape), new(shape), 0)
     assert isinstance(mask, PagedMask)
     table, storage = mask.metadata.step.source_of(keys, 0)
-    query = new((num_rows, _NUM_HEADS, 1, _HEAD_DIM))
-    params = AttentionParams(_HEAD_DIM**-0.5)
+    query, params = new((num_rows, 32, 1, 128)), AttentionParams(scale=128**-0.5)
     attention, keys, values = bind(mask.metadata, table, storage, query, keys, values, params)
-    num_bytes = 2 * keys.element_size() * keys.shape[1] * keys.shape[3] * sum(lengths)
-    return lambda: attention(query, keys, values, None), num_bytes
+    return lambda: attention(query, keys, values, None), sum(lengths) * 2 * 8 * 128 * keys.element_size()
 
 
 def _captured(attend: Callable[[], Tensor]) -> Callable[[], None]:
@@ -122,12 +107,6 @@ def _captured(attend: Callable[[], Tensor]) -> Callable[[], None]:
         attend()
     replay: Callable[[], None] = graph.replay
     return replay
-
-
-def _host_seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 ATTENTION = Scenario(

@@ -73,9 +73,8 @@ def grow(
             race.end()
     return [
         {"model": model.name, "context": context}
-        | row
-        | {"minimum_bytes": (context + settings.max_new_tokens - 1) * bytes_per_token}
         | ({} if settings.whole else {"resident_bytes": peak})
+        | {"minimum_bytes": (context + settings.max_new_tokens - 1) * bytes_per_token, **row}
         for context, at_point, peak in zip(contexts, laps, peaks, strict=True)
         for row in summarize(at_point)
     ]

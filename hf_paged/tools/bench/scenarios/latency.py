@@ -35,7 +35,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
         for context in tqdm(contexts, "latency", disable=None):
             ids = model.prompt(context)
-            laps = laps_of(baselines, ids, None, settings, bandwidth.measure)
+            laps = laps_of(settings, baselines, ids, None, bandwidth.measure)
             bytes_per_s = bandwidth.take_median()
             for row in summarize(laps):
                 if "error" not in row:

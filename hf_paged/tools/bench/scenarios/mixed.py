@@ -65,7 +65,7 @@ def run_batch(baselines: Sequence[Baseline], settings: Settings) -> dict[str, An
     bandwidth, bytes_per_token = Bandwidth(model.device), token_bytes(model.model)
     if not settings.whole:
         warm_up(baselines, model, len(lengths))
-    laps = laps_of(baselines, ids, mask, settings, bandwidth.measure)
+    laps = laps_of(settings, baselines, ids, mask, bandwidth.measure)
     bytes_per_s = bandwidth.take_median()
     num_bytes = weight_bytes(model.model) + (sum(lengths) + len(lengths) * num_new // 2) * bytes_per_token
     # What the last token of a row would store is stored by the step after it.
@@ -75,9 +75,8 @@ def run_batch(baselines: Sequence[Baseline], settings: Settings) -> dict[str, An
         if "error" in row:
             continue
         own = [lap[row["baseline"]] for lap in laps]
-        row["bandwidth_gb_s"] = bytes_per_s / 1e9
+        row |= {"bandwidth_gb_s": bytes_per_s / 1e9, "minimum_bytes": minimum}
         row["bandwidth_share"] = num_bytes / (row["ms_per_step"] / 1e3) / bytes_per_s
-        row["minimum_bytes"] = minimum
         row["total_s"] = statistics.median(lap.total_s for lap in own)
         row["tokens_per_s"] = (sum(lengths) + len(lengths) * num_new) / row["total_s"]
         row["last_tokens_per_s"] = statistics.median(last_tokens_per_s(lap, len(lengths)) for lap in own)

@@ -1,8 +1,8 @@
-"""A GPU at the shapes of real models, within a time limit: `python -m hf_paged.tools.bench.gpu --seconds 420`.
+"""A GPU at the shapes of real models, within a time limit: `python examples/bench_gpu.py --seconds 420`.
 
-Needs no more of this package than its source on the path. What matters most comes first. Results are written after
-each case; one that is not expected to fit into what is left is a row that says so. `--shape tiny --device cpu --dtype
-float32` tries everything out.
+Needs no more of this package than its source on the path, as with `PYTHONPATH=.`. What matters most comes first.
+Results are written after each case; one that is not expected to fit into what is left is a row that says so. `--shape
+tiny --device cpu --dtype float32` tries everything out.
 """
 
 import argparse
