@@ -459,8 +459,10 @@ def test_settings_that_make_no_sense_are_errors():
         settings(page_size=17)
     with pytest.raises(ValueError, match="dtype='float33' was asked for"):
         load(settings(dtype="float33"))
-    with pytest.raises(ValueError, match="give one of the three"):
+    with pytest.raises(ValueError, match="beside random_llama"):
         settings(model="gpt2")
+    with pytest.raises(ValueError, match="shape='tiny' was asked for beside another model"):
+        settings(shape="tiny")
     with pytest.raises(ValueError, match="shape='llama' was asked for; there are tiny, "):
         Settings(shape="llama")
     with pytest.raises(ValueError, match="more than lies between two of them"):

@@ -43,9 +43,10 @@ class Settings:
                 "asked for; there must be at least 1 round, 2 new tokens (the first is that of the prompt) and 1 "
                 "token in a chunk."
             )
-        if self.random_llama + (self.model is not None) + (self.shape is not None) > 1:
-            asked = f"model={self.model!r}, random_llama={self.random_llama} and shape={self.shape!r}"
-            raise ValueError(f"{asked} were asked for; give one of the three.")
+        if self.random_llama and self.model is not None:
+            raise ValueError(f"model={self.model!r} was asked for beside random_llama; give one of the two.")
+        if self.shape is not None and (self.random_llama or self.model is not None):
+            raise ValueError(f"shape={self.shape!r} was asked for beside another model; give one of the two.")
         if self.shape is not None and self.shape not in SHAPES:
             raise ValueError(f"shape={self.shape!r} was asked for; there are {', '.join(SHAPES)}.")
 
