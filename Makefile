@@ -14,7 +14,7 @@ NEWEST := .venv-newest
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(PINS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench bench-llama bench-llama-paged reproduce families docs test test-oldest test-newest check format clean
+.PHONY: help install demo bench bench-gpu bench-llama bench-llama-paged reproduce families docs test test-oldest test-newest check format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
@@ -28,6 +28,9 @@ demo: $(STAMP) ## generate with a paged cache, beside DynamicCache (ARGS goes to
 bench: $(STAMP) ## measure everything that docs show, into docs/results (hours; ARGS goes to hf-paged bench)
 	@$(BIN)/hf-paged bench latency mixed beam allocator plan compile chat single \
 		--json docs/results/bench.json --plot docs/results $(ARGS)
+
+bench-gpu: $(STAMP) ## measure a GPU at the shapes of real models, into docs/results/bench (8 minutes; ARGS goes to the script)
+	@$(BIN)/python examples/bench_gpu.py --json docs/results/bench/gpu-shapes.json $(ARGS)
 
 bench-llama: $(STAMP) ## measure the contiguous cache alone: latency and a mixed batch (ARGS goes to hf-paged bench)
 	@$(BIN)/hf-paged bench latency mixed --baselines dynamic $(ARGS)

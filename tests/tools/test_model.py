@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_paged.tools.lab.model import load_model, random_llama
+from hf_paged.tools.lab.model import SHAPES, load_model, random_llama
 from tests.models import letter_tokenizer, random_ids, tiny_llama
 
 
@@ -28,3 +28,19 @@ def test_rotary_frequencies_stay_in_float32(folder, dtype):
     for measured in (load_model(folder, dtype), random_llama(dtype)):
         assert measured.model.dtype == getattr(torch, dtype)
         assert measured.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_a_shape_is_that_of_the_model():
+    sizes = {}
+    for name, shape in SHAPES.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
+        sizes[name] = round(sum(weight.numel() for weight in model.parameters()) / 1e6)
+    assert sizes == {"tiny": 0, "smollm2-135m": 135, "llama-3.2-1b": 1236, "llama-3-8b": 8030, "llama-2-7b": 6738}
+
+
+def test_random_weights_are_the_same_in_all_runs():
+    (one, other), name = (random_llama(shape="tiny") for _ in range(2)), "lm_head.weight"
+    assert one.name == "random Llama"
+    assert one.max_length == 131072
+    assert torch.equal(one.model.get_parameter(name), other.model.get_parameter(name))

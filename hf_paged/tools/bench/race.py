@@ -9,17 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hf_paged.cache.prefill import usual_chunk
+from hf_paged.tools.bench.settings import Settings
+from hf_paged.tools.bench.whole import Generated
 from hf_paged.tools.lab.baseline import Baseline
+from hf_paged.tools.lab.baselines import WithoutCudnn
 from hf_paged.tools.lab.memory import kv_bytes
 from hf_paged.tools.lab.model import MeasuredModel
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = Baseline.name
+REFERENCES = WithoutCudnn.name, Baseline.name
+"""What others are compared with: the first of these that is there."""
+
 _STRIDE = 7  # orders from where one race begins to where the next one does: after that another baseline is first
 _races = itertools.count()
+_NUM_PROFILED = 16  # tokens
 _WARM_UP_STEPS = 2  # of each lap, which are not counted: a graph may be compiled for its length
 
 
@@ -32,6 +39,7 @@ class Lap:
         step_s: seconds of each step after that.
         tokens: `(num_rows, num_new)`.
         kv_bytes: keys and values in the cache at the end.
+        figures: what the baseline has measured by itself.
         error: why there is nothing; None where it went well.
     """
 
@@ -39,6 +47,7 @@ class Lap:
     step_s: list[float] = field(default_factory=list)
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     kv_bytes: int = 0
+    figures: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -92,6 +101,7 @@ class Race:
         def finish(baseline: Baseline) -> None:
             laps[baseline.name].tokens = torch.tensor(baseline.tokens[-num_new_tokens:]).T
             laps[baseline.name].kv_bytes = kv_bytes(baseline.cache)
+            laps[baseline.name].figures = baseline.figures
 
         self._turn(feed)
         for _ in range(num_new_tokens - 1):
@@ -99,6 +109,15 @@ class Race:
             self._after_steps()
         self._turn(finish)
         return laps | {name: Lap(error=error) for name, error in self._errors.items()}
+
+    def profile(self, laps: dict[str, Lap]) -> None:
+        """Let whole runs go on under a profiler, for the figures of their laps."""
+
+        def look(baseline: Baseline) -> None:
+            if isinstance(baseline, Generated):
+                laps[baseline.name].figures |= baseline.profile(_NUM_PROFILED)
+
+        self._turn(look)
 
     def end(self) -> None:
         """Drop the caches."""
@@ -131,6 +150,28 @@ def race_once(
     return laps
 
 
+def laps_of(
+    settings: Settings, baselines: Sequence[Baseline], ids: Tensor, mask: Tensor | None, after: Callable[[], None]
+) -> list[dict[str, Lap]]:
+    """Run a prompt or a batch as often as the settings say, each time from nothing.
+
+    Whole runs are made once more before that: what is compiled for them is not in their times. Who is out stays out.
+    """
+    laps: list[dict[str, Lap]] = []
+    failed: dict[str, Lap] = {}
+    max_length = ids.shape[1] + settings.max_new_tokens + settings.whole * _NUM_PROFILED
+    for number in tqdm(range(settings.whole + settings.rounds), f"{len(ids)} rows", disable=None):
+        racing = [baseline for baseline in baselines if baseline.name not in failed]
+        race = Race(racing, max_length, mask, after)
+        own = race.lap(ids, settings.max_new_tokens)
+        if settings.whole and number == settings.rounds:
+            race.profile(own)
+        race.end()
+        failed |= {name: lap for name, lap in own.items() if lap.error is not None}
+        laps.append({baseline.name: (own | failed)[baseline.name] for baseline in baselines})
+    return laps[settings.whole :]
+
+
 def warm_up(baselines: Sequence[Baseline], model: MeasuredModel, num_rows: int = 1) -> None:
     """Let everyone compile what it needs, with short prompts, then with one of several pages among them.
 
@@ -153,10 +194,12 @@ def summarize(laps: Sequence[dict[str, Lap]]) -> list[dict[str, Any]]:
 
     Returns:
         For each baseline its name and either `error`, or `first_token_s`, `ms_per_step`, `kv_bytes` where there is
-        a cache to look into, and if the reference ran: `ratio` (of the median of the steps to its median),
-        `paired_ratio` (the median of the ratios step by step) and `same_tokens`.
+        a cache to look into, what the baseline has measured by itself, and if the first of `REFERENCES` ran: `ratio`
+        (of the median of the steps to its median), `paired_ratio` (the median of the ratios step by step) and
+        `same_tokens`.
     """
-    reference = [lap[REFERENCE] for lap in laps if REFERENCE in lap and lap[REFERENCE].error is None]
+    name = next((name for name in REFERENCES if name in laps[0]), "")
+    reference = [lap[name] for lap in laps if name in lap and lap[name].error is None]
     return [_summarize(name, [lap[name] for lap in laps], reference) for name in laps[0]]
 
 
@@ -169,6 +212,7 @@ def _summarize(name: str, own: Sequence[Lap], reference: Sequence[Lap]) -> dict[
     row["ms_per_step"] = 1e3 * statistics.median(steps)
     if held := max(lap.kv_bytes for lap in own):
         row["kv_bytes"] = held
+    row |= own[-1].figures
     if len(reference) == len(own):
         row["ratio"] = statistics.median(steps) / statistics.median(theirs)
         row["paired_ratio"] = statistics.median(ours / other for ours, other in zip(steps, theirs, strict=True))

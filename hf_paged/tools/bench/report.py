@@ -32,7 +32,7 @@ def tables(folder: Path) -> dict[str, str]:
             made[f"{path.stem}/{name}"] = table(
                 with_speed(results[name]["rows"]), SCENARIOS[name].columns, markdown=True
             )
-        if "latency" in results:
+        if "fits" in results.get("latency", {}):
             made[f"{path.stem}/fits"] = table(results["latency"]["fits"], FITS, markdown=True)
     return made
 

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_paged.tools.bench.race import REFERENCE
+from hf_paged.tools.bench.race import REFERENCES
 from hf_paged.tools.bench.settings import Settings
 from hf_paged.tools.lab.chart import draw
 from hf_paged.tools.lab.table import Row
 
-LAP = ("context", "baseline", "ms_per_step", "ms_per_step_speed", "first_token_s", "first_token_s_speed")
+LAP = ("model", "context", "baseline", "ms_per_step", "ms_per_step_speed", "first_token_s", "first_token_s_speed")
 """Columns of what a lap gives."""
+
+WHOLE = ("kernel_ms", "busy_share", "reserved_bytes", "minimum_bytes")
+"""Columns of what a whole run gives beside that."""
 
 FITS = ("baseline", "intercept_ms", "slope_us", "r_squared", "growth")
 """Columns of the lines through the times of `latency`."""
@@ -49,8 +52,9 @@ class Scenario:
 
 
 def with_speed(rows: Sequence[Row]) -> list[Row]:
-    """Add how many times as fast as the reference a row is, to its first token and in all."""
-    references = {_case(row): row for row in rows if row.get("baseline") == REFERENCE}
+    """Add how many times as fast as the first of `REFERENCES` a row is, to its first token and in all."""
+    ran = [row for row in rows if "error" not in row]
+    references = {_case(row): row for name in reversed(REFERENCES) for row in ran if row.get("baseline") == name}
     extended: list[Row] = []
     for row in rows:
         reference = references.get(_case(row), {})

@@ -8,6 +8,7 @@ from typing import Any
 from hf_paged.tools.bench.scenario import FITS, with_speed
 from hf_paged.tools.bench.scenarios import SCENARIOS
 from hf_paged.tools.bench.settings import Settings
+from hf_paged.tools.bench.whole import WHOLE
 from hf_paged.tools.commands.arguments import add_command, add_json, add_plot, listed, prepare
 from hf_paged.tools.lab.baselines import BASELINES
 from hf_paged.tools.lab.options import add_options, read_options
@@ -24,7 +25,7 @@ def add(subcommands: Any) -> None:
         run,
         "measure speed and memory beside Transformers' own caches",
         f"\n\nscenarios:\n{scenarios}",
-        f"baselines: {', '.join(BASELINES)}",
+        f"baselines: {', '.join(BASELINES | WHOLE)}",
     )
     parser.add_argument("scenarios", nargs="+", choices=list(SCENARIOS), metavar="SCENARIO", help="see above")
     add_options(parser, Settings)

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
+from typing_extensions import override
 
 from hf_paged._transformers import CACHE
+from hf_paged.cache.paged import PagedCache
+from hf_paged.tools.lab.memory import PeakMemory, kv_bytes
 
 
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -29,6 +32,7 @@ class Baseline:
 
     name = "dynamic"
     attention = "sdpa"
+    packs_prompts = False  # those with padding, by `PagedCache.prefill`
 
     def __init__(self, model: PreTrainedModel, page_size: int) -> None:
         self.model = sharing_weights(model)
@@ -38,6 +42,7 @@ class Baseline:
         # the hole before it would be too small for the next ones, so that every step would take new memory.
         self.tokens: list[list[int]] = []
         """Greedy tokens since `begin`, one for each row."""
+        self.figures: dict[str, Any] = {}  # what `feed` has measured beside its time
         self._opened = ExitStack()
         self._is_prepared = False
         self._mask: Tensor | None = None  # of all columns that will be
@@ -128,6 +133,29 @@ class Baseline:
             synchronize(ids.device)
             seconds = time.perf_counter() - start
             return tokens.tolist(), seconds
+
+
+class WholeRun(Baseline):
+    """What only runs as a whole: `feed` runs everything, and `step` gives the tokens and the times that were noted."""
+
+    def run(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None) -> list[tuple[list[int], float]]:
+        """Run everything; arguments are those of `feed`. Return the tokens and the seconds of each step."""
+        raise NotImplementedError
+
+    @override
+    def feed(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> float:
+        held, memory = kv_bytes(self.cache), PeakMemory(ids.device)
+        self._steps = self.run(ids, num_new_tokens, chunk_size)
+        self.figures = {"peak_bytes": held + memory.bytes}
+        if isinstance(self.cache, PagedCache):
+            self.figures["reserved_bytes"] = self.cache.pool.stats().reserved_bytes
+        return self.step()
+
+    @override
+    def step(self) -> float:
+        tokens, seconds = self._steps.pop(0)
+        self.tokens.append(tokens)
+        return seconds
 
 
 def synchronize(device: torch.device) -> None:

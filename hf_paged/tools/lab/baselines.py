@@ -18,7 +18,7 @@ from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
 from hf_paged.compile.weights import gather_weights
-from hf_paged.tools.lab.baseline import Baseline
+from hf_paged.tools.lab.baseline import Baseline, WholeRun
 
 
 class WithoutCudnn(Baseline):
@@ -139,6 +139,7 @@ class PagedRagged(Paged):
     """The same, but prompts with padding are packed without it by `PagedCache.prefill`."""
 
     name = "paged-ragged"
+    packs_prompts = True
 
     @override
     def compute(self, ids: Tensor, past: int, **arguments: Any) -> Tensor:
@@ -179,27 +180,20 @@ class PagedCompiled(PagedRagged):
         return logits
 
 
-class GenerateBatch(Baseline):
-    """Transformers' continuous batching, which only runs as a whole.
+class GenerateBatch(WholeRun):
+    """Transformers' continuous batching, with the best attention that it finds, on a GPU with CUDA graphs.
 
-    `feed` runs everything, and `step` gives the times that were noted: the k-th token of a batch is there when every
-    row has its k-th token.
+    The k-th token of a batch is there when every row has its k-th token.
     """
 
     name = "generate_batch"
-    max_batch_tokens = 512
 
     @override
     def new_cache(self, max_length: int) -> Cache | None:
         return None
 
     @override
-    def begin(self, max_length: int, mask: Tensor | None = None) -> None:
-        super().begin(max_length, mask)
-        self._steps: list[tuple[list[int], float]] = []
-
-    @override
-    def feed(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None = None) -> float:
+    def run(self, ids: Tensor, num_new_tokens: int, chunk_size: int | None) -> list[tuple[list[int], float]]:
         if self.tokens:
             raise ValueError("generate_batch keeps nothing of the last turn, so it can't be given more of a prompt.")
         keep = torch.ones_like(ids) if self._mask is None else self._mask[:, : ids.shape[1]]
@@ -215,7 +209,8 @@ class GenerateBatch(Baseline):
             # Left to itself it takes nine tenths of the memory.
             continuous_batching_config=ContinuousBatchingConfig(
                 num_blocks=sum(-(-(len(row) + num_new_tokens) // page_size) for row in rows) + len(rows),
-                max_batch_tokens=self.max_batch_tokens,
+                max_batch_tokens=4096 if ids.is_cuda else 512,
+                use_cuda_graph=ids.is_cuda,
             ),
             record_timestamps=True,
         )
@@ -224,14 +219,7 @@ class GenerateBatch(Baseline):
         times = [max(moments) for moments in zip(*(output.timestamps for output in outputs.values()), strict=True)]
         tokens = [list(step) for step in zip(*(output.generated_tokens for output in outputs.values()), strict=True)]
         seconds = [after - before for before, after in zip([start, *times], times, strict=False)]
-        self._steps = list(zip(tokens, seconds, strict=True))
-        return self.step()
-
-    @override
-    def step(self) -> float:
-        tokens, seconds = self._steps.pop(0)
-        self.tokens.append(tokens)
-        return seconds
+        return list(zip(tokens, seconds, strict=True))
 
 
 _KINDS: tuple[type[Baseline], ...] = (

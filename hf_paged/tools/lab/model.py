@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,6 +19,21 @@ from transformers import (
 from hf_paged.packaged import load_packaged_model, prompts
 
 _SEED = 0
+_LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+_LLAMA_3 = _LLAMA | {"vocab_size": 128256, "intermediate_size": 14336}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # Small enough for prompts of 100,000 tokens on a CPU; its weights keep the logits apart.
+    "tiny": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2},
+    "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "llama-3.2-1b": _LLAMA_3
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    "llama-3-8b": _LLAMA_3,
+    "llama-2-7b": _LLAMA | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32},
+}
+"""Configurations of models that are measured with random weights; `tiny` is for trying out."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +110,14 @@ def load_model(name: str | None = None, dtype: str = "float32", device: str | to
     return MeasuredModel(Path(name).name, _place(model, device), AutoTokenizer.from_pretrained(name))
 
 
-def random_llama(dtype: str = "float32", device: str | torch.device = "cpu") -> MeasuredModel:
-    """Make a Llama that is small enough for prompts of 100,000 tokens; its weights are the same in all runs."""
-    torch.manual_seed(_SEED)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=131072,
-        initializer_range=0.2,  # keeps the logits apart, so that greedy tokens are well defined
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
+def random_llama(dtype: str = "float32", device: str | torch.device = "cpu", shape: str = "tiny") -> MeasuredModel:
+    """Make a Llama of 131,072 positions on a device; its random weights are the same in all runs there."""
+    config = LlamaConfig(max_position_embeddings=131072, pad_token_id=0, **SHAPES[shape])
     torch_dtype = _read_dtype(dtype)
-    for weight in model.parameters():  # not the buffers: the frequencies of rotary embeddings stay in float32
-        weight.data = weight.data.to(torch_dtype)
-    return MeasuredModel("random Llama", _place(model, device))
+    torch.manual_seed(_SEED)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)  # type: ignore[no-untyped-call]
+    return MeasuredModel("random Llama" if shape == "tiny" else shape, model.eval())
 
 
 def _read_dtype(name: str) -> torch.dtype:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils import collect_env
 
+import hf_paged
+
 
 def provenance() -> dict[str, Any]:
     """What whoever runs this again has to know; `num_threads` is torch's at this moment."""
@@ -22,7 +24,8 @@ def provenance() -> dict[str, Any]:
         "commit": _commit(),
         "machine": ", ".join([_processor(), f"{os.cpu_count()} cores", *gpus]),
         "num_threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("hf-paged", "transformers", "torch")}
+        "versions": {"hf-paged": hf_paged.__version__}
+        | {name: version(name) for name in ("transformers", "torch")}
         | {"python": platform.python_version()},
     }
 

@@ -1,6 +1,6 @@
 """The scenarios: a file each, and a line of this list."""
 
-from hf_paged.tools.bench.scenarios import ablation, beam, compile, growing, host, latency, mixed, page_size, profile
+from hf_paged.tools.bench.scenarios import ablation, attention, beam, compile, growing, host, latency, mixed, profile
 
 SCENARIOS = {
     scenario.name: scenario
@@ -10,8 +10,9 @@ SCENARIOS = {
         mixed.MIXED,
         growing.CHAT,
         beam.BEAM,
-        page_size.PAGE_SIZE,
+        mixed.PAGE_SIZE,
         profile.PROFILE,
+        attention.ATTENTION,
         host.ALLOCATOR,
         host.PLAN,
         compile.COMPILE,

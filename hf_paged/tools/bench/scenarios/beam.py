@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import Cache, StoppingCriteria
 
 from hf_paged._transformers import CACHE
-from hf_paged.tools.bench.race import REFERENCE, warm_up
+from hf_paged.tools.bench.race import warm_up
 from hf_paged.tools.bench.scenario import LAP, Scenario
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.baseline import Baseline, synchronize
@@ -92,9 +92,9 @@ def _row(name: str, runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         return row | {"error": errors[0]}
     row["ms_per_step"] = _median_ms(name, runs)
     row["peak_kv_bytes"] = max(run[name]["peak_kv_bytes"] for run in runs)
-    if REFERENCE in runs[0] and not any("error" in run[REFERENCE] for run in runs):
-        row["ratio"] = row["ms_per_step"] / _median_ms(REFERENCE, runs)
-        row["same_tokens"] = all(torch.equal(run[name]["sequences"], run[REFERENCE]["sequences"]) for run in runs)
+    if Baseline.name in runs[0] and not any("error" in run[Baseline.name] for run in runs):
+        row["ratio"] = row["ms_per_step"] / _median_ms(Baseline.name, runs)
+        row["same_tokens"] = all(torch.equal(run[name]["sequences"], run[Baseline.name]["sequences"]) for run in runs)
     return row
 
 

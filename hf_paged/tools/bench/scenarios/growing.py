@@ -8,10 +8,9 @@ import torch
 from tqdm import tqdm
 
 from hf_paged.tools.bench.race import Lap, Race, summarize, warm_up
-from hf_paged.tools.bench.scenario import LAP, Scenario
-from hf_paged.tools.bench.settings import Settings, load
-from hf_paged.tools.lab.baselines import line_up
-from hf_paged.tools.lab.memory import PeakMemory
+from hf_paged.tools.bench.scenario import LAP, WHOLE, Scenario
+from hf_paged.tools.bench.settings import Settings, line_up_for, load
+from hf_paged.tools.lab.memory import PeakMemory, token_bytes
 from hf_paged.tools.lab.model import MeasuredModel, random_llama
 
 _LONG = (1000, 4000, 8000, 16000, 32000, 64000, 100000)
@@ -47,7 +46,8 @@ def grow(
 
     Returns:
         A row for each context and baseline: what `summarize` gives, `first_token_s` counting from the last point,
-        and `resident_bytes`, what the process, all baselines together, holds more than at the beginning, at most.
+        `minimum_bytes`, keys and values of all tokens that are stored, and unless each baseline's peak is known,
+        `resident_bytes`, what the process, all baselines together, holds more than at the beginning, at most.
     """
     ids = model.prompt(contexts[-1])
     lengths = [after - before for before, after in zip([0, *contexts], contexts, strict=False)]
@@ -61,7 +61,8 @@ def grow(
     pieces = torch.split(ids, [*added, ids.shape[1] - sum(added)], dim=1)
     laps: list[list[dict[str, Lap]]] = [[] for _ in contexts]
     peaks = [0] * len(contexts)
-    with line_up(model.model, settings.baselines or ("dynamic", "paged"), settings.page_size) as baselines:
+    bytes_per_token = token_bytes(model.model)
+    with line_up_for(settings, model, ("dynamic", "paged")) as baselines:
         warm_up(baselines, model)
         for _ in range(settings.rounds):
             memory = PeakMemory(model.device)
@@ -71,7 +72,9 @@ def grow(
                 peaks[point] = max(peaks[point], memory.bytes)
             race.end()
     return [
-        {"model": model.name, "context": context} | row | {"resident_bytes": peak}
+        {"model": model.name, "context": context}
+        | ({} if settings.whole else {"resident_bytes": peak})
+        | {"minimum_bytes": (context + settings.max_new_tokens - 1) * bytes_per_token, **row}
         for context, at_point, peak in zip(contexts, laps, peaks, strict=True)
         for row in summarize(at_point)
     ]
@@ -88,7 +91,7 @@ def reaching(
     return [(each, contexts) for each, contexts in chosen if contexts]
 
 
-_COLUMNS = ("model", *LAP, "kv_bytes", "same_tokens", "error")
+_COLUMNS = (*LAP, "kv_bytes", *WHOLE, "peak_bytes", "same_tokens", "error")
 
 SINGLE = Scenario(
     "single",

@@ -6,10 +6,9 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_paged.tools.bench.bandwidth import Bandwidth
-from hf_paged.tools.bench.race import race_once, summarize, warm_up
-from hf_paged.tools.bench.scenario import LAP, Scenario
-from hf_paged.tools.bench.settings import Settings, load
-from hf_paged.tools.lab.baselines import line_up
+from hf_paged.tools.bench.race import laps_of, summarize, warm_up
+from hf_paged.tools.bench.scenario import LAP, WHOLE, Scenario
+from hf_paged.tools.bench.settings import Settings, line_up_for, load
 from hf_paged.tools.lab.memory import token_bytes, weight_bytes
 
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
@@ -23,27 +22,27 @@ def measure(settings: Settings) -> dict[str, Any]:
     Returns:
         `weight_bytes`, which a step reads; `rows` for each context and baseline, with `bandwidth_gb_s`, measured in
         turns with the steps, and `bandwidth_share`: the bytes that a step must read (weights, and the keys and values
-        of the context) per second, as a part of it; `fits` for each baseline.
+        of the context) per second, as a part of it; `minimum_bytes`, keys and values of all tokens that are stored;
+        `fits` for each baseline.
     """
     model = load(settings)
     bandwidth = Bandwidth(model.device)
     weights, bytes_per_token = weight_bytes(model.model), token_bytes(model.model)
     rows = []
-    with line_up(model.model, settings.baselines or BASELINES, settings.page_size) as baselines:
-        warm_up(baselines, model)
+    with line_up_for(settings, model, BASELINES) as baselines:
+        if not settings.whole:
+            warm_up(baselines, model)
         contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
         for context in tqdm(contexts, "latency", disable=None):
             ids = model.prompt(context)
-            laps = [
-                race_once(baselines, ids, None, settings.max_new_tokens, bandwidth.measure)
-                for _ in range(settings.rounds)
-            ]
+            laps = laps_of(settings, baselines, ids, None, bandwidth.measure)
             bytes_per_s = bandwidth.take_median()
             for row in summarize(laps):
                 if "error" not in row:
                     row["bandwidth_gb_s"] = bytes_per_s / 1e9
                     num_bytes = weights + context * bytes_per_token
                     row["bandwidth_share"] = num_bytes / (row["ms_per_step"] / 1e3) / bytes_per_s
+                    row["minimum_bytes"] = (context + settings.max_new_tokens - 1) * bytes_per_token
                 rows.append({"context": context} | row)
     return {"weight_bytes": weights, "rows": rows, "fits": fits(rows)}
 
@@ -84,6 +83,6 @@ LATENCY = Scenario(
     "latency",
     "time to the first token, and of each after it, against the length of the context",
     measure,
-    (*LAP, "bandwidth_share", "same_tokens", "error"),
+    (*LAP, "bandwidth_share", *WHOLE, "peak_bytes", "same_tokens", "error"),
     ("ms_per_step", "first_token_s"),
 )

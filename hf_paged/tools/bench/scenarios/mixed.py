@@ -1,19 +1,22 @@
-"""A batch of prompts of very different lengths, from nothing to the last token."""
+"""A batch of prompts of very different lengths, from nothing to the last token; with pages of each size, too."""
 
 import random
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm import tqdm
 
-from hf_paged.tools.bench.race import Lap, race_once, summarize, warm_up
-from hf_paged.tools.bench.scenario import LAP, Scenario
-from hf_paged.tools.bench.settings import Settings, load
+from hf_paged.pages.pool import PAGE_SIZES
+from hf_paged.tools.bench.bandwidth import Bandwidth
+from hf_paged.tools.bench.race import Lap, laps_of, race_once, summarize, warm_up
+from hf_paged.tools.bench.scenario import LAP, WHOLE, Scenario
+from hf_paged.tools.bench.settings import Settings, line_up_for, load
 from hf_paged.tools.bench.worker import in_new_process
 from hf_paged.tools.lab.baseline import Baseline
-from hf_paged.tools.lab.baselines import line_up
-from hf_paged.tools.lab.memory import PeakMemory, token_bytes
+from hf_paged.tools.lab.baselines import PagedRagged, line_up
+from hf_paged.tools.lab.memory import PeakMemory, token_bytes, weight_bytes
 
 BASELINES = ("dynamic", "paged", "paged-ragged", "paged-compiled", "generate_batch")
 NUM_PROMPTS = 16
@@ -39,11 +42,11 @@ def measure(settings: Settings) -> dict[str, Any]:
         of several, `least_peak_bytes` and `most_peak_bytes`, or `peak_error`.
     """
     model = load(settings)
-    with line_up(model.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+    with line_up_for(settings, model, BASELINES) as baselines:
         results = run_batch(baselines, settings)
     num_processes = 1 if model.device.type == "cuda" else _PEAKS_ON_CPU
     for row in tqdm(results["rows"], "memory", disable=None):
-        if "error" not in row:
+        if "error" not in row and not settings.whole:  # whole runs have measured it
             row |= _peaks([in_new_process(peak, settings, row["baseline"]) for _ in range(num_processes)])
     return results
 
@@ -52,27 +55,54 @@ def run_batch(baselines: Sequence[Baseline], settings: Settings) -> dict[str, An
     """Run the batch with baselines in turns.
 
     Returns:
-        `prompt_lengths`; `minimum_bytes`, the keys and values of the real tokens; `rows` for each baseline, with
-        `total_s`; `tokens_per_s`, prompt tokens and new ones over the total; `last_tokens_per_s`, over the last 256
-        new tokens or all of them; `overhead` of the cache over the minimum.
+        `prompt_lengths`; `minimum_bytes`, the keys and values of the real tokens; `rows` for each baseline, with that
+        too; `bandwidth_gb_s` and `bandwidth_share`, as in `latency`, of a step in the middle; `total_s`;
+        `tokens_per_s`, prompt tokens and new ones over the total; `last_tokens_per_s`, over the last 256 new tokens
+        or all of them; `overhead` of the cache over the minimum.
     """
     model, lengths, num_new = load(settings), prompt_lengths(settings.prompt_lengths), settings.max_new_tokens
     ids, mask = model.padded(lengths)
-    warm_up(baselines, model, len(lengths))
-    laps = [race_once(baselines, ids, mask, num_new) for _ in tqdm(range(settings.rounds), "batch", disable=None)]
+    bandwidth, bytes_per_token = Bandwidth(model.device), token_bytes(model.model)
+    if not settings.whole:
+        warm_up(baselines, model, len(lengths))
+    laps = laps_of(settings, baselines, ids, mask, bandwidth.measure)
+    bytes_per_s = bandwidth.take_median()
+    num_bytes = weight_bytes(model.model) + (sum(lengths) + len(lengths) * num_new // 2) * bytes_per_token
     # What the last token of a row would store is stored by the step after it.
-    minimum = (sum(lengths) + len(lengths) * (num_new - 1)) * token_bytes(model.model)
+    minimum = (sum(lengths) + len(lengths) * (num_new - 1)) * bytes_per_token
     rows = summarize(laps)
     for row in rows:
         if "error" in row:
             continue
         own = [lap[row["baseline"]] for lap in laps]
+        row |= {"bandwidth_gb_s": bytes_per_s / 1e9, "minimum_bytes": minimum}
+        row["bandwidth_share"] = num_bytes / (row["ms_per_step"] / 1e3) / bytes_per_s
         row["total_s"] = statistics.median(lap.total_s for lap in own)
         row["tokens_per_s"] = (sum(lengths) + len(lengths) * num_new) / row["total_s"]
         row["last_tokens_per_s"] = statistics.median(last_tokens_per_s(lap, len(lengths)) for lap in own)
         if "kv_bytes" in row:
             row["overhead"] = row["kv_bytes"] / minimum - 1
     return {"prompt_lengths": lengths, "minimum_bytes": minimum, "rows": rows}
+
+
+def measure_page_sizes(settings: Settings) -> dict[str, Any]:
+    """Measure the batch with pages of each size, and with `DynamicCache`.
+
+    Returns:
+        What `run_batch` gives, with the `page_size` of each row, None for the reference.
+    """
+    model = load(settings).model
+    sizes = {f"paged, {size}": size for size in PAGE_SIZES}
+    baselines = [Baseline(model, settings.page_size)]
+    for name, size in sizes.items():
+        baselines.append(PagedRagged(model, size))
+        baselines[-1].name = name
+    with ExitStack() as stack:
+        for baseline in baselines:
+            stack.callback(baseline.close)
+        results = run_batch(baselines, settings)
+    results["rows"] = [{"page_size": sizes.get(row["baseline"])} | row for row in results["rows"]]
+    return results
 
 
 def last_tokens_per_s(lap: Lap, num_rows: int) -> float:
@@ -102,12 +132,21 @@ def _peaks(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"peak_bytes": statistics.median(peaks), "least_peak_bytes": min(peaks), "most_peak_bytes": max(peaks)}
 
 
-_TIMES = ("total_s", "total_s_speed", "tokens_per_s", "last_tokens_per_s")
+_TIMES = ("bandwidth_share", "total_s", "total_s_speed", "tokens_per_s", "last_tokens_per_s")
+_BYTES = ("kv_bytes", "overhead", *WHOLE, "peak_bytes")
 
 MIXED = Scenario(
     "mixed",
     "a batch of prompts of very different lengths, from nothing to the last token",
     measure,
-    (*LAP, *_TIMES, "kv_bytes", "overhead", "peak_bytes", "same_tokens", "error", "peak_error"),
+    (*LAP, *_TIMES, *_BYTES, "same_tokens", "error", "peak_error"),
     ("peak_bytes", "kv_bytes", "tokens_per_s", "first_token_s"),
+)
+
+PAGE_SIZE = Scenario(
+    "page-size",
+    "speed and waste of every page size on the batch of mixed",
+    measure_page_sizes,
+    (*LAP, "total_s", "kv_bytes", "overhead", "same_tokens", "error"),
+    ("overhead", "ms_per_step"),
 )
