@@ -48,20 +48,27 @@ class StepGraphs:
         # Of memory, by stream. Recordings share it, since none runs beside another and what they return is copied.
         self._pools: dict[int, Any] = {}
         self._written: set[int] = set()  # inputs that the pass writes to: they are written where they are
+        # Which inputs are tensors of floating-point numbers: weights, as a rule, by far the most; and which are not.
+        self._floating: list[int] = []
+        self._others: list[int] = []
         self._is_given_up = False
         self._num_unlike = 0
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the pass, or repeat it."""
-        all_metadata = [value for value in inputs if isinstance(value, AttentionMetadata)]
+        if not self._others:
+            for index, value in enumerate(inputs):
+                (self._floating if _is_floating(value) else self._others).append(index)
+        all_metadata = [inputs[index] for index in self._others if isinstance(inputs[index], AttentionMetadata)]
         if self._is_given_up or not all_metadata or not all(map(_is_repeatable, all_metadata)):
             return self._run(*inputs)
         sequences = all_metadata[0].sequences
         with ExitStack() as stack:
             for group in sequences.pool.groups:
                 stack.enter_context(group.staying_in_place())
-            moving = {index for index, value in enumerate(inputs) if _may_move(value)} - self._written
-            key = _fixed(inputs, moving, sequences)
+            moving = {index for index in self._others if _may_move(inputs[index])} - self._written
+            addresses = tuple([inputs[index].data_ptr() for index in self._floating])
+            key = addresses, _fixed(inputs, self._others, moving, sequences)
             recording = self._recordings.get(key)
             if recording is None or not recording.fits(all_metadata):
                 # The first time kernels are compiled, and it shows which lists of pages are read.
@@ -188,19 +195,24 @@ def _is_repeatable(metadata: AttentionMetadata) -> bool:
     return is_plain and step.is_settled and is_untouched
 
 
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _may_move(value: Any) -> bool:
-    """Whether an input may be another tensor in each step. Weights are read where they are."""
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.numel() <= _MAX_MOVING
+    """Whether an input that is not floating may be another tensor in each step."""
+    return isinstance(value, Tensor) and value.numel() <= _MAX_MOVING
 
 
 def _stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-def _fixed(inputs: Inputs, moving: set[int], sequences: Sequences) -> Hashable:
-    """What a recorded step can't do without: sizes, and the addresses of all that is not moved."""
+def _fixed(inputs: Inputs, indices: list[int], moving: set[int], sequences: Sequences) -> Hashable:
+    """What a recorded step can't do without: sizes, and the addresses of all that is not moved, of these inputs."""
     fixed: list[Hashable] = [_stream()]
-    for index, value in enumerate(inputs):
+    for index in indices:
+        value = inputs[index]
         if isinstance(value, AttentionMetadata):
             continue
         if not isinstance(value, Tensor):
