@@ -114,8 +114,7 @@ class Sequences:
                 f"A model of {num_layers} layers was given a PagedCache that was made for a model of "
                 f"{len(self.pool.layers)} layers. Make a PagedCache for this model."
             )
-        mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
-        _, new, past_is_visible = self.rows.split(num_rows, num_new, mask)
+        _, new, past_is_visible = self.rows.split(num_rows, num_new, self.rows.on_host(attention_mask))
         self._is_reserved_by_mask = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
