@@ -167,7 +167,9 @@ class Rows:
         self.known_ids.select(indices)
 
     def release(self, rows: Sequence[int]) -> None:
-        """Give back the pages of rows that are finished."""
+        """Give back the pages of rows that are finished; those that have done so hold none."""
+        if self.columns.released is not None and self.columns.released[list(rows)].all():
+            return
         for table in self.tables:
             table.release(rows)
         self.columns = self.columns.without(rows, self.count)

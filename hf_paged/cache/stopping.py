@@ -53,8 +53,9 @@ class ReleaseFinished(ActingCriterion):
         Raises:
             ValueError: if these are not the rows of the cache, as with beams.
         """
-        self.act(self.find(input_ids, scores, **kwargs))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        is_finished = self.find(input_ids, scores, **kwargs)
+        self.act(is_finished.nonzero().flatten().tolist(), len(input_ids))
+        return torch.zeros_like(is_finished)
 
     @override
     def find(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -63,11 +64,10 @@ class ReleaseFinished(ActingCriterion):
         return is_finished | self.criteria(input_ids, scores, **kwargs) if self.criteria else is_finished
 
     @override
-    def act(self, is_found: Tensor) -> None:
-        if len(is_found) != self._cache.batch_size:
+    def act(self, rows: list[int], num_rows: int) -> None:
+        if num_rows != self._cache.batch_size:
             raise ValueError(
-                f"ReleaseFinished was asked about {len(is_found)} rows, but its cache holds "
-                f"{self._cache.batch_size}. Give it the cache that is passed to generate(), and use it for greedy "
-                "decoding and sampling only."
+                f"ReleaseFinished was asked about {num_rows} rows, but its cache holds {self._cache.batch_size}. Give "
+                "it the cache that is passed to generate(), and use it for greedy decoding and sampling only."
             )
-        self._cache.release(is_found)
+        self._cache.release(rows)

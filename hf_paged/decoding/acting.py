@@ -33,8 +33,8 @@ class ActingCriterion(StoppingCriteria):
         """Return `(num_rows,)` bool, which rows to act on; arguments as for any criterion."""
 
     @abstractmethod
-    def act(self, is_found: Tensor) -> None:
-        """Act on rows that were found; `is_found` is on any device."""
+    def act(self, rows: list[int], num_rows: int) -> None:
+        """Act on rows that were found, of `num_rows`."""
 
 
 def waits_for_values(criterion: StoppingCriteria) -> bool:

@@ -87,7 +87,9 @@ class Ends:
         copies = self._transfer.wait()
         found, self._found = self._found, []
         for criterion, _ in found:
-            criterion.act(copies.pop(0))
+            rows = [row for row, is_found in enumerate(copies.pop(0).tolist()) if is_found]
+            if rows:
+                criterion.act(rows, len(self._have_ended))
         self._have_ended = copies.pop(0).tolist()
         if self._streamer is not None:
             self._streamer.put(copies.pop(0))

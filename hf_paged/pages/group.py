@@ -163,7 +163,7 @@ class PageGroup:
         with self._lock:
             self._physical_to_logical.numpy()[pages] = indices
             for device, mirror in self._physical_to_logical_on.items():
-                mirror[torch.tensor(pages, device=device)] = torch.tensor(indices, dtype=torch.int32, device=device)
+                mirror[_sent(pages, device)] = _sent(indices, device).int()
 
     def physical_to_logical(self, device: torch.device) -> Tensor:
         """`(num_pages,)` int32: the place of every held page in its row."""
@@ -178,18 +178,20 @@ class PageGroup:
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages in every layer."""
         self.num_copied_pages += len(sources)
-        for storage in self._storages.values():
-            storage.copy_pages(
-                torch.tensor(sources, device=storage.device), torch.tensor(targets, device=storage.device)
-            )
+        for device, storages in self._by_device().items():
+            pages = _sent(sources, device), _sent(targets, device)
+            for storage in storages:
+                storage.copy_pages(*pages)
 
     def clear_values(self, pages: Sequence[int]) -> None:
         """Zero the values of pages that won't be filled at once.
 
         A masked slot has weight 0, but what is left in it takes part all the same, and 0 times NaN is NaN.
         """
-        for storage in self._storages.values():
-            storage.clear_values(torch.tensor(pages, dtype=torch.int64, device=storage.device))
+        for device, storages in self._by_device().items():
+            sent = _sent(pages, device)
+            for storage in storages:
+                storage.clear_values(sent)
 
     def sink_page(self) -> int:
         """A page whose values are 0, held from now on: the token that attention sinks give a score to.
@@ -229,6 +231,12 @@ class PageGroup:
         on_cpu = all(storage.device.type == "cpu" for storage in self._storages.values())
         return _GROWTH_ON_CPU if on_cpu else _GROWTH
 
+    def _by_device(self) -> dict[torch.device, list[LayerStorage]]:
+        by_device: dict[torch.device, list[LayerStorage]] = {}
+        for storage in self._storages.values():
+            by_device.setdefault(storage.device, []).append(storage)
+        return by_device
+
     def _bounded(self, num_pages: int) -> int:
         return num_pages if self.max_pages is None else min(num_pages, self.max_pages)
 
@@ -246,3 +254,8 @@ class PageGroup:
         physical_to_logical[:kept] = self._physical_to_logical.numpy()[:kept]
         self._physical_to_logical = torch.from_numpy(physical_to_logical)
         self._physical_to_logical_on.clear()
+
+
+def _sent(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers on a device, int64. `torch.tensor(..., device=...)` would wait for all that the device has to do."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
