@@ -71,8 +71,8 @@ class Sequences:
 
     # A step is reserved
 
-    def begin_pass(self, layer: int) -> None:
-        """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer.
+    def begin_pass(self, layer: int, num_new: int) -> None:
+        """Note that a forward pass begins, if it is a new one, as `num_new` columns are announced to a layer.
 
         Raises:
             UnclearPassError: if it can't be told whether the pass before has failed; nothing has changed.
@@ -81,6 +81,7 @@ class Sequences:
         self._is_reserved_by_mask = False
         if self.step is not None and layer <= self.progress.last:
             self._close_step()
+        self.rows.known_ids.begin_pass(self, self.rows.columns.count, num_new, self.rows.told)
 
     def reserve(
         self,

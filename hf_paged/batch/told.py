@@ -13,8 +13,8 @@ class ToldPass:
 
     Attributes:
         ids: `(num_rows, num_columns)` of all columns up to its end; not to be changed any more.
-        mask: `(num_rows, num_columns)`, the attention mask of the pass; None without padding. Where anybody makes
-            another one of it, that is another tensor.
+        mask: `(num_rows, any)`, the attention mask that the mask function is going to be given; None without padding.
+            Where anybody makes another one of it, that is another tensor.
         mask_on_host: what is in it; None if that is not known.
     """
 

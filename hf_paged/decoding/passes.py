@@ -6,11 +6,14 @@ from functools import cache as once
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_paged._transformers import cache_in, keeps_to
 from hf_paged.batch.padding import BoolMatrix
+from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.told import ToldPass
+from hf_paged.decoding.inputs import StepInputs, inputs_after
 from hf_paged.decoding.surplus import sequences_of
 
 logger = logging.getLogger(__name__)
@@ -19,13 +22,13 @@ logger = logging.getLogger(__name__)
 class Passes:
     """The forward passes of one `generate()`, each made as `generate()` makes it.
 
-    A cache over pages is told the ids of each pass, and what is in its attention mask, instead of finding out.
+    A cache over pages is told the ids of each pass, and what is in its attention mask, instead of finding out. What is
+    the same in all decoding steps is prepared once.
 
     Args:
         model: makes them.
         config: how to generate.
         inputs: of the model, beside its ids; they are kept up to date.
-
     """
 
     def __init__(self, model: Any, config: Any, inputs: dict[str, Any]) -> None:
@@ -37,6 +40,8 @@ class Passes:
         is_compiled = model._valid_auto_compile_criteria(inputs, config)
         self._forward = model.get_compiled_call(config.compile_config) if is_compiled else model.__call__
         self._num_new = 1 if inputs["use_cache"] else None
+        self._step_inputs: StepInputs | None = None  # once they are known to be all that a step needs
+        self._is_first_step = True
 
     @property
     def cache(self) -> Any:
@@ -52,34 +57,58 @@ class Passes:
         """Compute the prompt; return what the model returns."""
         is_first = not self._config.is_assistant
         outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)
-        self._rows = sequences_of(cache_in(outputs))
-        self._mask = None if self._rows is None else self._known_mask()
+        self._sequences = sequences_of(cache_in(outputs))
+        self._mask = None if self._sequences is None else self._known_mask()
         return outputs
 
     def update(self, outputs: Any) -> None:
         """Bring the inputs up to date, once the outputs of a pass are known to be wanted."""
-        self._inputs = self._model._update_model_kwargs_for_generation(
-            outputs, self._inputs, is_encoder_decoder=self._has_encoder
-        )
+        if self._step_inputs is None:
+            self._inputs = self._model._update_model_kwargs_for_generation(
+                outputs, self._inputs, is_encoder_decoder=self._has_encoder
+            )
 
     def next(self, input_ids: Tensor) -> Any:
         """Compute the last column of `input_ids`, `(num_rows, num_columns)`; return what the model returns."""
-        if self._rows is None:
-            return self._run(input_ids)
-        mask = self._inputs.get(self._mask_name)
-        on_host = None if mask is None or self._mask is None else self._mask.up_to(mask.shape[1])
-        rows = self._rows.rows
-        rows.told = ToldPass(input_ids, mask, on_host)
+        if self._sequences is None:
+            return self._forward(**self._prepare(input_ids), return_dict=True)
+        rows = self._sequences.rows
+        on_host = None if self._mask is None else self._mask.up_to(rows.columns.count + 1)
+        rows.told = ToldPass(input_ids, self._inputs.get(self._mask_name), on_host)
         try:
-            return self._run(input_ids)
+            return self._forward(**self._prepare_step(input_ids, self._sequences, rows.told), return_dict=True)
         finally:
             rows.told = None
 
-    def _run(self, input_ids: Tensor) -> Any:
-        inputs = self._model.prepare_inputs_for_generation(
+    def _prepare(self, input_ids: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=self._num_new, **self._inputs
         )
-        return self._forward(**inputs, return_dict=True)
+        return inputs
+
+    def _prepare_step(self, input_ids: Tensor, sequences: Sequences, told: ToldPass) -> dict[str, Any]:
+        token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+        if self._step_inputs is not None:
+            inputs = self._step_inputs.next(token, told.mask)
+            if inputs is not None:
+                return inputs
+            self._stop_short_cut(sequences, told)
+        inputs = self._prepare(input_ids)
+        if self._is_first_step and (told.mask is None or told.mask_on_host is not None):
+            self._step_inputs = inputs_after(self._model, sequences, self._inputs, inputs, token)
+        self._is_first_step = False
+        return inputs
+
+    def _stop_short_cut(self, sequences: Sequences, told: ToldPass) -> None:
+        """Let Transformers prepare the inputs from now on, as something has changed about the rows."""
+        assert self._step_inputs is not None
+        if self._step_inputs.position_ids is not None:
+            self._inputs["position_ids"] = self._step_inputs.position_ids + 1
+        if told.mask is not None and told.mask_on_host is not None:
+            mask = torch.from_numpy(told.mask_on_host).to(told.mask.device)
+            self._inputs[self._mask_name] = mask
+            sequences.rows.told = ToldPass(told.ids, mask, told.mask_on_host)
+        self._step_inputs = None
 
     def _known_mask(self) -> "_GrowingMask | None":
         """Know the mask of all passes to come, if there is one and it is known what becomes of it."""
