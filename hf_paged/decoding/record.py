@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from hf_paged._transformers import CACHE
@@ -30,12 +31,13 @@ class Record:
         self._attentions: list[Any] = []
         self._cross_attentions: list[Any] = []
         self._states: list[Any] = []
+        self._are_checked = False
 
     def add(self, outputs: Any, input_ids: Tensor, logits_processor: Any) -> Tensor:
         """Note what a pass returned, and return `(num_rows, vocab_size)` scores of the next token."""
         is_kept = bool(logits_processor) or self.scores is not None or self._logits is not None
         logits = outputs.logits[:, -1].to(input_ids.device, torch.float32, copy=is_kept)
-        scores: Tensor = logits_processor(input_ids, logits)
+        scores = self._process(logits_processor, input_ids, logits)
         if self.scores is not None:
             self.scores = (*self.scores, scores)
         if self._logits is not None:
@@ -46,6 +48,16 @@ class Record:
             self._cross_attentions.append(outputs.get("cross_attentions"))
         if self._has_states:
             self._states.append(outputs[f"{decoder}hidden_states"])
+        return scores
+
+    def _process(self, logits_processor: Any, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self._are_checked or type(logits_processor) is not LogitsProcessorList:
+            # It inspects the signature of each.
+            self._are_checked = True
+            scores = logits_processor(input_ids, scores)
+            return scores
+        for processor in logits_processor:
+            scores = processor(input_ids, scores)
         return scores
 
     def result(self, input_ids: Tensor, cache: Any) -> Any:
