@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hf_paged.batch.known_ids import KnownIds
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
-from hf_paged.batch.told import ToldPass
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
 
@@ -24,7 +23,6 @@ class Rows:
         known_ids: which tokens they are, as far as that is known.
         absent: layers that hold none of the tokens, as the model passes over them.
         is_fanned_out: whether the step under way made several rows of one.
-        told: what the loop has said that is about to make a pass; None if it says nothing.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -34,7 +32,6 @@ class Rows:
         self.known_ids = KnownIds()
         self.absent: frozenset[int] = frozenset()
         self.is_fanned_out = False
-        self.told: ToldPass | None = None
 
     @property
     def count(self) -> int:
@@ -62,14 +59,6 @@ class Rows:
     def are_empty(self) -> bool:
         """Whether there are no tokens, and no padding either."""
         return self.columns.count == 0 and not self.lengths.any()
-
-    def on_host(self, mask: Tensor | None) -> BoolMatrix | None:
-        """What is in the attention mask of a pass; asks the device unless it was told."""
-        if mask is None:
-            return None
-        if self.told is not None and mask is self.told.mask and self.told.mask_on_host is not None:
-            return self.told.mask_on_host
-        return mask.bool().cpu().numpy()
 
     def split(self, num_rows: int, num_new: int, mask: BoolMatrix | None) -> tuple[Columns, BoolMatrix | None, bool]:
         """Compare a padded batch with the rows; `Columns.split` says how.
@@ -167,8 +156,8 @@ class Rows:
         self.known_ids.select(indices)
 
     def release(self, rows: Sequence[int]) -> None:
-        """Give back the pages of rows that are finished; those that have done so hold none."""
-        if self.columns.released is not None and self.columns.released[list(rows)].all():
+        """Give back the pages of rows that are finished, unless they have done so."""
+        if not rows or (self.columns.released is not None and self.columns.released[list(rows)].all()):
             return
         for table in self.tables:
             table.release(rows)
@@ -213,7 +202,6 @@ class Rows:
         other.known_ids = self.known_ids.fork()
         other.absent = self.absent
         other.is_fanned_out = False
-        other.told = None
         return other
 
     def supersede(self, other: "Rows") -> None:

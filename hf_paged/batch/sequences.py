@@ -14,6 +14,7 @@ from hf_paged.batch.steps.decode_writer import DecodeWriter, decode_writers
 from hf_paged.batch.steps.padded import PaddedStep
 from hf_paged.batch.steps.progress import Progress
 from hf_paged.batch.steps.step import Step
+from hf_paged.batch.told import ToldPass, mask_on_host
 from hf_paged.errors import NotPackable, UnclearPassError
 from hf_paged.pages.pool import PagePool
 
@@ -47,6 +48,7 @@ class Sequences:
         self.progress = Progress(pool.group_of_layer, len(pool.layers))
         self.edits = Edits()
         self.handed_on = HandedOn()
+        self.told: ToldPass | None = None  # what a loop says of the pass that it is making
         self._begins_steps = begins_steps
         self._is_reserved_by_mask = False  # whether it was our mask function that has begun the pass under way
         self._captured_layers: list[int] | None = None  # those of the pass under way, if it is only captured
@@ -81,7 +83,7 @@ class Sequences:
         self._is_reserved_by_mask = False
         if self.step is not None and layer <= self.progress.last:
             self._close_step()
-        self.rows.known_ids.begin_pass(self, self.rows.columns.count, num_new, self.rows.told)
+        self.rows.known_ids.begin_pass(self, self.rows.columns.count, num_new, self.told)
 
     def reserve(
         self,
@@ -115,7 +117,7 @@ class Sequences:
                 f"A model of {num_layers} layers was given a PagedCache that was made for a model of "
                 f"{len(self.pool.layers)} layers. Make a PagedCache for this model."
             )
-        _, new, past_is_visible = self.rows.split(num_rows, num_new, self.rows.on_host(attention_mask))
+        _, new, past_is_visible = self.rows.split(num_rows, num_new, mask_on_host(attention_mask, self.told))
         self._is_reserved_by_mask = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
@@ -383,9 +385,7 @@ class Sequences:
             ValueError: if a row does not exist; nothing has changed.
         """
         self.end_step()
-        rows = sorted(set(self.rows.existing(rows)))
-        if rows:
-            self.rows.release(rows)
+        self.rows.release(sorted(set(self.rows.existing(rows))))
 
     def become_fork_of(self, other: "Sequences") -> None:
         """Hold what `other` holds, sharing its pages."""

@@ -21,3 +21,12 @@ class ToldPass:
     ids: Tensor
     mask: Tensor | None
     mask_on_host: BoolMatrix | None
+
+
+def mask_on_host(mask: Tensor | None, told: ToldPass | None) -> BoolMatrix | None:
+    """What is in an attention mask; the device is asked unless it was told."""
+    if mask is None:
+        return None
+    if told is not None and mask is told.mask and told.mask_on_host is not None:
+        return told.mask_on_host
+    return mask.bool().cpu().numpy()

@@ -25,15 +25,21 @@ class StepInputs:
 
     def __init__(self, sequences: Sequences, prepared: dict[str, Any]) -> None:
         self._sequences = sequences
-        self._inputs = prepared
+        self._inputs = self._next = prepared
+
+    def advance(self) -> None:
+        """Go on from the inputs that `next` has returned, as their step was made and is wanted."""
+        self._inputs = self._next
 
     @property
     def position_ids(self) -> Tensor | None:
-        """`(..., num_rows, 1)` of the last step; None for a model that is given none."""
+        """`(..., num_rows, 1)` of the step before; None for a model that is given none."""
         return self._inputs.get("position_ids")
 
     def next(self, token: Tensor, attention_mask: Tensor | None) -> dict[str, Any] | None:
         """Reserve the next step and return its inputs; None if more is needed for them than is known here.
+
+        It may be called again if that step fails.
 
         Args:
             token: `(num_rows, 1)`.
@@ -48,13 +54,13 @@ class StepInputs:
         following = {kind: next_mask(mask, attention_mask) for kind, mask in by_kind.items()}
         if any(mask is None for mask in following.values()):
             return None
-        self._inputs = self._inputs | {
+        self._next = self._inputs | {
             "input_ids": token,
             "attention_mask": following if isinstance(masks, dict) else following[None],
         }
         if self.position_ids is not None:
-            self._inputs["position_ids"] = self.position_ids + 1
-        return self._inputs
+            self._next["position_ids"] = self.position_ids + 1
+        return self._next
 
 
 def inputs_after(

@@ -58,27 +58,28 @@ class Passes:
         is_first = not self._config.is_assistant
         outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)
         self._sequences = sequences_of(cache_in(outputs))
-        self._mask = None if self._sequences is None else self._known_mask()
+        self._mask = None if self._sequences is None else self._known_mask(input_ids.shape[1])
         return outputs
 
     def update(self, outputs: Any) -> None:
         """Bring the inputs up to date, once the outputs of a pass are known to be wanted."""
-        if self._step_inputs is None:
-            self._inputs = self._model._update_model_kwargs_for_generation(
-                outputs, self._inputs, is_encoder_decoder=self._has_encoder
-            )
+        if self._step_inputs is not None:
+            self._step_inputs.advance()
+            return
+        self._inputs = self._model._update_model_kwargs_for_generation(
+            outputs, self._inputs, is_encoder_decoder=self._has_encoder
+        )
 
     def next(self, input_ids: Tensor) -> Any:
         """Compute the last column of `input_ids`, `(num_rows, num_columns)`; return what the model returns."""
         if self._sequences is None:
             return self._forward(**self._prepare(input_ids), return_dict=True)
-        rows = self._sequences.rows
-        on_host = None if self._mask is None else self._mask.up_to(rows.columns.count + 1)
-        rows.told = ToldPass(input_ids, self._inputs.get(self._mask_name), on_host)
+        on_host = None if self._mask is None else self._mask.up_to(input_ids.shape[1])
+        told = self._sequences.told = ToldPass(input_ids, self._inputs.get(self._mask_name), on_host)
         try:
-            return self._forward(**self._prepare_step(input_ids, self._sequences, rows.told), return_dict=True)
+            return self._forward(**self._prepare_step(input_ids, self._sequences, told), return_dict=True)
         finally:
-            rows.told = None
+            self._sequences.told = None
 
     def _prepare(self, input_ids: Tensor) -> dict[str, Any]:
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
@@ -107,10 +108,10 @@ class Passes:
         if told.mask is not None and told.mask_on_host is not None:
             mask = torch.from_numpy(told.mask_on_host).to(told.mask.device)
             self._inputs[self._mask_name] = mask
-            sequences.rows.told = ToldPass(told.ids, mask, told.mask_on_host)
+            sequences.told = ToldPass(told.ids, mask, told.mask_on_host)
         self._step_inputs = None
 
-    def _known_mask(self) -> "_GrowingMask | None":
+    def _known_mask(self, num_ids: int) -> "_GrowingMask | None":
         """Know the mask of all passes to come, if there is one and it is known what becomes of it."""
         mask = self._inputs.get(self._mask_name)
         if mask is None or mask.ndim != 2 or not self.cache.is_compileable:
@@ -120,21 +121,26 @@ class Passes:
             return None
         # What Transformers makes of it otherwise, in each pass; and another tensor would have to be looked into.
         self._inputs[self._mask_name] = mask = mask.bool()
-        return _GrowingMask(mask.cpu().numpy())
+        return _GrowingMask(mask.cpu().numpy(), num_ids)
 
 
 class _GrowingMask:
-    """A mask on the host, in which every new column is a token."""
+    """A mask on the host, in which every new column is a token.
 
-    def __init__(self, mask: BoolMatrix) -> None:
+    Args:
+        mask: `(num_rows, num_columns)`, of the prompt.
+        num_ids: columns of its ids; there may be fewer, behind those that are cached.
+    """
+
+    def __init__(self, mask: BoolMatrix, num_ids: int) -> None:
         self._mask = mask
+        self._num_before = mask.shape[1] - num_ids
 
-    def up_to(self, num_columns: int) -> BoolMatrix:
-        """The mask of the first columns, new ones included."""
-        missing = num_columns - self._mask.shape[1]
-        if missing > 0:
-            more = np.ones((len(self._mask), max(missing, self._mask.shape[1])), dtype=bool)
-            self._mask = np.concatenate([self._mask, more], axis=1)
+    def up_to(self, num_ids: int) -> BoolMatrix:
+        """The mask of a pass, up to the last of `num_ids` columns of ids."""
+        num_columns = self._num_before + num_ids
+        if num_columns > self._mask.shape[1]:
+            self._mask = np.concatenate([self._mask, np.ones_like(self._mask)], axis=1)
         return self._mask[:, :num_columns]
 
 

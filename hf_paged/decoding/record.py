@@ -51,12 +51,9 @@ class Record:
         return scores
 
     def _process(self, logits_processor: Any, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self._are_checked or type(logits_processor) is not LogitsProcessorList:
-            # It inspects the signature of each.
-            self._are_checked = True
-            scores = logits_processor(input_ids, scores)
-            return scores
-        for processor in logits_processor:
+        # The list inspects the signature of each, in each step.
+        is_checked, self._are_checked = self._are_checked, type(logits_processor) is LogitsProcessorList
+        for processor in logits_processor if is_checked else [logits_processor]:
             scores = processor(input_ids, scores)
         return scores
 

@@ -18,6 +18,7 @@ from hf_paged.decoding.ends import Ends
 from hf_paged.decoding.passes import Passes
 from hf_paged.decoding.record import Record
 from hf_paged.decoding.surplus import Surplus
+from hf_paged.errors import OutOfPagesError
 
 _REMEDIES = {
     GenerationMode.BEAM_SEARCH: "num_beams",
@@ -73,9 +74,8 @@ def sample(
     with passes.optimized(), surplus:
         while True:
             passes.update(outputs)
-            scores = record.add(outputs, input_ids, logits_processor)
+            tokens = ends.padded(_choose(record.add(outputs, input_ids, logits_processor), config.do_sample))
             outputs = None  # so that its logits are freed before the next ones are made
-            tokens = ends.padded(_choose(scores, config.do_sample))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             ends.ask(input_ids, record.scores, tokens)
             is_last = input_ids.shape[1] >= ends.max_length
@@ -86,11 +86,14 @@ def sample(
                 continue
             try:
                 outputs = passes.next(input_ids)
-            except Exception:
+            except Exception as error:
                 if ends.are_reached() and surplus.forget():
                     break
-                raise
-            if surplus.decide(ends.are_reached):
+                if not isinstance(error, OutOfPagesError):
+                    raise
+            if outputs is None:  # rows that have ended may have made room
+                outputs = passes.next(input_ids)
+            elif surplus.decide(ends.are_reached):
                 break
     if streamer is not None:
         streamer.end()

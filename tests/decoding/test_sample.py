@@ -369,6 +369,29 @@ def test_compiled_steps_do_it_too(batch):
         )
 
 
+@pytest.mark.parametrize("batch", ["equal", "ragged"])
+def test_keys_that_are_taken_out_in_between_are_missing_from_the_next_pass_on(batch):
+    model, mask = tiny_llama(), BATCHES[batch]
+
+    def call(kv_cache, **loop):
+        def forget_the_first_columns(input_ids, scores):
+            if input_ids.shape[1] == 21 + 5:
+                for layer in kv_cache.layers:
+                    keys, values = layer.keys, layer.values
+                    layer.keys, layer.values = keys[:, :, 8:].clone(), values[:, :, 8:].clone()
+            return scores
+
+        criteria = {"stopping_criteria": [Length(29)], "logits_processor": [forget_the_first_columns]}
+        if batch == "equal":
+            return generate(model, kv_cache, ids_for(mask), mask, max_new_tokens=40, **criteria, **loop)
+        with pytest.raises(ValueError, match="attention_mask has shape") as caught:
+            generate(model, kv_cache, ids_for(mask), mask, max_new_tokens=40, **criteria, **loop)
+        return torch.tensor(list(str(caught.value).encode()))
+
+    (expected, *_), (actual, *_) = without_and_with(model, paged, call)
+    assert_same(expected, actual)
+
+
 # What goes wrong
 
 
@@ -429,6 +452,23 @@ def test_pages_may_be_out_once_all_rows_have_ended(num_rows):
     model.set_attn_implementation("paged_flex")
     assert_loop_changes_nothing(
         model, lambda model: PagedCache(pool=PagePool(model.config, num_pages=2 * num_rows, page_size=16)), call
+    )
+
+
+def test_rows_that_are_released_make_room_for_the_next_pass():
+    model, mask = tiny_llama(), torch.ones(2, 21, dtype=torch.long)
+    ids = random_ids(2, 21)
+    new = generate(model, DynamicCache(config=model.config), ids, mask, max_new_tokens=40)[:, 21:].tolist()
+    eos = new[0][11]  # the 33rd token of the row, which the next pass needs a third page for
+    assert eos not in new[0][:11] + new[1]
+
+    def call(kv_cache, **loop):
+        settings = {"eos_token_id": eos, "stopping_criteria": [ReleaseFinished(kv_cache, eos)]}
+        return generate(model, kv_cache, ids, mask, max_new_tokens=40, **settings, **loop)
+
+    model.set_attn_implementation("paged_flex")
+    assert_loop_changes_nothing(
+        model, lambda model: PagedCache(pool=PagePool(model.config, num_pages=4, page_size=16)), call
     )
 
 

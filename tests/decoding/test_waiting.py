@@ -105,4 +105,4 @@ def test_a_step_reads_nothing_but_which_rows_have_ended(family, is_compiled, sam
 
 def test_what_generate_reads_by_itself_is_seen(monkeypatch):
     _, places, _ = record("llama", False, monkeypatch)
-    assert places.keys() >= {"cpu in rows.py", "__bool__ in utils.py", "nonzero in stopping.py"}
+    assert places.keys() >= {"cpu in told.py", "__bool__ in utils.py", "nonzero in stopping.py"}
