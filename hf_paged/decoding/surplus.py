@@ -101,7 +101,7 @@ def _room(cache: Any, model: PreTrainedModel, input_ids: Tensor) -> float:
     config = model.config.get_text_config(decoder=True)
     limits = [getattr(config, name, None) for name in _NUM_POSITIONS]
     num_columns = input_ids.shape[1]
-    if isinstance(cache, Cache):
+    if isinstance(cache, Cache) and not all(cache.is_linear):  # those count no tokens
         num_columns = max(num_columns, int(cache.get_seq_length()))
         # That of a pool is noticed on the host.
         limits.append(cache.get_max_length() if sequences_of(cache) is None else None)

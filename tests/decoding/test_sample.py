@@ -13,6 +13,8 @@ from transformers import (
     BartForConditionalGeneration,
     DynamicCache,
     LogitsProcessor,
+    MambaConfig,
+    MambaForCausalLM,
     MaxLengthCriteria,
     PreTrainedTokenizerFast,
     StaticCache,
@@ -124,6 +126,21 @@ def test_any_cache_will_do(family, cache, mode):
     assert_same(*(result[0] for result in results))
     if cache != "default":
         assert_same_cache(*(result[1] for result in results))
+
+
+@pytest.mark.parametrize("mode", ["greedy", "rows_that_end"])
+@pytest.mark.parametrize("wanted", [{}, EVERYTHING], ids=["tokens", "everything"])
+def test_a_state_without_tokens_will_do(mode, wanted):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=200, hidden_size=48, num_hidden_layers=2, state_size=8, initializer_range=0.3)
+    model, mask = MambaForCausalLM(config).eval(), BATCHES["equal"]
+
+    def call(kv_cache, **loop):
+        said = generate(model, None, ids_for(mask), mask, **LOOP_MODES[mode], **wanted, **loop)
+        return (said.sequences, said.scores, said.hidden_states) if wanted else said
+
+    results = without_and_with(model, lambda model: None, call)
+    assert_same(*(result[0] for result in results))
 
 
 def test_no_cache_will_do():
