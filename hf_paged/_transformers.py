@@ -3,15 +3,22 @@
 import copy
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.generation import utils
 from transformers.masking_utils import create_causal_mask
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The argument in which models and mask functions take a cache; 5.24 renamed it, and warns of the old name."""
+
+_GENERATION: Any = utils
+_CACHES = getattr(_GENERATION, "ALL_CACHE_NAMES", [CACHE])
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _STORING = ("full_attention", *_WINDOWED)
@@ -112,3 +119,35 @@ def num_attention_layers(model: torch.nn.Module, num_layers: int) -> int:
     modules = (model if get_decoder is None else get_decoder()).modules()
     indices = [index for module in modules if isinstance(index := getattr(module, "layer_idx", None), int)]
     return min(num_layers, max(indices) + 1) if indices else num_layers
+
+
+def arguments_of_generate(model: PreTrainedModel) -> dict[str, Any]:
+    """What `generate()` was called with that calls this function's caller; {} if it does not.
+
+    It keeps to itself what it does not hand on to a `custom_generate` (seen in 5.24): the streamer, and what asks for
+    another mode.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals is vars(_GENERATION):
+            return frame.f_locals if frame.f_locals.get("self") is model else {}
+        frame = frame.f_back
+    return {}
+
+
+def is_synced(model: PreTrainedModel) -> bool:
+    """Whether `generate()` has the processes of this model wait for each other."""
+    is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not is_one_of_several or torch.distributed.get_world_size() == 1:
+        return False
+    return bool(_GENERATION.is_deepspeed_zero3_enabled() or _GENERATION.is_fsdp_managed_module(model))
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """The cache among the inputs or outputs of a model, by whatever name; None without."""
+    return next((values[name] for name in _CACHES if name in values), None)
+
+
+def keeps_to(model: PreTrainedModel, *names: str) -> bool:
+    """Whether these methods of a model are those of Transformers' `GenerationMixin`."""
+    return all(getattr(getattr(model, name), "__func__", None) is getattr(GenerationMixin, name) for name in names)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_paged import PagedCache, PagePool, ReleaseFinished, compiled
+from hf_paged import PagedCache, PagePool, ReleaseFinished, compiled, sample
 from hf_paged.tools.evaluation.audit import MemoryAudit
 from tests.families import FAMILIES
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
@@ -62,6 +62,77 @@ def test_beams_and_released_rows_leave_the_tokens_as_they_are():
     actual = generate(model, "paged_flex", cache, ids, stopping_criteria=finished, **settings)
     assert torch.equal(actual, expected)
     assert cache.lengths[0] == 0
+
+
+SAMPLES = {"greedy": {}, "samples": {"do_sample": True, "top_k": 30, "temperature": 1.5, "num_return_sequences": 2}}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", SAMPLES)
+def test_a_loop_that_is_a_step_ahead_gives_the_same(mode, is_compiled):
+    model, ids, mask = tiny_llama().cuda(), random_ids(3, 40).cuda(), left_padded(40, [40, 3, 17]).cuda()
+    model.set_attn_implementation("paged_flex")
+    asked = []
+
+    def ends_at_multiples_of_seven(input_ids, scores, **kwargs):
+        asked.append(input_ids.tolist())
+        return torch.tensor([row[-1] % 7 == 0 for row in input_ids.tolist()], device=input_ids.device)
+
+    results = []
+    for loop in ({}, {"custom_generate": sample}):
+        cache = PagedCache.from_model(model, page_size=16, num_pages=64)
+        settings = {"eos_token_id": list(range(3, 10)), "disable_compile": not is_compiled, "max_new_tokens": 60}
+        criteria = [ends_at_multiples_of_seven, ReleaseFinished(cache, list(range(3, 10)))]
+        torch.manual_seed(0)
+        with compiled(model) if is_compiled else nullcontext():
+            tokens = generate(
+                model,
+                "paged_flex",
+                cache,
+                ids,
+                attention_mask=mask,
+                stopping_criteria=criteria,
+                **settings,
+                **SAMPLES[mode],
+                **loop,
+            )
+        results.append((tokens.tolist(), list(asked), cache.lengths, torch.cuda.get_rng_state().tolist()))
+        cache.pool.check_integrity()
+        asked.clear()
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", SAMPLES)
+def test_a_step_of_the_loop_waits_for_nothing(mode, is_compiled):
+    model, ids, mask = tiny_llama().cuda(), random_ids(3, 40).cuda(), left_padded(40, [40, 3, 17]).cuda()
+    model.set_attn_implementation("paged_flex")
+
+    def watch(input_ids, scores):
+        torch.cuda.set_sync_debug_mode("error" if 44 <= input_ids.shape[1] < 75 else "default")
+        return scores
+
+    cache = PagedCache.from_model(model, page_size=16, num_pages=64)
+    settings = {"eos_token_id": 199, "disable_compile": not is_compiled, "max_new_tokens": 40}
+    try:
+        with compiled(model) if is_compiled else nullcontext():
+            for is_watched in (False, True):  # the first time, kernels are compiled and steps captured
+                cache.reset()
+                criteria = [ReleaseFinished(cache, 199)]
+                generate(
+                    model,
+                    "paged_flex",
+                    cache,
+                    ids,
+                    attention_mask=mask,
+                    stopping_criteria=criteria,
+                    logits_processor=[watch] if is_watched else [],
+                    custom_generate=sample,
+                    **settings,
+                    **SAMPLES[mode],
+                )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_what_the_accounting_reserves_is_allocated():

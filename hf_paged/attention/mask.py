@@ -253,6 +253,31 @@ def _reserved(
     return PagedMask(AttentionMetadata(sequences, step, visible=step.by_token(mask, kv_offset)))
 
 
+def next_mask(mask: PagedMask, attention_mask: Tensor | None) -> PagedMask | None:
+    """Reserve a pass over one new column, and make its mask as the mask function would, without its arguments.
+
+    Args:
+        mask: of the pass before.
+        attention_mask: `(num_rows, num_columns)`, 0 for padding; None without padding.
+
+    Returns:
+        The mask; None where more has to be known than that the mask before was causal, or a window.
+
+    Raises:
+        OutOfPagesError: if the step does not fit into the pool.
+        ValueError: if the attention mask does not fit the cache.
+    """
+    metadata, sequences = mask.metadata, mask.metadata.sequences
+    if metadata.ranges is None:
+        return None
+    step = sequences.reserve(
+        metadata.step.num_rows, 1, attention_mask, reads_pages=reads_pages(sequences.pool, num_new=1)
+    )
+    if step.view is not View.PAGES or not step.past_is_visible:
+        return None
+    return PagedMask(AttentionMetadata(sequences, step, window=metadata.window))
+
+
 def _window_of(mask_function: Callable[..., Any]) -> int | None:
     """The window of a mask function that Transformers made for causal sliding-window attention; None for any other."""
     if getattr(mask_function, "__code__", None) is not _SLIDING.__code__:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.generation import utils as generation
 
 from hf_paged.batch.padding import Columns
+from hf_paged.batch.told import ToldPass
 
 _GLOBALS = vars(generation)  # by which its functions are told from others of the same name
 
@@ -57,15 +58,20 @@ class KnownIds:
         self._first = self._first if self._ids is not None and self._end == begin else begin
         self._ids, self._rows, self._end = ids, None, end
 
-    def begin_pass(self, sequences: object, begin: int, num_new: int) -> None:
+    def begin_pass(self, sequences: object, begin: int, num_new: int, told: ToldPass | None) -> None:
         """Look for the ids of the pass that begins now.
 
         Args:
             sequences: the rows of the cache.
             begin: columns before the pass.
             num_new: new columns.
+            told: what the loop has said that makes it; None if it says nothing.
         """
         end, self._pass = begin + num_new, None
+        if told is not None:
+            if told.ids.shape[1] == end:
+                self._pass = told.ids, begin, end
+            return
         for frame in _frames():
             name = _SEQUENCES.get(frame.f_code.co_name)
             if name is None or frame.f_globals is not _GLOBALS:

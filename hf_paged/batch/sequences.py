@@ -14,6 +14,7 @@ from hf_paged.batch.steps.decode_writer import DecodeWriter, decode_writers
 from hf_paged.batch.steps.padded import PaddedStep
 from hf_paged.batch.steps.progress import Progress
 from hf_paged.batch.steps.step import Step
+from hf_paged.batch.told import ToldPass, mask_on_host
 from hf_paged.errors import NotPackable, UnclearPassError
 from hf_paged.pages.pool import PagePool
 
@@ -47,6 +48,7 @@ class Sequences:
         self.progress = Progress(pool.group_of_layer, len(pool.layers))
         self.edits = Edits()
         self.handed_on = HandedOn()
+        self.told: ToldPass | None = None  # what a loop says of the pass that it is making
         self._begins_steps = begins_steps
         self._is_reserved_by_mask = False  # whether it was our mask function that has begun the pass under way
         self._captured_layers: list[int] | None = None  # those of the pass under way, if it is only captured
@@ -71,8 +73,8 @@ class Sequences:
 
     # A step is reserved
 
-    def begin_pass(self, layer: int) -> None:
-        """Note that a forward pass begins, if it is a new one, by asking for the mask of a layer.
+    def begin_pass(self, layer: int, num_new: int) -> None:
+        """Note that a forward pass begins, if it is a new one, as `num_new` columns are announced to a layer.
 
         Raises:
             UnclearPassError: if it can't be told whether the pass before has failed; nothing has changed.
@@ -81,6 +83,7 @@ class Sequences:
         self._is_reserved_by_mask = False
         if self.step is not None and layer <= self.progress.last:
             self._close_step()
+        self.rows.known_ids.begin_pass(self, self.rows.columns.count, num_new, self.told)
 
     def reserve(
         self,
@@ -114,8 +117,7 @@ class Sequences:
                 f"A model of {num_layers} layers was given a PagedCache that was made for a model of "
                 f"{len(self.pool.layers)} layers. Make a PagedCache for this model."
             )
-        mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
-        _, new, past_is_visible = self.rows.split(num_rows, num_new, mask)
+        _, new, past_is_visible = self.rows.split(num_rows, num_new, mask_on_host(attention_mask, self.told))
         self._is_reserved_by_mask = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
@@ -184,8 +186,7 @@ class Sequences:
         try:
             if self.edits.copies and self.step is not None:
                 self.edits.check_untouched(layer)
-            is_under_way = self.progress.last >= 0 or self._is_reserved_by_mask
-            if writer is not None and is_under_way and layer in self.progress.missing and writer.step.masks:
+            if writer is not None and writer.step.masks and self._is_reserved_by_mask and self.awaits(layer):
                 result = writer.write(layer, keys, values)
             if result is None:
                 storage = self.pool.open_storage(layer, keys, values)

@@ -142,10 +142,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Columns that the next `query_length` queries see together, and the first of them."""
         if torch.compiler.is_dynamo_compiling():
             return self._mask_sizes_between_graphs(query_length)
-        self._sequences.begin_pass(self.index)
-        self._sequences.rows.known_ids.begin_pass(self._sequences, self._sequences.rows.columns.count, query_length)
-        first = self._sequences.rows.first_column(self.index)
-        length = PlannedLength(self._sequences.rows.columns.count - first + query_length, self._sequences)
+        self._sequences.begin_pass(self.index, query_length)
+        rows = self._sequences.rows
+        first = rows.first_column(self.index)
+        length = PlannedLength(rows.columns.count - first + query_length, self._sequences)
         # That one's mask function is compiled, and dynamo fails at an `int` that is more than an `int`.
         return (int(length) if self._sequences.pool.config._attn_implementation == "flex_attention" else length), first
 

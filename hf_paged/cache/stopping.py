@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
+from typing_extensions import override
 
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
+from hf_paged.decoding.acting import ActingCriterion
 
 
-class ReleaseFinished(StoppingCriteria):
+class ReleaseFinished(ActingCriterion):
     """Releases each row of a cache as soon as it is finished, while `generate()` goes on with the others.
 
     `generate()` fills finished rows up with padding until the last row is done. Without this they go on growing. Pass
@@ -38,7 +40,7 @@ class ReleaseFinished(StoppingCriteria):
             )
         self._cache = cache
         self._eos_token_ids = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.int64).view(-1)
-        self._criteria = StoppingCriteriaList(criteria or [])
+        self.criteria = StoppingCriteriaList(criteria or [])
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Release the rows that end with this token; all False.
@@ -51,14 +53,21 @@ class ReleaseFinished(StoppingCriteria):
         Raises:
             ValueError: if these are not the rows of the cache, as with beams.
         """
-        num_rows = len(input_ids)
+        is_finished = self.find(input_ids, scores, **kwargs)
+        self.act(is_finished.nonzero().flatten().tolist(), len(input_ids))
+        return torch.zeros_like(is_finished)
+
+    @override
+    def find(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self._eos_token_ids = self._eos_token_ids.to(input_ids.device)
+        is_finished = torch.isin(input_ids[:, -1], self._eos_token_ids)
+        return is_finished | self.criteria(input_ids, scores, **kwargs) if self.criteria else is_finished
+
+    @override
+    def act(self, rows: list[int], num_rows: int) -> None:
         if num_rows != self._cache.batch_size:
             raise ValueError(
                 f"ReleaseFinished was asked about {num_rows} rows, but its cache holds {self._cache.batch_size}. Give "
                 "it the cache that is passed to generate(), and use it for greedy decoding and sampling only."
             )
-        is_finished = torch.isin(input_ids[:, -1], self._eos_token_ids.to(input_ids.device))
-        if self._criteria:
-            is_finished = is_finished | self._criteria(input_ids, scores, **kwargs)
-        self._cache.release(is_finished)
-        return torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
+        self._cache.release(rows)

@@ -123,15 +123,15 @@ def _lists_of(
 
     def sent(array: npt.NDArray[np.integer[Any]]) -> Tensor:
         int32 = np.ascontiguousarray(array, dtype=np.int32)
-        return torch.from_numpy(int32).view(num_tiles, 1, 1, *int32.shape[1:]).to(layout.device)
+        return torch.from_numpy(int32).view(num_tiles, 1, 1, *int32.shape[1:]).to(layout.device, non_blocking=True)
 
     return BlockLists(
         full_kv_num_blocks=None if full is None else sent(full[0]),
         full_kv_indices=None if full is None else sent(full[1]),
         kv_num_blocks=sent(num_partial),
-        kv_indices=ids.view(num_tiles, 1, 1, -1).to(layout.device),
+        kv_indices=ids.view(num_tiles, 1, 1, -1).to(layout.device, non_blocking=True),
         physical_to_logical=physical_to_logical,
-        seen=torch.from_numpy(seen).to(layout.device),
+        seen=torch.from_numpy(seen).to(layout.device, non_blocking=True),
         tile_length=tile_length,
         tiles_per_row=num_tiles // table.num_rows,
         gqa_ratio=layout.gqa_ratio,
@@ -191,7 +191,7 @@ class _DecodeLists:
         self._seen = small.numpy()[num_tiles:].reshape(num_tiles, layout.gqa_ratio, 2)
         self._lists = lists.numpy()[: self._num_rows, self._num_sinks : self._num_sinks + width]
         self._version = -1
-        small_there, lists_there = small.to(layout.device), lists.to(layout.device)
+        small_there, lists_there = small.to(layout.device, non_blocking=True), lists.to(layout.device)
         self._small, self._lists_whole = (small_there, small), (lists_there, lists)
         return BlockLists(
             full_kv_num_blocks=None,

@@ -59,7 +59,7 @@ class QueryTiles:
         positions[: len(rows)] = taken
         tile_rows = np.zeros(num_tiles, dtype=np.int64)
         tile_rows[: int(tiles.sum())] = np.repeat(own_rows, tiles)
-        on_device = (torch.from_numpy(array).to(device) for array in (queries, positions))
+        on_device = (torch.from_numpy(array).to(device, non_blocking=True) for array in (queries, positions))
         return cls(num_tiles, tile_length, taken, *on_device), tile_rows
 
     def spread(self, query: Tensor) -> Tensor:

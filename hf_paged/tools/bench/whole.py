@@ -114,6 +114,5 @@ _KINDS = (Baseline, lab.WithoutCudnn, lab.StaticCompiled, lab.Paged, lab.PagedRa
 WHOLE = {lab.GenerateBatch.name: lab.GenerateBatch} | {kind.name: _driven(kind) for kind in _KINDS}
 """By name; `static-compiled` as `generate()` compiles it, which it does on a GPU."""
 
-if hasattr(hf_paged, "sample"):
-    for name, kind in (("paged-loop", lab.PagedRagged), ("paged-compiled-loop", lab.PagedCompiled)):
-        WHOLE[name] = _driven(kind, name=name, loop=staticmethod(hf_paged.sample))
+for name, kind in (("paged-loop", lab.PagedRagged), ("paged-compiled-loop", lab.PagedCompiled)):
+    WHOLE[name] = _driven(kind, name=name, loop=staticmethod(hf_paged.sample))

@@ -1,0 +1,1 @@
+"""Loops over decoding steps, for Transformers' `custom_generate`."""

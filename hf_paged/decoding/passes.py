@@ -1,0 +1,153 @@
+"""The forward passes of one `generate()`."""
+
+import logging
+from contextlib import AbstractContextManager
+from functools import cache as once
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_paged._transformers import cache_in, keeps_to
+from hf_paged.batch.padding import BoolMatrix
+from hf_paged.batch.sequences import Sequences
+from hf_paged.batch.told import ToldPass
+from hf_paged.decoding.inputs import StepInputs, inputs_after
+from hf_paged.decoding.surplus import sequences_of
+
+logger = logging.getLogger(__name__)
+
+
+class Passes:
+    """The forward passes of one `generate()`, each made as `generate()` makes it.
+
+    A cache over pages is told the ids of each pass, and what is in its attention mask, instead of finding out. What is
+    the same in all decoding steps is prepared once.
+
+    Args:
+        model: makes them.
+        config: how to generate.
+        inputs: of the model, beside its ids; they are kept up to date.
+    """
+
+    def __init__(self, model: Any, config: Any, inputs: dict[str, Any]) -> None:
+        self._model = model
+        self._config = config
+        self._inputs = inputs
+        self._has_encoder = bool(model.config.is_encoder_decoder)
+        self._mask_name = "decoder_attention_mask" if self._has_encoder else "attention_mask"
+        is_compiled = model._valid_auto_compile_criteria(inputs, config)
+        self._forward = model.get_compiled_call(config.compile_config) if is_compiled else model.__call__
+        self._num_new = 1 if inputs["use_cache"] else None
+        self._step_inputs: StepInputs | None = None  # once they are known to be all that a step needs
+        self._is_first_step = True
+
+    @property
+    def cache(self) -> Any:
+        """What the passes fill; None without."""
+        return cache_in(self._inputs)
+
+    def optimized(self) -> AbstractContextManager[None]:
+        """A context in which the model is set up for single tokens."""
+        context: AbstractContextManager[None] = self._model._optimize_model_for_decode()
+        return context
+
+    def first(self, input_ids: Tensor) -> Any:
+        """Compute the prompt; return what the model returns."""
+        is_first = not self._config.is_assistant
+        outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)
+        self._sequences = sequences_of(cache_in(outputs))
+        self._mask = None if self._sequences is None else self._known_mask(input_ids.shape[1])
+        return outputs
+
+    def update(self, outputs: Any) -> None:
+        """Bring the inputs up to date, once the outputs of a pass are known to be wanted."""
+        if self._step_inputs is not None:
+            self._step_inputs.advance()
+            return
+        self._inputs = self._model._update_model_kwargs_for_generation(
+            outputs, self._inputs, is_encoder_decoder=self._has_encoder
+        )
+
+    def next(self, input_ids: Tensor) -> Any:
+        """Compute the last column of `input_ids`, `(num_rows, num_columns)`; return what the model returns."""
+        if self._sequences is None:
+            return self._forward(**self._prepare(input_ids), return_dict=True)
+        on_host = None if self._mask is None else self._mask.up_to(input_ids.shape[1])
+        told = self._sequences.told = ToldPass(input_ids, self._inputs.get(self._mask_name), on_host)
+        try:
+            return self._forward(**self._prepare_step(input_ids, self._sequences, told), return_dict=True)
+        finally:
+            self._sequences.told = None
+
+    def _prepare(self, input_ids: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=self._num_new, **self._inputs
+        )
+        return inputs
+
+    def _prepare_step(self, input_ids: Tensor, sequences: Sequences, told: ToldPass) -> dict[str, Any]:
+        token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+        if self._step_inputs is not None:
+            inputs = self._step_inputs.next(token, told.mask)
+            if inputs is not None:
+                return inputs
+            self._stop_short_cut(sequences, told)
+        inputs = self._prepare(input_ids)
+        if self._is_first_step and (told.mask is None or told.mask_on_host is not None):
+            self._step_inputs = inputs_after(self._model, sequences, self._inputs, inputs, token)
+        self._is_first_step = False
+        return inputs
+
+    def _stop_short_cut(self, sequences: Sequences, told: ToldPass) -> None:
+        """Let Transformers prepare the inputs from now on, as something has changed about the rows."""
+        assert self._step_inputs is not None
+        if self._step_inputs.position_ids is not None:
+            self._inputs["position_ids"] = self._step_inputs.position_ids + 1
+        if told.mask is not None and told.mask_on_host is not None:
+            mask = torch.from_numpy(told.mask_on_host).to(told.mask.device)
+            self._inputs[self._mask_name] = mask
+            sequences.told = ToldPass(told.ids, mask, told.mask_on_host)
+        self._step_inputs = None
+
+    def _known_mask(self, num_ids: int) -> "_GrowingMask | None":
+        """Know the mask of all passes to come, if there is one and it is known what becomes of it."""
+        mask = self._inputs.get(self._mask_name)
+        if mask is None or mask.ndim != 2 or not self.cache.is_compileable:
+            return None
+        if not keeps_to(self._model, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
+            _say(type(self._model).__name__)
+            return None
+        # What Transformers makes of it otherwise, in each pass; and another tensor would have to be looked into.
+        self._inputs[self._mask_name] = mask = mask.bool()
+        return _GrowingMask(mask.cpu().numpy(), num_ids)
+
+
+class _GrowingMask:
+    """A mask on the host, in which every new column is a token.
+
+    Args:
+        mask: `(num_rows, num_columns)`, of the prompt.
+        num_ids: columns of its ids; there may be fewer, behind those that are cached.
+    """
+
+    def __init__(self, mask: BoolMatrix, num_ids: int) -> None:
+        self._mask = mask
+        self._num_before = mask.shape[1] - num_ids
+
+    def up_to(self, num_ids: int) -> BoolMatrix:
+        """The mask of a pass, up to the last of `num_ids` columns of ids."""
+        num_columns = self._num_before + num_ids
+        if num_columns > self._mask.shape[1]:
+            self._mask = np.concatenate([self._mask, np.ones_like(self._mask)], axis=1)
+        return self._mask[:, :num_columns]
+
+
+@once
+def _say(name: str) -> None:
+    logger.warning(
+        "hf_paged.sample reads the attention mask of a batch with padding in each step, since %s prepares its inputs "
+        "in a way of its own.",
+        name,
+    )
