@@ -84,14 +84,15 @@ def _sequence(name: str, seconds: int, *baselines: str) -> Case:
 
 
 CASES = (
-    Case("attention", "attention", "", (), 45, {}),
-    _one_row("8b-512", "llama-3-8b", 512, 110, "static-compiled", *_PAGED, "dynamic"),
-    _batch("8b-32-rows", "llama-3-8b", RAGGED, 70, _REFERENCE, *_PACKED, "generate_batch"),
-    _one_row("8b-32768", "llama-3-8b", 32768, 45, *_COMPILED, rounds=1),
+    Case("attention", "attention", "", (), 30, {}),
+    _one_row("8b-512", "llama-3-8b", 512, 90, "static-compiled", *_PAGED),
+    _batch("8b-32-rows", "llama-3-8b", RAGGED, 50, _REFERENCE, *_PACKED),
+    _one_row("8b-32768", "llama-3-8b", 32768, 40, *_COMPILED, rounds=1),
     _one_row("8b-8192", "llama-3-8b", 8192, 20, *_COMPILED, rounds=2),
-    _batch("8b-16-long-rows", "llama-3-8b", RAGGED_AND_LONG, 70, *_COMPILED, rounds=1),
-    _one_row("1b-512", "llama-3.2-1b", 512, 70, "static-compiled", *_PAGED),
+    _one_row("1b-512", "llama-3.2-1b", 512, 50, "static-compiled", *_PAGED),
+    _batch("8b-16-long-rows", "llama-3-8b", RAGGED_AND_LONG, 60, *_COMPILED, rounds=1),
     _sequence("7b-100000", 70, "paged-compiled"),
+    _batch("8b-32-rows-engine", "llama-3-8b", RAGGED, 60, _REFERENCE, "generate_batch", rounds=1),
     _batch("1b-32-rows", "llama-3.2-1b", RAGGED, 30, _REFERENCE, *_PACKED),
     _one_row("135m-512", "smollm2-135m", 512, 40, *_PAGED),
     _batch("135m-32-rows", "smollm2-135m", RAGGED, 30, _REFERENCE, *_PACKED),

@@ -58,6 +58,8 @@ class Generated(WholeRun):
                 prefill_chunk_size=chunk_size,
                 streamer=clock,
                 custom_generate=self.loop,
+                # On a GPU generate() would compile what it is given a PagedCache for by itself.
+                disable_compile=not isinstance(self, lab.PagedCompiled | lab.StaticCompiled),
             )
         times = [start, *clock.times[1:]]  # the first is that of the prompt, which is handed on, too
         seconds = [after - before for before, after in pairwise(times)]
