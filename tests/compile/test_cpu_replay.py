@@ -5,13 +5,13 @@ import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_paged import OutOfPagesError, PagedCache
 from hf_paged.batch.sequences import Sequences
 from hf_paged.compile.api import compiled
 from hf_paged.compile.cpu_replay import StepReplay
-from tests.models import generate, random_ids, tiny_llama, tiny_model
+from tests.models import generate, plain_tokens, random_ids, tiny_llama, tiny_model
 
 NUM_LAYERS = 3
 
@@ -45,11 +45,6 @@ def paged_tokens(model, ids, **arguments):
     tokens = generate(model, "paged_flex", cache, ids, **arguments)
     cache.pool.check_integrity()
     return tokens
-
-
-def plain_tokens(model, ids, **arguments):
-    attention = "sdpa" if model._supports_sdpa else "eager"
-    return generate(model, attention, DynamicCache(config=model.config), ids, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +178,11 @@ def test_a_hook_stops_a_step_from_being_repeated(llama, reference, repeated):
 @pytest.mark.parametrize(
     ("family", "is_repeated"),
     [
-        ((Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 20}), True),
-        ((GPT2LMHeadModel, GPT2Config, {"n_head": 6, "n_embd": 48, "n_layer": 2}), False),  # products by MKL
+        ((Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 20, "query_pre_attn_scalar": 16}), True),
+        (
+            (GPT2LMHeadModel, GPT2Config, {"num_attention_heads": 3}),
+            False,
+        ),  # products by MKL
     ],
 )
 def test_families(family, is_repeated, repeated):
