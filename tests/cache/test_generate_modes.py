@@ -25,8 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_paged import PagedCache
 from hf_paged._transformers import CACHE
-from hf_paged.packaged import load_packaged_model
-from tests.models import left_padded, random_ids, tiny_llama, tiny_model
+from tests.models import left_padded, letter_tokenizer, random_ids, tiny_llama, tiny_model
 
 CLOSE = {"atol": 5e-4, "rtol": 1e-4}
 NUM_COLUMNS, NUM_NEW = 21, 12  # together they leave a window of 24 and fill a page of 16 twice
@@ -354,16 +353,15 @@ def test_a_prompt_read_once_is_copied_for_each_question(mode):
     assert all(torch.equal(answer, other) for answer, other in zip(actual, expected, strict=True))
 
 
-@pytest.mark.real_model
-@pytest.mark.xdist_group("real_model")
 def test_a_pipeline_hands_the_cache_on():
-    model, tokenizer = load_packaged_model()
-    text = "Paging is an old idea in operating systems:"
-    answers = []
-    for attention in ("sdpa", "paged_flex"):
-        model.set_attn_implementation(attention)
-        kv_cache = PagedCache.from_model(model, page_size=16) if attention == "paged_flex" else DynamicCache()
+    tokenizer, text = letter_tokenizer(), "paging is an old idea in operating systems"
+
+    def call(model, kv_cache):
         generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-        answers.append(generator(text, past_key_values=kv_cache, do_sample=False, max_new_tokens=24))
-    assert answers[0] == answers[1]
-    assert kv_cache.lengths == [len(tokenizer(text)["input_ids"]) + 23]
+        settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "return_tensors": True}
+        (answer,) = generator(text, past_key_values=kv_cache, **settings)
+        assert kv_cache.get_seq_length() == len(text) + 23
+        return answer["generated_token_ids"]
+
+    expected, actual = over_both("llama", call)
+    assert actual == expected

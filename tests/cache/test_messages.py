@@ -309,7 +309,7 @@ def test_mask_sizes_are_plain_numbers_for_a_mask_function_that_is_compiled():
 
 def test_more_memory_than_there_is_is_refused_before_anything_is_held():
     model = llama()
-    cache = cache_of(model, num_pages=10**9)
+    cache = cache_of(model, num_pages=10**8)
     with pytest.raises(MemoryError, match=r"can't give .* GiB at once.*ask for fewer \(num_pages\)"):
         run(model, cache)
     assert cache.lengths == []

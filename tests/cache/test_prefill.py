@@ -27,7 +27,6 @@ from hf_paged.batch.packed_prompt import PackedPrompt
 from hf_paged.cache.layer import layers_over
 from hf_paged.cache.prefill import _say
 from hf_paged.errors import NotPackable
-from hf_paged.packaged import load_packaged_model, prompts
 from tests.families import FAMILIES, Family, Outcome, new_cache
 from tests.models import generate, left_padded, random_ids, run, tiny_llama, tiny_model
 
@@ -755,18 +754,3 @@ def test_rotary_embedding_that_depends_on_the_longest_row_is_padded_where_it_doe
         cache.prefill(model, *given.values(), max_tokens=8)
         assert torch.equal(generate(model, "paged_flex", cache, **given), expected)
     assert f"longer than the 32 tokens from which on the rotary embedding ({kind!r})" in caplog.text
-
-
-@pytest.mark.real_model
-@pytest.mark.xdist_group("real_model")
-def test_ragged_prose_goes_on_with_the_tokens_of_dynamic_cache():
-    model, tokenizer = load_packaged_model()
-    inputs = tokenizer.pad({"input_ids": prompts(tokenizer, [5, 64, 33, 17])}, return_tensors="pt")
-    arguments = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16}
-    model.set_attn_implementation("sdpa")
-    expected = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **arguments)
-    cache = paged(model)
-    cache.prefill(model, **inputs, max_tokens=48)
-    assert cache.lengths == [4, 63, 32, 16]
-    assert torch.equal(model.generate(**inputs, past_key_values=cache, **arguments), expected)
-    cache.pool.check_integrity()
