@@ -96,7 +96,6 @@ class Family:
 FAMILIES = [
     Family("Llama", "LlamaForCausalLM", "LlamaConfig", "grouped queries"),
     Family("Mistral", "MistralForCausalLM", "MistralConfig", "window", {"sliding_window": 24}),
-    Family("Qwen2", "Qwen2ForCausalLM", "Qwen2Config", "bias on queries, keys and values"),
     Family("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", "normalized queries and keys"),
     Family(
         "Gemma 2",
@@ -134,15 +133,7 @@ FAMILIES = [
             "laurel_rank": 8,
         },
     ),
-    Family(
-        "Phi-3",
-        "Phi3ForCausalLM",
-        "Phi3Config",
-        "one projection for queries, keys and values; window",
-        {"sliding_window": 24},
-    ),
     Family("Granite", "GraniteForCausalLM", "GraniteConfig", "its own scale", {"attention_multiplier": 0.2}),
-    Family("OLMo 2", "Olmo2ForCausalLM", "Olmo2Config", "normalized queries and keys"),
     Family(
         "SmolLM3",
         "SmolLM3ForCausalLM",
@@ -166,14 +157,12 @@ FAMILIES = [
         oracle="eager",
         note="no sdpa in Transformers",
     ),
-    Family("Mixtral", "MixtralForCausalLM", "MixtralConfig", "experts", MOE),
-    Family("StarCoder2", "Starcoder2ForCausalLM", "Starcoder2Config", "window", {"sliding_window": 24}),
     Family(
         "GPT-2",
         "GPT2LMHeadModel",
         "GPT2Config",
         "one head per query; learned positions",
-        {"n_embd": 48, "n_head": 3, "n_layer": 2},
+        {"num_attention_heads": 3},
     ),
     Family(
         "DeepSeek-V3",
@@ -209,7 +198,6 @@ FAMILIES = [
             "num_local_experts": 4,
         },
     ),
-    Family("StableLM", "StableLmForCausalLM", "StableLmConfig", "rotary embedding in part of a head", WIDE),
     Family(
         "JetMoe",
         "JetMoeForCausalLM",

@@ -60,6 +60,7 @@ def tiny_gemma(window: int) -> PreTrainedModel:
         sliding_window=window,
         num_hidden_layers=3,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=16,  # as in Llama, so that they share kernels
     )
 
 
@@ -110,6 +111,12 @@ def generate(model: PreTrainedModel, attention: str, cache: Cache, ids: Tensor, 
     model.set_attn_implementation(attention)
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
     return model.generate(ids, past_key_values=cache, **(settings | arguments))
+
+
+def plain_tokens(model: PreTrainedModel, ids: Tensor, **arguments) -> Tensor:
+    """The same with `DynamicCache`, by the fastest attention that the model has."""
+    attention = "sdpa" if model._supports_sdpa else "eager"
+    return generate(model, attention, DynamicCache(config=model.config), ids, **arguments)
 
 
 def letter_tokenizer(has_bos: bool = False) -> PreTrainedTokenizerFast:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_paged import OutOfPagesError, PagedCache
+from hf_paged import PagedCache
 from hf_paged.packaged import load_packaged_model, prompts
 
 pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
@@ -24,11 +24,10 @@ def batches(tokenizer):
         yield tokenizer.pad({"input_ids": rows[start : start + 8]}, return_tensors="pt")
 
 
-def greedy(model, attention, cache, inputs):
+def greedy(model, attention, cache, inputs, **arguments):
     model.set_attn_implementation(attention)
-    return model.generate(
-        **inputs, past_key_values=cache, do_sample=False, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW
-    )
+    settings = {"do_sample": False, "max_new_tokens": NUM_NEW, "min_new_tokens": NUM_NEW}
+    return model.generate(**inputs, past_key_values=cache, **settings, **arguments)
 
 
 @pytest.fixture(name="contiguous", scope="module")
@@ -37,19 +36,18 @@ def contiguous_tokens(smollm2):
     return [greedy(model, "sdpa", DynamicCache(config=model.config), inputs) for inputs in batches(tokenizer)]
 
 
-@pytest.mark.parametrize("page_size", [16, 128])
-def test_20_prompts_in_ragged_batches_of_8_give_the_same_tokens(smollm2, contiguous, page_size):
+def test_20_prompts_in_ragged_batches_of_8_give_the_same_tokens(smollm2, contiguous):
     model, tokenizer = smollm2
     for inputs, expected in zip(batches(tokenizer), contiguous, strict=True):
-        cache = PagedCache.from_model(model, page_size=page_size)
+        cache = PagedCache.from_model(model, page_size=16)
         assert torch.equal(greedy(model, "paged_flex", cache, inputs), expected)
         # The last token is never fed back, so it is not cached.
         lengths = [length + NUM_NEW - 1 for length in inputs["attention_mask"].sum(1).tolist()]
-        num_pages = sum(-(-length // page_size) for length in lengths)
+        num_pages = sum(-(-length // 16) for length in lengths)
         stats = cache.stats()
         assert stats.num_active_pages == num_pages
         assert stats.num_tokens == sum(lengths)
-        assert stats.overhead == pytest.approx(num_pages * page_size / sum(lengths) - 1)
+        assert stats.overhead == pytest.approx(num_pages * 16 / sum(lengths) - 1)
         config = model.config
         token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         assert stats.minimum_bytes == sum(lengths) * token_bytes
@@ -74,17 +72,26 @@ def test_bf16_logits_are_as_close_to_fp32_as_those_of_sdpa(smollm2):
     assert (actual - exact).abs().max() < 1.5 * (expected - exact).abs().max()
 
 
-def test_a_pool_one_page_too_small_raises_and_generates_once_pages_are_free(smollm2):
+def test_drafting_changes_no_token(smollm2):
     model, tokenizer = smollm2
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
+    draft = LlamaForCausalLM(LlamaConfig(vocab_size=model.config.vocab_size, **sizes)).eval()  # nothing learned
+    inputs = {"inputs": torch.tensor(prompts(tokenizer, [150]))}
+    expected = greedy(model, "sdpa", DynamicCache(config=model.config), inputs)
+    for drafted in ({"prompt_lookup_num_tokens": 6}, {"assistant_model": draft}):
+        cache = PagedCache.from_model(model, page_size=16)
+        tokens = greedy(model, "paged_flex", cache, inputs, **drafted)
+        assert torch.equal(tokens, expected)
+        assert cache.lengths == [tokens.shape[1] - 1]
+        cache.pool.check_integrity()
+
+
+def test_packed_prompts_go_on_with_the_same_tokens(smollm2, contiguous):
+    model, tokenizer = smollm2
+    inputs = next(batches(tokenizer))
     model.set_attn_implementation("paged_flex")
-    ids = torch.tensor(prompts(tokenizer, [100]))
-    arguments = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30}
-    cache = PagedCache.from_model(model, num_pages=8, page_size=16)
-    with pytest.raises(OutOfPagesError, match="needs 1 more pages, but 0 of 8 are free"):
-        model.generate(ids, past_key_values=cache, **arguments)
-    assert cache.lengths == [128]
-    cache.crop(-128)
-    tokens = model.generate(ids, past_key_values=cache, **(arguments | {"max_new_tokens": 29, "min_new_tokens": 29}))
-    model.set_attn_implementation("sdpa")
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **arguments)
-    assert torch.equal(tokens, expected[:, :129])
+    cache = PagedCache.from_model(model, page_size=16)
+    cache.prefill(model, **inputs, max_tokens=200)
+    assert cache.lengths == [length - 1 for length in LENGTHS[:8]]
+    assert torch.equal(greedy(model, "paged_flex", cache, inputs), contiguous[0])

@@ -10,32 +10,45 @@ from torch._inductor import compile_fx
 from transformers import DynamicCache
 
 from hf_paged import PagedCache, support
-from hf_paged._torch import inductor, opaque, private, tricks
+from hf_paged._torch import dynamo, inductor, opaque, private, tricks
 from hf_paged.compile.api import compiled
 from tests._torch.private import Changed, forget, forget_caches, lose
 from tests.models import generate, left_padded, random_ids, tiny_llama
 
 AT_IMPORT = [name for name in private.NAMES if name in (opaque._BASE, opaque._REGISTER)]
 LATER = [name for name in private.NAMES if name not in AT_IMPORT]
+OF_KERNELS = [name for name in LATER if name in (*vars(inductor).values(), *vars(dynamo).values())]
 OF_PROMPTS = ("maybe_mark_dynamic", "_linear_pointwise.default")
 CALLED = ("compile_fx", "compile_fx_inner", "mark_dynamic", "maybe_mark_dynamic", "register_lowering")
 
 
 @pytest.fixture
 def new_torch(monkeypatch):
-    """Nothing was compiled, and nothing found out about torch; so it is again afterwards."""
+    """No model was compiled, and nothing found out about torch; so it is again afterwards."""
     torch.compiler.reset()
-    monkeypatch.setattr(inductor, "_kernels", {})
     forget(monkeypatch)
     yield monkeypatch
     forget_caches()
     torch.compiler.reset()
 
 
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(inductor, "_kernels", {})
+
+
+def lose_at_work(new_torch, name, **changes):
+    """Let a name be gone, and what it was used for be done anew."""
+    lose(new_torch, [name], **changes)
+    if name in OF_KERNELS:
+        new_torch.setattr(inductor, "_kernels", {})
+
+
 def check_tokens(is_prompt=False):
     """Compare the tokens of one row, or of three whose prompts are packed, with those of DynamicCache."""
     lengths = [150, 17, 70] if is_prompt else [30]
-    model, ids, mask = tiny_llama(), random_ids(len(lengths), max(lengths)), left_padded(max(lengths), lengths)
+    model, ids = tiny_llama(num_layers=1), random_ids(len(lengths), max(lengths))
+    mask = left_padded(max(lengths), lengths)
     expected = generate(model, "sdpa", DynamicCache(), ids, attention_mask=mask, max_new_tokens=5)
     model.set_attn_implementation("paged_flex")
     with compiled(model):
@@ -48,7 +61,7 @@ def check_tokens(is_prompt=False):
 
 def check_torch_compile():
     """Compare the tokens of three rows under plain `torch.compile`, whose graphs part, with those of DynamicCache."""
-    model, ids = tiny_llama(), random_ids(3, 20)
+    model, ids = tiny_llama(num_layers=1), random_ids(3, 20)
     expected = generate(model, "sdpa", DynamicCache(), ids, max_new_tokens=5)
     model.set_attn_implementation("paged_flex")
     model.forward = torch.compile(model.forward, backend="eager")
@@ -62,7 +75,7 @@ def messages(caplog):
 
 @pytest.mark.parametrize("name", LATER, ids=repr)
 def test_a_name_that_is_gone_costs_no_token_and_is_told_of_once(name, new_torch, caplog):
-    lose(new_torch, [name])
+    lose_at_work(new_torch, name)
     check_tokens(is_prompt=repr(name).endswith(OF_PROMPTS))
     told = messages(caplog)
     assert told
@@ -82,14 +95,14 @@ def test_a_name_for_something_else_is_noticed_when_it_is_looked_up_or_called(nam
 
 @pytest.mark.parametrize("name", [name for name in LATER if repr(name).endswith(CALLED)], ids=repr)
 def test_what_fails_when_it_is_called_costs_no_token(name, new_torch, caplog):
-    lose(new_torch, [name], changed=True)
+    lose_at_work(new_torch, name, changed=True)
     check_tokens(is_prompt=repr(name).endswith(OF_PROMPTS))
     told = messages(caplog)
     assert told
     assert all("no longer what it was" in message for message in told)
 
 
-def test_without_inductor_s_entry_graphs_are_compiled_by_torch_compile(new_torch):
+def test_without_inductor_s_entry_graphs_are_compiled_by_torch_compile(new_torch, no_kernels):
     counters.clear()
     lose(new_torch, [inductor.COMPILE_FX])
     check_tokens()
@@ -99,10 +112,10 @@ def test_without_inductor_s_entry_graphs_are_compiled_by_torch_compile(new_torch
     assert counters["aot_autograd"]["ok"] == 3
 
 
-def test_a_kernel_with_guards_is_compiled_a_few_times_for_all_lengths(new_torch):
+def test_a_kernel_with_guards_is_compiled_a_few_times_for_all_lengths(new_torch, no_kernels):
     lose(new_torch, [name for name in LATER if repr(name).endswith(("compile_fx", "mark_dynamic"))])
     new_torch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **options: graph)  # dynamo's part counts
-    model, ids = tiny_llama(), random_ids(2, 40)
+    model, ids = tiny_llama(num_layers=1), random_ids(2, 40)
     expected = generate(model, "sdpa", DynamicCache(), ids, max_new_tokens=150)
     model.set_attn_implementation("paged_flex")
     counters.clear()
@@ -163,7 +176,7 @@ def test_support_says_what_fell_back_and_why(new_torch):
     assert " on " in lines["wrapper_replay"]
 
 
-def test_tricks_are_switched_off_by_name(new_torch):
+def test_tricks_are_switched_off_by_name(new_torch, no_kernels):
     new_torch.setenv(tricks.SWITCH, "unguarded_kernels, wrapper_replay,")
     tricks.check_switches()
     check_tokens()

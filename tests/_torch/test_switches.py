@@ -40,12 +40,12 @@ def ragged():
 
 def plain_tokens():
     ids, mask = ragged()
-    return generate(tiny_llama(), "sdpa", DynamicCache(), ids, attention_mask=mask, max_new_tokens=4)
+    return generate(tiny_llama(num_layers=1), "sdpa", DynamicCache(), ids, attention_mask=mask, max_new_tokens=4)
 
 
 def paged_tokens(is_compiled=False, disable=False):
     ids, mask = ragged()
-    model = tiny_llama()
+    model = tiny_llama(num_layers=1)
     model.set_attn_implementation("paged_flex")
     call = torch.compiler.disable(generate) if disable else generate
     with compiled(model) if is_compiled else nullcontext():
@@ -127,7 +127,7 @@ from tests.models import generate, tiny_llama
 
 for is_compiled in (False, True):
     assert torch.equal(paged_tokens(is_compiled), plain_tokens())
-model = tiny_llama()
+model = tiny_llama(num_layers=1)
 model.set_attn_implementation("paged_flex")
 cache = PagedCache.from_model(model, page_size=16)
 ids, mask = ragged()

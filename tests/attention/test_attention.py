@@ -30,19 +30,23 @@ def paged(model, ids, splits, mask=None, page_size=16):
     return logits
 
 
+def tiny_gemma2():
+    return tiny_model(Gemma2ForCausalLM, Gemma2Config, sliding_window=24, query_pre_attn_scalar=16)
+
+
 def test_both_functions_are_registered():
     assert "paged_flex" in AttentionInterface()
     assert "paged_flex" in AttentionMaskInterface()
 
 
-@pytest.mark.parametrize("prompt", [1, 15, 16, 17, 31, 32, 33, 48])
+@pytest.mark.parametrize("prompt", [1, 15, 16, 33])
 def test_decoding_matches_across_page_edges(prompt):
     model, ids = tiny_llama(), random_ids(1, prompt + 20)
     splits = [prompt] + [1] * 20
     torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("page_size", [32, 128])
 def test_any_page_size_gives_the_same(page_size):
     model, ids = tiny_llama(), random_ids(2, page_size + 50)
     splits = [page_size - 6, *9 * [1], 12, 1, 1, 33]
@@ -50,20 +54,14 @@ def test_any_page_size_gives_the_same(page_size):
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize(
-    "splits", [[5, 1, 16, 1, 17, 60], [1, 1, 98], [16, 16, 16, 16, 16, 16, 4], [3, 2, 2, 2, 91]], ids=str
-)
+@pytest.mark.parametrize("splits", [[5, 1, 16, 1, 17, 60], [3, 2, 2, 2, 91]], ids=str)
 def test_many_queries_over_a_cache_that_is_not_empty(splits, num_rows):
     model, ids = tiny_llama(), random_ids(num_rows, 100)
     torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
 
 
-@pytest.mark.parametrize("page_size", [16, 128])
-@pytest.mark.parametrize(
-    "kind",
-    ["left", "right", "holes"],
-)
-def test_padding_is_not_seen_and_not_stored(kind, page_size):
+@pytest.mark.parametrize("kind", ["left", "right", "holes"])
+def test_padding_is_not_seen_and_not_stored(kind):
     model, ids = tiny_llama(), random_ids(4, 90)
     if kind == "left":
         mask = left_padded(90, [90, 61, 42, 57])
@@ -76,25 +74,17 @@ def test_padding_is_not_seen_and_not_stored(kind, page_size):
     splits = [40, 1, 1, 1, 20, 1, 26]
     expected = plain(model, ids, splits, mask)
     model.set_attn_implementation("paged_flex")
-    cache = PagedCache.from_model(model, page_size=page_size)
+    cache = PagedCache.from_model(model, page_size=16)
     actual = run(model, cache, ids, splits, mask)
     real = mask.bool()
     torch.testing.assert_close(actual[real], expected[real], **FP32)
     lengths = real.sum(1).tolist()
     assert cache.lengths == lengths
-    assert cache.stats().num_active_pages == sum(-(-length // page_size) for length in lengths)
+    assert cache.stats().num_active_pages == sum(-(-length // 16) for length in lengths)
 
 
-def test_a_ragged_batch_generates_the_same_tokens():
-    model, ids = tiny_llama(), random_ids(5, 40)
-    mask = left_padded(40, [40, 3, 17, 31, 16])
-    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, attention_mask=mask)
-    cache = PagedCache.from_model(model, page_size=16)
-    assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), expected)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_any_other_attention_gives_the_same_tokens(attention):
+@pytest.mark.parametrize("attention", ["paged_flex", "eager"])
+def test_any_attention_gives_the_same_tokens(attention):
     model, ids = tiny_llama(), random_ids(3, 21)
     mask = left_padded(21, [21, 9, 16])
     expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, attention_mask=mask)
@@ -121,23 +111,21 @@ def test_a_cache_filled_by_one_attention_is_continued_by_another():
     torch.testing.assert_close(third, expected[:, 40:], **FP32)
 
 
-@pytest.mark.parametrize("num_rows", [2, 16, 64])
-def test_batches_of_any_size_share_a_kernel(num_rows):
-    model, ids = tiny_llama(), random_ids(num_rows, 36)
+def test_a_large_batch():
+    model, ids = tiny_llama(), random_ids(64, 36)
     splits = [20] + [1] * 16
     torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 1), (8, 2)], ids=["MHA", "MQA", "GQA"])
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "num_rows"), [(4, 4, 1), (4, 1, 3)], ids=["MHA", "MQA"])
 def test_head_layouts(num_heads, num_kv_heads, num_rows):
     model, ids = tiny_llama(num_heads, num_kv_heads), random_ids(num_rows, 50)
     splits = [20] + [1] * 10 + [20]
     torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
 
 
-@pytest.mark.parametrize("head_dim", [24, 80, 96, 256])
-def test_head_sizes_need_not_be_powers_of_two(head_dim):
+@pytest.mark.parametrize("head_dim", [24, 256])
+def test_small_and_large_head_sizes_that_need_not_be_powers_of_two(head_dim):
     model, ids = tiny_llama(head_dim=head_dim), random_ids(2, 50)
     splits = [20] + [1] * 10 + [20]
     torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
@@ -162,13 +150,9 @@ def test_many_queries_in_16_bit_give_the_logits_of_sdpa_to_the_bit(dtype):
     torch.testing.assert_close(paged(model, ids, splits, mask)[real], plain(model, ids, splits, mask)[real])
 
 
-@pytest.mark.parametrize(
-    ("model_class", "config_class"), [(Gemma2ForCausalLM, Gemma2Config), (MistralForCausalLM, MistralConfig)]
-)
-def test_many_queries_in_16_bit_see_their_window(model_class, config_class):
+def test_many_queries_in_16_bit_see_their_window():
     ids, splits = random_ids(2, 90), [40, *9 * [1], 20, 21]
-    exact = tiny_model(model_class, config_class, sliding_window=24)
-    model = tiny_model(model_class, config_class, sliding_window=24).to(torch.bfloat16)
+    exact, model = tiny_gemma2(), tiny_gemma2().to(torch.bfloat16)
     actual = paged(model, ids, splits)
     model.set_attn_implementation("eager")
     expected = run(model, DynamicCache(config=model.config), ids, splits)
@@ -186,7 +170,7 @@ def test_a_sliding_window_is_respected():
 
 
 def test_softcap_and_two_kinds_of_layers():
-    model, ids = tiny_model(Gemma2ForCausalLM, Gemma2Config, sliding_window=24), random_ids(2, 70)
+    model, ids = tiny_gemma2(), random_ids(2, 70)
     splits = [40] + [1] * 10 + [20]
     actual = paged(model, ids, splits)
     model.set_attn_implementation("eager")
@@ -195,7 +179,10 @@ def test_softcap_and_two_kinds_of_layers():
 
 
 def test_queries_that_are_a_slice_of_one_projection():
-    model, ids = tiny_model(GPT2LMHeadModel, GPT2Config, n_embd=48, n_head=3, n_layer=2), random_ids(3, 60)
+    model, ids = (
+        tiny_model(GPT2LMHeadModel, GPT2Config, num_attention_heads=3),
+        random_ids(3, 60),
+    )
     splits = [30, 1, 1, 1, 27]
     torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
 
@@ -211,20 +198,6 @@ def test_a_cached_token_can_be_hidden_later():
         run(model, cache, ids[:, :40], [40])
         with torch.no_grad():
             logits[attention] = model(ids[:, 40:], past_key_values=cache, attention_mask=mask).logits
-    torch.testing.assert_close(logits["paged_flex"], logits["sdpa"], **FP32)
-
-
-def test_a_4d_mask_is_respected():
-    model, ids = tiny_llama(), random_ids(2, 30)
-    mask = torch.tril(torch.ones(30, 30, dtype=torch.bool)).repeat(2, 1, 1, 1)
-    mask[0, :, 9:, 4:7] = False
-    caches = {"sdpa": DynamicCache(config=model.config), "paged_flex": PagedCache.from_model(model, page_size=16)}
-    logits = {}
-    for attention, cache in caches.items():
-        model.set_attn_implementation(attention)
-        with torch.no_grad():
-            model(ids[:, :20], past_key_values=cache, attention_mask=mask[:, :, :20, :20])
-            logits[attention] = model(ids[:, 20:], past_key_values=cache, attention_mask=mask[:, :, 20:]).logits
     torch.testing.assert_close(logits["paged_flex"], logits["sdpa"], **FP32)
 
 
@@ -281,7 +254,7 @@ def test_a_cache_filled_in_inference_mode_works_outside_of_it():
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, **FP32)
 
 
-@pytest.mark.parametrize("lengths", [[20], [20, 9]], ids=str)
+@pytest.mark.parametrize("lengths", [[20, 20], [20, 9]], ids=str)
 def test_a_causal_mask_counts_where_the_layers_say_that_they_are_not_causal(lengths):
     sizes = {"vocab_size": 200, "d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 3, "init_std": 0.3}
     sizes |= {"decoder_ffn_dim": 64, "max_position_embeddings": 64, "pad_token_id": 0}

@@ -17,8 +17,7 @@ from tests.models import plain, random_ids, run, tiny_llama
 FP32 = {"atol": 2e-4, "rtol": 1e-4}
 
 
-@pytest.mark.parametrize("backend", [None, Backend.FLEX])
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(("num_rows", "backend"), [(1, None), (3, None), (3, Backend.FLEX)])
 def test_the_pool_may_grow_while_attention_is_bound(num_rows, backend, monkeypatch):
     model = tiny_llama(num_layers=3)
     ids, splits = random_ids(num_rows, 24), [20] + [1] * 4

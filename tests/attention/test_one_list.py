@@ -17,7 +17,7 @@ def one_list(monkeypatch):
     monkeypatch.setattr(kernel, "lists_full_pages", lambda device: False)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "GPT-OSS", "Llama 4"])
+@pytest.mark.parametrize("name", ["Gemma 2", "GPT-OSS", "Llama 4"])
 def test_prompts_single_tokens_and_continued_prompts(name):
     (family,) = (family for family in FAMILIES if family.name == name)
     model, ids, splits = family.load(family.oracle), random_ids(3, 100), [40] + [1] * 20 + [40]
@@ -29,14 +29,14 @@ def test_prompts_single_tokens_and_continued_prompts(name):
     cache.pool.check_integrity()
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_rows", [1, 3])
 def test_batches_that_are_no_power_of_two(num_rows):
     model, ids = tiny_llama(), random_ids(num_rows, 20)
     expected = generate(model, "sdpa", DynamicCache(config=model.config), ids)
     assert torch.equal(generate(model, "paged_flex", PagedCache.from_model(model, page_size=16), ids), expected)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "GPT-OSS", "DeepSeek-V3"])
+@pytest.mark.parametrize("name", ["GPT-OSS", "DeepSeek-V3"])
 def test_packed_prompts(name):
     (family,) = (family for family in FAMILIES if family.name == name)
     oracle, model = family.load(family.oracle), family.load("paged_flex")

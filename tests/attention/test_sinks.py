@@ -30,7 +30,7 @@ def paged(model, num_pages=None):
 # Over pages
 
 
-@pytest.mark.parametrize("splits", [[70, 1, 1, 1, 27], [1] * 40, [300, 1, 20]], ids=str)
+@pytest.mark.parametrize("splits", [[70, 1, 1, 1, 27], [1] * 40], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "left", "holes"])
 def test_sinks_take_the_weight_that_they_take_in_eager_attention(model, splits, kind):
     count = sum(splits)
@@ -86,7 +86,7 @@ def test_no_page_for_the_sink_is_said_and_changes_nothing(model):
 # Over contiguous keys
 
 
-@pytest.mark.parametrize("num_queries", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("num_queries", [1, 256, 600])
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kind", ["causal", "all", "bool", "float"])

@@ -107,7 +107,7 @@ def test_of_a_large_page_the_pieces_that_are_filled_are_read():
     assert splits.counts.tolist() == [4, 3]
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 64, 256])
+@pytest.mark.parametrize("page_size", [32, 256])
 @pytest.mark.parametrize("window", [None, 40])
 def test_pages_of_any_size(page_size, window):
     kv_stop = [3 * page_size - 5, 1, 2 * page_size]
@@ -130,31 +130,21 @@ def test_one_row(limit):
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (1, 8), (2, 7)])
-@pytest.mark.parametrize("dims", [(16, 16), (64, 40), (24, 80)])
+@pytest.mark.parametrize(("heads", "dims"), [((3, 1), (24, 80)), ((1, 8), (64, 40))])
 def test_any_heads_and_head_sizes(heads, dims):
     output, expected = attention_of(Table(THREE_ROWS), [33, 20, 64], heads=heads, dims=dims)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_computed_in_32(dtype):
-    output, expected = attention_of(Table(THREE_ROWS), [33, 20, 64], dtype=dtype)
-    assert output.dtype is dtype
-    assert torch.equal(output, expected.to(dtype)) or (output - expected).abs().max() < 0.02
+def test_16_bits_are_computed_in_32():
+    output, expected = attention_of(Table(THREE_ROWS), [33, 20, 64], dtype=torch.bfloat16)
+    assert output.dtype is torch.bfloat16
+    torch.testing.assert_close(output, expected.to(torch.bfloat16), atol=1e-5, rtol=2**-7)  # one rounding
 
 
-@pytest.mark.parametrize(
-    "options", [{"softcap": 2.0}, {"has_sinks": True}, {"softcap": 2.0, "has_sinks": True}], ids=str
-)
-def test_softcap_and_sinks(options):
-    output, expected = attention_of(Table(THREE_ROWS), [33, 20, 64], **options)
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("has_sinks", [False, True])
-def test_a_row_that_sees_nothing_gives_0(has_sinks):
-    output, expected = attention_of(Table(THREE_ROWS), [33, 0, 64], has_sinks=has_sinks)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "has_sinks": True}], ids=str)
+def test_a_row_that_sees_nothing_gives_0_and_softcap_and_sinks_are_those_of_the_others(options):
+    output, expected = attention_of(Table(THREE_ROWS), [33, 0, 64], **options)
     assert (output[1] == 0).all()
     torch.testing.assert_close(output[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-5)
 

@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from hf_paged import OutOfPagesError, PagedCache
 from hf_paged.attention.mask import paged_flex_mask
-from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama, tiny_model
+from tests.models import generate, left_padded, plain, random_ids, run, tiny_gemma, tiny_llama, tiny_model
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}
 WINDOW = 24
-HYBRID = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 @pytest.fixture
@@ -21,9 +20,7 @@ def mistral():
 
 @pytest.fixture
 def gemma():
-    return tiny_model(
-        Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=WINDOW, num_hidden_layers=3, layer_types=HYBRID
-    )
+    return tiny_gemma(WINDOW)
 
 
 @pytest.fixture(params=["all layers slide", "some layers slide"])

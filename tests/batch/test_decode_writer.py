@@ -126,7 +126,8 @@ def test_groups_of_layers_that_take_turns_have_one_each(monkeypatch):
 
     monkeypatch.setattr(decode_writer, "DecodeWriter", Counted)
     kinds = ["sliding_attention", "full_attention"] * 2
-    model = tiny_model(Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=24, num_hidden_layers=4, layer_types=kinds)
+    sizes = {"num_hidden_layers": 4, "layer_types": kinds, "query_pre_attn_scalar": 16}
+    model = tiny_model(Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=24, **sizes)
     ids, splits = random_ids(2, 30), [20] + [1] * 10
     expected = plain(model, ids, splits)
     model.set_attn_implementation("paged_flex")

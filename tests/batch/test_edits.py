@@ -148,49 +148,49 @@ def plain_attention(model):
     return "eager" if isinstance(model, GptOssForCausalLM) else "sdpa"
 
 
-def both(model, ids, first, edit, mask=None, page_size=16, attention="paged_flex"):
+def both(model, ids, first, edit, mask=None, attention="paged_flex"):
     model.set_attn_implementation(plain_attention(model))
     expected = logits(model, DynamicCache(config=model.config), ids, first, edit, mask)
     untouched = logits(model, DynamicCache(config=model.config), ids, first, lambda cache: None, mask)
     model.set_attn_implementation(attention)
-    cache = PagedCache.from_model(model, page_size=page_size)
+    cache = PagedCache.from_model(model, page_size=16)
     actual = logits(model, cache, ids, first, edit, mask)
     cache.pool.check_integrity()
     assert (expected - untouched).abs().max() > 1e-2  # the edit matters
     return actual, expected
 
 
-@pytest.mark.parametrize("edit", SAME_COLUMNS, ids=lambda edit: edit.__name__)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [*(("windows", edit) for edit in SAME_COLUMNS), ("full", zeroed_by_layer), ("sinks", zeroed_by_layer)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_an_edit_does_what_it_does_to_a_dynamic_cache(name, edit):
     actual, expected = both(MODELS[name](), random_ids(2, 30), 23, edit)
     torch.testing.assert_close(actual, expected, **FP32)
 
 
-@pytest.mark.parametrize("edit", [zeroed_by_layer, augmented, assigned, steered_through_views])
-@pytest.mark.parametrize("name", MODELS)
-def test_padding_is_left_out_of_an_edit(name, edit):
+@pytest.mark.parametrize("edit", [augmented, assigned])
+def test_padding_is_left_out_of_an_edit(edit):
     mask = left_padded(29, [29, 12, 20])
-    actual, expected = both(MODELS[name](), random_ids(3, 29), 22, edit, mask)
+    actual, expected = both(tiny_gemma(12), random_ids(3, 29), 22, edit, mask)
     for row in range(3):
         torch.testing.assert_close(actual[row], expected[row], **FP32)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("page_size", [16, 128])
-def test_edits_at_the_edges_of_pages_are_found(length, page_size):
+def test_edits_at_the_edges_of_pages_are_found(length):
     def last_and_first(cache):
         for layer in cache.layers:
             layer.keys[:, :, -1] *= -1
             layer.values[:, :, 0] += 1
 
-    actual, expected = both(tiny_llama(), random_ids(2, length + 7), length, last_and_first, page_size=page_size)
+    actual, expected = both(tiny_llama(), random_ids(2, length + 7), length, last_and_first)
     torch.testing.assert_close(actual, expected, **FP32)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_edits_are_found_with_other_attention(attention):
-    actual, expected = both(tiny_gemma(12), random_ids(2, 30), 23, zeroed_by_layer, attention=attention)
+def test_edits_are_found_with_other_attention():
+    actual, expected = both(tiny_gemma(12), random_ids(2, 30), 23, zeroed_by_layer, attention="sdpa")
     torch.testing.assert_close(actual, expected, **FP32)
 
 
@@ -277,8 +277,7 @@ def test_columns_are_evicted_from_a_padded_batch():
     torch.testing.assert_close(results[1], results[0], **FP32)
 
 
-@pytest.mark.parametrize("length", [9, 15, 16, 33])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "length"), [("full", 15), ("full", 16), ("windows", 9), ("windows", 33)])
 def test_an_empty_cache_is_filled_from_another(name, length):
     model, ids = MODELS[name](), random_ids(2, length + 5)
     model.set_attn_implementation(plain_attention(model))
@@ -301,9 +300,8 @@ def test_an_empty_cache_is_filled_from_another(name, length):
     assert cache.lengths == [length + 5] * 2
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_dynamic_cache_is_made_of_this_one(name):
-    model, ids = MODELS[name](), random_ids(2, 14)
+def test_a_dynamic_cache_is_made_of_this_one():
+    model, ids = tiny_gemma(12), random_ids(2, 14)
     cache, other = paged_cache(model), DynamicCache(config=model.config)
     run(model, cache, ids[:, :9], [9])
     made = DynamicCache(cache)
@@ -396,6 +394,7 @@ def test_only_pages_that_differ_and_are_shared_are_copied(cache, generator, leng
 def test_rows_that_share_pages_go_on_sharing_what_is_edited_alike(cache, generator):
     filled(cache, generator, 1, 33)
     cache.batch_repeat_interleave(4)
+    before = cache.gather(0)[1]
     cache.layers[0].values[:, :, 3] = 0
     assert cache.stats().num_active_pages == 3
     cache.layers[0].values[:2, :, 20] = 1
@@ -405,8 +404,7 @@ def test_rows_that_share_pages_go_on_sharing_what_is_edited_alike(cache, generat
     assert (found[:, :, 3] == 0).all()
     assert (found[:2, :, 20] == 1).all()
     assert (found[2, :, 20] == 2).all()
-    assert (found[3, :, 20] > -9).all()
-    assert torch.equal(found[3, :, 20:], cache.gather(0)[1][3, :, 20:])
+    assert torch.equal(found[3, :, 20:], before[3, :, 20:])
     cache.pool.check_integrity()
 
 
@@ -718,7 +716,7 @@ def test_compressing_a_layer_within_the_pass_that_writes_it_is_refused(num_cache
     model = tiny_llama()
     cache = paged_cache(model)
     if num_cached:
-        run(model, cache, random_ids(1, num_cached), [num_cached])
+        run(model, cache, random_ids(2, num_cached), [num_cached])
 
     def compress(module, args, output):
         layer = cache.layers[module.layer_idx]
@@ -726,9 +724,9 @@ def test_compressing_a_layer_within_the_pass_that_writes_it_is_refused(num_cache
 
     hook = model.model.layers[0].self_attn.register_forward_hook(compress)
     with pytest.raises(ValueError, match="layer 0 were read in the middle of the forward pass that has written them"):
-        run(model, cache, random_ids(1, 20), [20])
+        run(model, cache, random_ids(2, 20), [20])
     hook.remove()
     cache.roll_back()
     assert cache.get_seq_length() == num_cached
-    run(model, cache, random_ids(1, 20), [20])
+    run(model, cache, random_ids(2, 20), [20])
     assert cache.get_seq_length() == num_cached + 20

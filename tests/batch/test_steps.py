@@ -174,60 +174,6 @@ def test_forks_go_their_own_ways(model):
     torch.testing.assert_close(theirs, plain(model, other, splits)[:, 20:], **FP32)
 
 
-def test_beams_reorder_tables_and_give_the_same_sequences(model):
-    ids = random_ids(2, 20)
-    arguments = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 40}
-    expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, **arguments)
-    cache = PagedCache.from_model(model, page_size=16)
-    assert torch.equal(generate(model, "paged_flex", cache, ids, **arguments), expected)
-    cache.pool.check_integrity()
-    assert cache.stats().shared_bytes > 0
-
-
-def test_a_chat_continues_on_the_same_cache(model):
-    first = random_ids(2, 20)
-    mask = left_padded(20, [20, 11])
-    caches = {"sdpa": DynamicCache(config=model.config), "paged_flex": PagedCache.from_model(model, page_size=16)}
-    answers = {}
-    for attention, cache in caches.items():
-        ids = generate(model, attention, cache, first, attention_mask=mask)
-        ids = torch.cat([ids, random_ids(2, 33, seed=5)], dim=1)
-        longer = torch.cat([mask, torch.ones(2, ids.shape[1] - 20, dtype=torch.long)], dim=1)
-        answers[attention] = generate(model, attention, cache, ids, attention_mask=longer, prefill_chunk_size=10)
-    assert torch.equal(answers["paged_flex"], answers["sdpa"])
-
-
-def test_a_cache_longer_than_the_prompt_raises(model):
-    cache, ids = PagedCache.from_model(model, page_size=16), random_ids(1, 20)
-    said = generate(model, "paged_flex", cache, ids)
-    held = cache.get_seq_length()
-    for num_ids in (10, held):
-        with pytest.raises(ValueError, match=f"holds {held} tokens, but input_ids has {num_ids}"):
-            generate(model, "paged_flex", cache, said[:, :num_ids])
-    assert cache.get_seq_length() == held
-
-
-def test_a_mask_that_does_not_fit_raises(model):
-    cache, ids = PagedCache.from_model(model, page_size=16), random_ids(2, 20)
-    mask = left_padded(20, [20, 11])
-    run(model, cache, ids, [20], mask)
-    with torch.no_grad():
-        with pytest.raises(ValueError, match=r"batch with padding, so attention_mask is needed"):
-            model(ids[:, :1], past_key_values=cache)
-        with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1\).*need \(2, 21\)"):
-            model(ids[:, :1], past_key_values=cache, attention_mask=mask[:, -1:])
-        with pytest.raises(ValueError, match=r"wants a token in row 1, column 0"):
-            model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 21, dtype=torch.long))
-    assert cache.get_seq_length() == 20
-
-
-def test_another_batch_size_raises(model):
-    cache, ids = PagedCache.from_model(model, page_size=16), random_ids(2, 20)
-    run(model, cache, ids, [20])
-    with pytest.raises(ValueError, match="holds 2 rows, but a batch of 3 was given"):
-        run(model, cache, random_ids(3, 1), [1])
-
-
 def test_another_model_raises_and_leaves_the_cache_unharmed(model):
     cache, ids = PagedCache.from_model(model, page_size=16), random_ids(1, 21)
     run(model, cache, ids[:, :20], [20])

@@ -27,7 +27,6 @@ from hf_paged.batch.packed_prompt import PackedPrompt
 from hf_paged.cache.layer import layers_over
 from hf_paged.cache.prefill import _say
 from hf_paged.errors import NotPackable
-from hf_paged.packaged import load_packaged_model, prompts
 from tests.families import FAMILIES, Family, Outcome, new_cache
 from tests.models import generate, left_padded, random_ids, run, tiny_llama, tiny_model
 
@@ -130,7 +129,7 @@ def continued(model, cache, ids: Tensor, mask: Tensor, begin: int) -> Tensor:
 
 
 @functools.cache
-def padded_prefill(load, side: str, page_size: int) -> tuple[PagedCache, Tensor]:
+def padded_prefill(load, side: str) -> tuple[PagedCache, Tensor]:
     """The cache of a padded prefill, and logits of the columns after it with `DynamicCache`."""
     model, mask = load(), padding(side)
     ids = random_ids(len(mask), NUM_COLUMNS + 3)
@@ -139,20 +138,19 @@ def padded_prefill(load, side: str, page_size: int) -> tuple[PagedCache, Tensor]
     plain = DynamicCache(config=model.config)
     run(model, plain, ids[:, : NUM_COLUMNS - 1], [NUM_COLUMNS - 1], mask[:, :-1])
     logits = continued(model, plain, ids, longer, NUM_COLUMNS - 1)
-    cache = paged(model, page_size=page_size)
+    cache = paged(model)
     run(model, cache, ids[:, : NUM_COLUMNS - 1], [NUM_COLUMNS - 1], mask[:, :-1])
     return cache, logits
 
 
-@pytest.mark.parametrize("max_tokens", [1, 7, 16, 64, 512])
-@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("max_tokens", [7, 512])
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 @MODELS
-def test_pages_and_logits_are_those_of_a_padded_prefill(load, side, page_size, max_tokens, way):
+def test_pages_and_logits_are_those_of_a_padded_prefill(load, side, max_tokens, way):
     model, mask = load(), padding(side)
     ids = random_ids(len(mask), NUM_COLUMNS + 3)
-    expected, logits = padded_prefill(load, side, page_size)
-    cache = paged(model, page_size=page_size)
+    expected, logits = padded_prefill(load, side)
+    cache = paged(model)
     cache.prefill(model, ids[:, :NUM_COLUMNS], mask, max_tokens=max_tokens)
     cache.pool.check_integrity()
     assert_same_content(cache, expected)
@@ -162,13 +160,12 @@ def test_pages_and_logits_are_those_of_a_padded_prefill(load, side, page_size, m
     torch.testing.assert_close(actual[real], logits[real], **CLOSE)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 7, 512])
 @MODELS
-def test_generate_gives_the_tokens_of_dynamic_cache(load, max_tokens):
+def test_chunks_of_one_token_give_the_tokens_of_dynamic_cache(load):
     model, ids, mask = load(), random_ids(4, NUM_COLUMNS), padding("left")
     expected = generate(model, "sdpa", DynamicCache(config=model.config), ids, attention_mask=mask)
     cache = paged(model)
-    assert cache.prefill(model, ids, mask, max_tokens=max_tokens) is None
+    assert cache.prefill(model, ids, mask, max_tokens=1) is None
     assert cache.lengths == [49, 2, 19, 40]
     assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), expected)
     cache.pool.check_integrity()
@@ -211,16 +208,15 @@ def test_every_other_family_raises_and_nothing_has_changed(family: Family):
 
 
 @pytest.mark.parametrize("records_past", [False, True])
-@pytest.mark.parametrize("max_tokens", [5, 512])
 @MODELS
-def test_a_chat_goes_on_turn_by_turn(load, max_tokens, records_past):
+def test_a_chat_goes_on_turn_by_turn(load, records_past):
     model = load()
 
     def talk(cache, attention):
         ids, mask = random_ids(3, 20), left_padded(20, [20, 1, 11])
         for turn in range(3):
             if attention == "paged_flex":
-                cache.prefill(model, ids, mask, max_tokens=max_tokens)
+                cache.prefill(model, ids, mask, max_tokens=5)
                 cache.pool.check_integrity()
             ids = generate(model, attention, cache, ids, attention_mask=mask, max_new_tokens=6)
             said = left_padded(15, [9, 15, 0 if turn == 1 else 4])
@@ -316,7 +312,7 @@ def test_one_cached_row_becomes_as_many_as_the_prompts_are(load):
     assert torch.equal(generate(model, "paged_flex", cache, ids), expected)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 7, 64])
+@pytest.mark.parametrize("max_tokens", [7, 64])
 @pytest.mark.parametrize(
     "lengths", [[1, 1], [2, 1, 50], [50, 0, 1], [16, 17, 33], [0, 0], [50]], ids=lambda lengths: str(lengths)
 )
@@ -335,16 +331,15 @@ EDGES = [1, 127, 128, 129, 255, 256, 257, 600]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("max_tokens", [100, 512, 4096])
 @MODELS
-def test_two_turns_of_rows_that_end_at_the_edges_of_pages_leave_what_padded_ones_leave(load, max_tokens, dtype):
+def test_two_turns_of_rows_that_end_at_the_edges_of_pages_leave_what_padded_ones_leave(load, dtype):
     model = copy.deepcopy(load()).to(dtype)
     turns = random_ids(len(EDGES), 1101)
     mask = torch.cat([left_padded(600, EDGES), left_padded(500, [*EDGES[::-1][1:], 500])], dim=1)
     mask = torch.cat([mask, torch.ones(len(EDGES), 1, dtype=torch.long)], dim=1)
     cache, padded = paged(model, page_size=128), paged(model, page_size=128)
     for stop in (601, 1101):
-        cache.prefill(model, turns[:, :stop], mask[:, :stop], max_tokens=max_tokens)
+        cache.prefill(model, turns[:, :stop], mask[:, :stop], max_tokens=512)
         cache.pool.check_integrity()
     run(model, padded, turns[:, :1100], [600, 500], mask[:, :1100])
     assert_same_content(cache, padded, **(CLOSE if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}))
@@ -410,10 +405,9 @@ def wants(monkeypatch):
     [(36, 40, [40, 40, 36]), (32, 32, [32, 32, 32, 14]), (33, 32, [32, 32, 32, 14])],
     ids=["filled-up", "nearly-empty-is-not-worth-it", "none-larger-than-asked-for"],
 )
-@MODELS
-def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(load, wants, way, min_tokens, max_tokens, expected_sizes):
-    model, mask = load(), padding("left")
-    expected, _ = padded_prefill(load, "left", 16)
+def test_tokens_of_no_row_fill_up_chunks_and_change_nothing(wants, way, min_tokens, max_tokens, expected_sizes):
+    model, mask = mistral(), padding("left")
+    expected, _ = padded_prefill(mistral, "left")
     ids = random_ids(len(mask), NUM_COLUMNS + 3)[:, :NUM_COLUMNS]
     cache = paged(model)
     with shapes_of_passes(model) as shapes:
@@ -472,9 +466,8 @@ def test_pages_that_have_left_the_window_are_dropped_between_chunks(max_tokens):
     assert_same_content(cache, padded)
 
 
-@pytest.mark.parametrize("max_tokens", [3, 40])
 @MODELS
-def test_what_another_prompt_left_in_a_page_is_not_seen(load, max_tokens, way):
+def test_what_another_prompt_left_in_a_page_is_not_seen(load, way):
     model, ids = load(), random_ids(2, 50)
     padded = paged(model)
     run(model, padded, ids[:, :49], [49])
@@ -484,7 +477,7 @@ def test_what_another_prompt_left_in_a_page_is_not_seen(load, max_tokens, way):
         for tensor in pool.storage(layer).tensors:
             tensor.fill_(float("nan"))
     cache = PagedCache(pool=pool)
-    cache.prefill(model, ids, max_tokens=max_tokens)
+    cache.prefill(model, ids, max_tokens=3)
     assert_same_content(cache, padded)
 
 
@@ -494,9 +487,8 @@ def test_what_another_prompt_left_in_a_page_is_not_seen(load, max_tokens, way):
 @pytest.mark.parametrize("cached", [0, 20])
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("failing", [0, 2])
-@MODELS
-def test_a_failure_in_any_chunk_leaves_the_cache_as_it_was(load, failing, layer, cached):
-    model, ids = load(), random_ids(3, 60)
+def test_a_failure_in_any_chunk_leaves_the_cache_as_it_was(failing, layer, cached):
+    model, ids = mistral(), random_ids(3, 60)
     mask = left_padded(60, [60, 45, 50])
     cache = paged(model)
     if cached:
@@ -762,18 +754,3 @@ def test_rotary_embedding_that_depends_on_the_longest_row_is_padded_where_it_doe
         cache.prefill(model, *given.values(), max_tokens=8)
         assert torch.equal(generate(model, "paged_flex", cache, **given), expected)
     assert f"longer than the 32 tokens from which on the rotary embedding ({kind!r})" in caplog.text
-
-
-@pytest.mark.real_model
-@pytest.mark.xdist_group("real_model")
-def test_ragged_prose_goes_on_with_the_tokens_of_dynamic_cache():
-    model, tokenizer = load_packaged_model()
-    inputs = tokenizer.pad({"input_ids": prompts(tokenizer, [5, 64, 33, 17])}, return_tensors="pt")
-    arguments = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16}
-    model.set_attn_implementation("sdpa")
-    expected = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **arguments)
-    cache = paged(model)
-    cache.prefill(model, **inputs, max_tokens=48)
-    assert cache.lengths == [4, 63, 32, 16]
-    assert torch.equal(model.generate(**inputs, past_key_values=cache, **arguments), expected)
-    cache.pool.check_integrity()

@@ -87,15 +87,6 @@ def test_autocast(attention):
         assert torch.equal(actual, expected)
 
 
-def test_inference_mode(batch):
-    ids, mask = batch
-    model = tiny_llama()
-    with torch.inference_mode():
-        cache = PagedCache.from_model(model, page_size=16)
-        actual = generate(model, "paged_flex", cache, ids, attention_mask=mask)
-    assert torch.equal(actual, plain_tokens(ids, mask))
-
-
 def test_gradient_checkpointing_is_of_no_account_in_eval_mode_and_refused_in_training(batch):
     ids, mask = batch
     model = tiny_llama()

@@ -7,9 +7,8 @@ import weakref
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from hf_paged import PagedCache
 from hf_paged._torch.graphs import compile_graph
@@ -18,29 +17,15 @@ from hf_paged.compile import api, linear
 from hf_paged.compile.api import compiled
 from hf_paged.compile.linear import choose_linear_layers
 from hf_paged.packaged import load_packaged_model, prompts
-from tests.models import generate, left_padded, random_ids, tiny_gemma, tiny_llama, tiny_model
+from tests.models import generate, left_padded, plain_tokens, random_ids, tiny_gemma, tiny_llama, tiny_model
 
 COMPILES_DRAFTS = CACHE == "cache"
+pytestmark = pytest.mark.usefixtures("graphs")
 KEEPS_MODELS_APART = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch):
-    """Graphs that were compiled; only dynamo's part of it takes place."""
-    torch._dynamo.reset()
-    counters.clear()
-    captured = []
-
-    def compile_nothing(graph, *arguments):
-        captured.append(graph)
-        return graph
-
-    monkeypatch.setattr(api, "compile_graph", compile_nothing)
-    return captured
-
-
-def plain_tokens(model, ids, **arguments):
-    return generate(model, "sdpa", DynamicCache(config=model.config), ids, **arguments)
+def one_layer(**changes):
+    return tiny_llama(num_layers=1, **changes)
 
 
 def compiled_tokens(model, ids, mask=None, max_tokens=None):
@@ -55,17 +40,16 @@ def compiled_tokens(model, ids, mask=None, max_tokens=None):
 
 
 def test_one_graph_serves_one_row_and_one_more_any_other_batch(graphs):
-    model, reference = tiny_llama(), tiny_llama()
-    for num_rows, num_graphs in ((1, 1), (3, 2), (4, 2), (2, 2), (7, 2), (1, 2)):
+    model, reference = one_layer(), one_layer()
+    for num_rows, num_graphs in ((1, 1), (3, 2), (2, 2), (7, 2), (1, 2)):
         ids, mask = random_ids(num_rows, 30), left_padded(30, [30, 2, 17, 16, 5, 9, 1][:num_rows])
         assert torch.equal(compiled_tokens(model, ids, mask), plain_tokens(reference, ids, attention_mask=mask))
         assert len(graphs) == num_graphs
 
 
 @pytest.mark.skipif(not COMPILES_DRAFTS, reason="Transformers compiles assisted decoding from 5.24 on")
-@pytest.mark.parametrize("load", [tiny_llama, lambda: tiny_gemma(24)], ids=["llama", "window"])
-def test_drafts_of_any_length_are_one_graph_after_the_first_length(graphs, load):
-    model, reference, draft = load(), load(), load()
+def test_drafts_of_any_length_are_one_graph_after_the_first_length(graphs):
+    model, reference, draft = (tiny_gemma(24) for _ in range(3))
     with torch.no_grad():
         for weight in draft.parameters():  # so that some of what it drafts is wrong
             weight += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
@@ -100,13 +84,12 @@ def test_drafts_of_any_length_are_one_graph_after_the_first_length(graphs, load)
 
 
 @pytest.mark.skipif(not KEEPS_MODELS_APART, reason="torch 2.11 counts the graphs of all models together")
-def test_any_number_of_models_can_be_compiled(graphs):
-    for num_layers in range(1, 7):
-        model, reference = tiny_llama(num_layers=num_layers), tiny_llama(num_layers=num_layers)
-        for num_rows in (1, 3):
-            ids = random_ids(num_rows, 9)
-            assert torch.equal(compiled_tokens(model, ids), plain_tokens(reference, ids))
-    assert len(graphs) == 12, "dynamo would keep 8"
+def test_each_model_has_as_many_graphs_as_torch_allows(graphs):
+    ids = random_ids(2, 9)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(3):
+            compiled_tokens(one_layer(), ids)
+    assert len(graphs) == 3
 
 
 @pytest.fixture
@@ -115,9 +98,9 @@ def sixteen(monkeypatch):
     monkeypatch.setattr("hf_paged.cache.prefill.MIN_TOKENS", 16)
 
 
-@pytest.mark.parametrize("max_tokens", [16, 64, 70, 1000])
+@pytest.mark.parametrize("max_tokens", [16, 1000])
 def test_all_chunks_of_a_prefill_are_one_graph(graphs, sixteen, max_tokens):
-    model, reference = tiny_llama(), tiny_llama()
+    model, reference = one_layer(), one_layer()
     for lengths in ([50, 3, 20, 41], [17, 50], [50, 50, 49]):
         ids, mask = random_ids(len(lengths), 50), left_padded(50, lengths)
         tokens = compiled_tokens(model, ids, mask, max_tokens)
@@ -130,7 +113,7 @@ def test_all_chunks_of_a_prefill_are_one_graph(graphs, sixteen, max_tokens):
 
 @pytest.mark.parametrize("family", [(MistralForCausalLM, MistralConfig), (GPT2LMHeadModel, GPT2Config)])
 def test_other_families_compile_too(graphs, sixteen, family):
-    changes = {"sliding_window": 20} if family[1] is MistralConfig else {"n_head": 6, "n_embd": 48, "n_layer": 2}
+    changes = {"sliding_window": 20} if family[1] is MistralConfig else {"num_attention_heads": 3}
     model, reference = tiny_model(*family, **changes), tiny_model(*family, **changes)
     for max_tokens in (16, 40):
         ids = random_ids(2, 30)
@@ -147,8 +130,7 @@ def test_what_was_compiled_keeps_no_graph(monkeypatch, num_rows):
         return compile_graph(graph, *arguments)
 
     monkeypatch.setattr(api, "compile_graph", compile_and_note)
-    model, ids = tiny_llama(), random_ids(num_rows, 9)
-    assert torch.equal(compiled_tokens(model, ids), plain_tokens(tiny_llama(), ids))
+    compiled_tokens(one_layer(), random_ids(num_rows, 9))
     gc.collect()
     assert [graph() for graph in kept] == [None]
 
@@ -185,24 +167,15 @@ def test_a_compiled_prompt_leaves_out_what_only_the_output_needs(monkeypatch, si
 
 
 def test_outside_of_the_context_nothing_is_compiled(graphs):
-    model = tiny_llama()
+    model = one_layer()
     compiled_tokens(model, random_ids(1, 20))
+    assert len(graphs) == 1
     del graphs[:]
     assert model.generation_config.compile_config is None
     cache = PagedCache.from_model(model, page_size=16)
     cache.prefill(model, random_ids(2, 20))
     generate(model, "paged_flex", cache, random_ids(2, 20))
     assert not graphs
-
-
-def test_contexts_nest():
-    model = tiny_llama()
-    model.set_attn_implementation("paged_flex")
-    with compiled(model):
-        with compiled(model):
-            pass
-        assert torch.equal(compiled_tokens(model, random_ids(1, 20)), plain_tokens(tiny_llama(), random_ids(1, 20)))
-        assert model.generation_config.compile_config is not None
 
 
 def test_a_model_in_training_mode_is_refused():
@@ -214,18 +187,17 @@ def test_a_model_in_training_mode_is_refused():
 
 
 def test_only_linear_layers_in_float32_are_compiled_in_another_way(graphs):
-    for dtype, names in ((torch.float32, {"linear_of_one_row"}), (torch.bfloat16, set())):
+    for dtype, names in ((torch.float32, {"linear_of_one_row"}), (torch.float64, set())):
         torch._dynamo.reset()
         del graphs[:]
-        compiled_tokens(tiny_llama(dtype=dtype), random_ids(1, 20))
+        compiled_tokens(one_layer(dtype=dtype), random_ids(1, 20))
         (graph,) = graphs
         ours = {node.target._opname for node in graph.graph.nodes if "hf_paged.linear" in str(node.target)}
         assert ours == names
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 16, 127, 128, 200])
-@pytest.mark.parametrize("kind", ["few", "many"])
+@pytest.mark.parametrize(("kind", "num_rows"), [("few", 1), ("few", 4), ("few", 5), ("many", 200)])
 @pytest.mark.parametrize("has_onednn", [True, False])
 def test_linear_layers_of_rows_give_what_torch_gives(has_onednn, kind, num_rows, has_bias, monkeypatch):
     monkeypatch.setattr(linear, "_HAS_ONEDNN", has_onednn)
@@ -236,8 +208,7 @@ def test_linear_layers_of_rows_give_what_torch_gives(has_onednn, kind, num_rows,
     torch.testing.assert_close(actual, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 3, 17, 200])
+@pytest.mark.parametrize(("num_rows", "has_bias"), [(1, False), (1, True), (17, True), (200, True)])
 def test_inductor_gives_the_same_with_what_is_compiled_around(num_rows, has_bias, monkeypatch):
     monkeypatch.undo()
     layer, norm = torch.nn.Linear(40, 24, bias=has_bias), torch.nn.LayerNorm(40)
@@ -256,9 +227,11 @@ def test_inductor_gives_the_same_with_what_is_compiled_around(num_rows, has_bias
 
 
 @pytest.mark.real_model
-def test_a_real_model_says_the_same_when_it_is_compiled(monkeypatch):
+def test_layers_of_a_real_model_say_the_same_when_they_are_compiled(monkeypatch):
     monkeypatch.undo()
     model, tokenizer = load_packaged_model()
+    model.model.layers = model.model.layers[:2]  # of 30, which are compiled one like the other
+    model.config.num_hidden_layers = 2
     inputs = tokenizer.pad({"input_ids": prompts(tokenizer, [40, 150, 7])}, return_tensors="pt")
     expected = plain_tokens(model, inputs["input_ids"], attention_mask=inputs["attention_mask"])
     tokens = compiled_tokens(model, inputs["input_ids"], inputs["attention_mask"], 128)
@@ -266,11 +239,11 @@ def test_a_real_model_says_the_same_when_it_is_compiled(monkeypatch):
 
 
 def hook_of_a_module(model):
-    return model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: -output)
+    return model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -output)
 
 
 def hook_before_a_module(model):
-    return model.model.layers[1].mlp.register_forward_pre_hook(lambda module, inputs: (-inputs[0],))
+    return model.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: (-inputs[0],))
 
 
 def hook_of_all_modules(model):
@@ -293,22 +266,13 @@ def other_forward(model):
     mlp.forward = lambda hidden_states: -forward(hidden_states)
 
 
-def other_weight(model):
-    linear_layer = model.model.layers[1].mlp.down_proj
-    linear_layer.weight = torch.nn.Parameter(-linear_layer.weight)
-
-
 def other_data(model):
-    weight = model.model.layers[1].mlp.down_proj.weight
+    weight = model.model.layers[0].mlp.down_proj.weight
     weight.data = -weight.t().contiguous().t()
 
 
-def other_scaling(model):
-    model.model.layers[0].self_attn.scaling = 2.0
-
-
-def fewer_layers(model):
-    model.config.num_hidden_layers = 1
+def other_epsilon(model):
+    model.model.layers[0].post_attention_layernorm.variance_epsilon = 50.0
 
 
 CHANGES = [
@@ -317,18 +281,17 @@ CHANGES = [
     hook_of_all_modules,
     hook_before_all_modules,
     other_forward,
-    other_weight,
     other_data,
-    other_scaling,
-    fewer_layers,
+    other_epsilon,
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_changes_about_a_model_changes_what_is_compiled(sixteen, change):
-    model, ids = tiny_llama(), random_ids(2, 40)
+def test_what_changes_about_a_model_changes_what_is_compiled(graphs, sixteen, change):
+    model, ids = one_layer(), random_ids(2, 40)
     before = plain_tokens(model, ids)
     assert torch.equal(compiled_tokens(model, ids, max_tokens=32), before)
+    assert len(graphs) == 2, "prompts and decoding"
     handle = change(model)
     try:
         during = compiled_tokens(model, ids, max_tokens=32)
@@ -342,21 +305,8 @@ def test_what_changes_about_a_model_changes_what_is_compiled(sixteen, change):
         assert torch.equal(compiled_tokens(model, ids, max_tokens=32), before)
 
 
-def test_a_hook_stops_a_step_from_being_repeated(monkeypatch):
-    monkeypatch.setattr(api, "compile_graph", compile_graph)
-    model, ids = tiny_llama(), random_ids(1, 20)
-    before = plain_tokens(model, ids)
-    assert torch.equal(compiled_tokens(model, ids), before)
-    handle = hook_of_a_module(model)
-    expected = plain_tokens(model, ids)
-    assert torch.equal(compiled_tokens(model, ids), expected)
-    assert not torch.equal(expected, before)
-    handle.remove()
-    assert torch.equal(compiled_tokens(model, ids), before)
-
-
 def test_hooks_of_the_backward_pass_are_not_asked_for(graphs):
-    model, ids = tiny_llama(), random_ids(1, 20)
+    model, ids = one_layer(), random_ids(1, 20)
     expected = compiled_tokens(model, ids)
     handle = model.model.layers[0].register_full_backward_hook(lambda module, grad_inputs, grad_outputs: None)
     assert torch.equal(compiled_tokens(model, ids), expected)

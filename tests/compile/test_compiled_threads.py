@@ -5,26 +5,12 @@ import threading
 import pytest
 import torch
 
-from hf_paged import PagedCache
-from hf_paged.compile import api
 from hf_paged.compile.api import compiled, compiled_filling
 from hf_paged.compile.weights import gather_weights
-from tests.models import generate, plain, random_ids, tiny_llama
+from tests.models import plain, random_ids, tiny_llama
 from tests.stress_threads import Stress
 
-
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch):
-    """Only dynamo's part of compiling a model takes place."""
-    torch._dynamo.reset()
-    captured = []
-
-    def compile_nothing(graph, *arguments):
-        captured.append(graph)
-        return graph
-
-    monkeypatch.setattr(api, "compile_graph", compile_nothing)
-    return captured
+pytestmark = pytest.mark.usefixtures("graphs")
 
 
 def is_compiled(model):
@@ -126,18 +112,6 @@ def test_threads_move_the_weights_once(restless_threads):
         thread.join()
     assert addresses == [addresses[0]] * 4
     assert torch.equal(plain(model, ids, [9]), expected)
-
-
-def test_each_model_has_as_many_graphs_as_torch_allows(graphs):
-    if "isolate_recompiles" not in torch.compile.__kwdefaults__:
-        pytest.skip("this torch counts the graphs of all models together")
-    models, ids = [tiny_llama(num_layers=1) for _ in range(3)], random_ids(2, 9)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for model in models:
-            model.set_attn_implementation("paged_flex")
-            with compiled(model):
-                generate(model, "paged_flex", PagedCache.from_model(model, page_size=16), ids, max_new_tokens=3)
-    assert len(graphs) == 3
 
 
 def test_threads_get_the_same_tokens_while_another_one_compiles():

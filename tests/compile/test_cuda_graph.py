@@ -14,7 +14,7 @@ from hf_paged.compile import api
 from hf_paged.compile import cuda_graph as cuda_graphs
 from hf_paged.compile.api import compiled
 from tests.families import FAMILIES
-from tests.models import generate, left_padded, random_ids, tiny_llama, tiny_model
+from tests.models import generate, left_padded, plain_tokens, random_ids, tiny_llama, tiny_model
 
 ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -76,10 +76,6 @@ def tiny_mistral():
     return tiny_model(MistralForCausalLM, MistralConfig, sliding_window=20)
 
 
-def plain_tokens(model, ids, attention="sdpa", **arguments):
-    return generate(model, attention, DynamicCache(config=model.config), ids, **arguments)
-
-
 def repeated_tokens(model, ids, **arguments):
     model.set_attn_implementation("paged_flex")
     cache = PagedCache.from_model(model, page_size=16)
@@ -100,23 +96,25 @@ def test_steps_are_repeated_until_the_pool_grows(steps, device, make, lengths):
     assert steps["repeated"] >= 118 - 2 * steps["recorded"]
 
 
-@pytest.mark.parametrize("name", ["Gemma 2", "GPT-OSS", "Qwen3"])
+@pytest.mark.parametrize("name", ["Gemma 2", "GPT-OSS"])
 def test_windows_softcap_and_sinks(steps, device, name):
     (family,) = (family for family in FAMILIES if family.name == name)
     model, ids = family.load(family.oracle).to(device), random_ids(3, 40).to(device)
     settings = {"attention_mask": left_padded(40, [40, 13, 31]).to(device), "max_new_tokens": 60}
-    expected = plain_tokens(model, ids, family.oracle, **settings)
+    expected = plain_tokens(model, ids, **settings)
     assert torch.equal(repeated_tokens(model, ids, **settings), expected)
     assert steps["repeated"] > 30
 
 
-def test_batches_of_several_sizes(device):
+def test_batches_of_several_sizes(steps, device):
     model = tiny_llama().to(device)
-    for num_rows in (1, 3, 4, 2, 5, 1):
+    for num_rows in (1, 3, 4, 1):
         ids = random_ids(num_rows, 30).to(device)
         mask = left_padded(30, [30, 2, 17, 16, 5][:num_rows]).to(device)
         expected = plain_tokens(model, ids, attention_mask=mask)
+        steps["repeated"] = 0
         assert torch.equal(repeated_tokens(model, ids, attention_mask=mask), expected)
+        assert steps["repeated"] > 15
 
 
 def logits_of_steps(model, cache, ids, compute):
@@ -190,7 +188,7 @@ def test_what_is_used_least_recently_is_forgotten(steps, device, monkeypatch):
     test_caches_that_take_turns_keep_apart(steps, device)
 
 
-def test_weights_that_change_in_place_are_read(device):
+def test_weights_that_change_in_place_are_read(steps, device):
     model, ids = tiny_llama().to(device), random_ids(1, 20).to(device)
     model.set_attn_implementation("paged_flex")
     cache = PagedCache.from_model(model, page_size=16)
@@ -204,6 +202,7 @@ def test_weights_that_change_in_place_are_read(device):
         second = generate(model, "paged_flex", cache, ids)
     assert not torch.equal(first, second)
     assert torch.equal(second, plain_tokens(model, ids))
+    assert steps["repeated"] > 40
 
 
 class Counting(torch.nn.Module):

@@ -60,7 +60,9 @@ def test_compiled_leaves_weights_where_they_are_and_what_was_moved_remains_train
         assert addresses(model) == before
         gather_weights(model)
         within = addresses(model)
-        tokens = model.generate(ids, past_key_values=PagedCache.from_model(model), max_new_tokens=4, do_sample=False)
+        tokens = model.generate(
+            ids, past_key_values=PagedCache.from_model(model, page_size=16), max_new_tokens=4, do_sample=False
+        )
     assert all(within[name] != before[name] for name in before)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     model.set_attn_implementation("sdpa")
@@ -72,7 +74,7 @@ def test_compiled_leaves_weights_where_they_are_and_what_was_moved_remains_train
     model.set_attn_implementation("paged_flex")
     with compiled(model):
         assert addresses(model) == within
-        cache = PagedCache.from_model(model)
+        cache = PagedCache.from_model(model, page_size=16)
         trained = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
     model.set_attn_implementation("sdpa")
     assert torch.equal(trained, model.generate(ids, max_new_tokens=4, do_sample=False))

@@ -75,8 +75,9 @@ def without_times(result):
 # The figure
 
 
-@pytest.mark.parametrize("chunk_size", [1, PAGE - 1, PAGE, PAGE + 1, 500])
-@pytest.mark.parametrize("batch_size", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("chunk_size", "batch_size"), [(1, 6), (PAGE - 1, 2), (PAGE, 1), (PAGE + 1, 6), (500, 2), (500, 6)]
+)
 def test_perplexity_is_that_of_a_dense_computation_in_any_chunks_and_batches(model, chunk_size, batch_size):
     result = compute(model, chunk_size=chunk_size, batch_size=batch_size)
     expected = dense_by_text(model, TEXTS)
@@ -86,9 +87,7 @@ def test_perplexity_is_that_of_a_dense_computation_in_any_chunks_and_batches(mod
     assert (result.num_tokens, result.num_windows, result.max_length) == (89 + 16 + 1 + 47, 4, 90)
 
 
-@pytest.mark.parametrize(
-    ("max_length", "stride"), [(2, 1), (2, 2), (17, 16), (17, 17), (32, 1), (32, 20), (90, 90), (91, 5), (4096, 4096)]
-)
+@pytest.mark.parametrize(("max_length", "stride"), [(2, 1), (17, 16), (17, 17), (32, 20), (90, 90), (91, 5)])
 def test_windows_are_those_of_the_guide(model, max_length, stride):
     result = compute(model, max_length=max_length, stride=stride, batch_size=7, chunk_size=13)
     for figures in result.figures:
@@ -143,7 +142,7 @@ def test_a_real_model_is_as_perplexed_through_pages():
 # How many tokens
 
 
-@pytest.mark.parametrize("max_tokens", [1, 15, 16, 30, 31, 88, 89, 90, 152, 153])
+@pytest.mark.parametrize("max_tokens", [1, 16, 31, 90, 153])
 @pytest.mark.parametrize("stride", [16, 31])
 def test_exactly_so_many_tokens_are_scored(model, max_tokens, stride):
     settings = {"max_length": 31, "stride": stride, "caches": ("dynamic",), "batch_size": 4}

@@ -138,7 +138,6 @@ def test_a_lie_is_found_and_reported(monkeypatch, llama, lie, words):
         lie(monkeypatch, cache)
         told = audit.observe("lie")
     assert told.agrees is False
-    assert len(told.disagreements) >= 1
     assert any(re.search(words, line) for line in told.disagreements)
     assert audit.summary()["agrees"] is False
     assert "Memory and accounting DISAGREE:\n  step 1: " in audit.report()
