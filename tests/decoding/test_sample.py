@@ -525,7 +525,7 @@ def test_a_static_cache_that_is_full_when_the_last_row_ends_is_not_asked_for_mor
         ({"assistant_model": tiny_llama}, "asks for assisted generation. Leave out assistant_model"),
         ({"synced_gpus": True}, "asked for synced_gpus=True"),
     ],
-    ids=str,
+    ids=["beams", "sampled beams", "lookup", "draft", "several processes"],
 )
 def test_what_it_can_not_do_is_refused_before_anything_is_computed(mode, message):
     model, ids = tiny_llama(), random_ids(1, 21)
