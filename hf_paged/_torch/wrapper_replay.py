@@ -115,9 +115,13 @@ def _uses(calls: list[Call], values: list[Any], num_inputs: int) -> list[tuple[l
     """Where these are handed to what is called.
 
     Returns:
-        As for `WrapperReplay`; None if there is only a part of one, or nothing of a result.
+        As for `WrapperReplay`; None if there is only a part of one, or nothing of a result, or if a result is written
+        over what an operation returned.
     """
     found = []
+    results = {value.untyped_storage().data_ptr() for value in values[num_inputs:]}
+    if any(output is not None and output.untyped_storage().data_ptr() in results for *_, output in calls):
+        return None
     addresses = {value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)}
     for _, arguments, _ in calls:
         for index, argument in enumerate(arguments):

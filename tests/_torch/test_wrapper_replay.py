@@ -113,6 +113,7 @@ def both_views(x):
         lambda x: (2 * x)[:2],  # part of a result
         lambda x: (2 * x, x.new_empty(3)),  # a result that nothing is written to
         both_views,  # one memory for two results
+        lambda x: 2 * torch.ops.hf_paged.changed_by(x, 2 * x),  # written over what the operation returned
     ],
 )
 def test_what_may_be_more_than_loops_over_whole_tensors_is_not_replayed(function, changed_by):
