@@ -34,6 +34,11 @@ class HandedOn:
         self._states.add(states)
         return states.tensors()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody does."""
+        return bool(self._states)
+
     def unshare(self) -> None:
         """Copy what is still shared, as pages are about to change."""
         if self._states:

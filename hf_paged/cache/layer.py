@@ -1,6 +1,7 @@
 """One layer of a cache over pages."""
 
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -28,6 +29,29 @@ def layers_over(sequences: Sequences) -> list[Any]:
         else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
         for index, (spec, shared) in enumerate(zip(specs, is_shared, strict=True))
     ]
+
+
+class _Owner:
+    """Lives as long as one of the layers does that have it."""
+
+
+def owned(layers: list[Any], sequences: Sequences) -> list[Any]:
+    """Return the layers; once none of them is left, the rows give their pages back.
+
+    Nor does whoever holds a mask hold the pages: torch.compile keeps the mask that a graph was captured with.
+    """
+    owner = _Owner()
+    for layer in layers:
+        layer.owner = owner
+    finalize(owner, _give_back, sequences).atexit = False
+    return layers
+
+
+def _give_back(sequences: Sequences) -> None:
+    if sequences.handed_on.is_held:
+        return  # until that is freed, too
+    for table in sequences.rows.tables:
+        table.give_back()
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from hf_paged._transformers import num_attention_layers, obstacle
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.sequences import Sequences
-from hf_paged.cache.layer import PagedLayer, layers_over
+from hf_paged.cache.layer import PagedLayer, layers_over, owned
 from hf_paged.cache.prefill import prefill
 from hf_paged.pages.memory_map import draw
 from hf_paged.pages.pool import PagePool, pool_for
@@ -64,7 +64,7 @@ class PagedCache(Cache):
         self.pool = pool
         self._sequences = Sequences(pool)
         self._was_given = False
-        super().__init__(layers=layers_over(self._sequences))
+        super().__init__(layers=owned(layers_over(self._sequences), self._sequences))
 
     @classmethod
     def _of_decoder(

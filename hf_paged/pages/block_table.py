@@ -270,6 +270,13 @@ class BlockTable:
         self.group.allocator.release(pages)
         self.version += 1
 
+    def give_back(self) -> None:
+        """Release every page and have no rows, in a finaliser, which may run in the middle of anything."""
+        pages = self._rows.all_pages()
+        self._rows.open(0)
+        self.version += 1
+        self.group.allocator.release_later(pages)
+
     def _shared_tails(self, counts: Counts) -> list[int]:
         """Rows that will write into a last page which somebody else holds too."""
         rows, allocator = self._rows, self.group.allocator

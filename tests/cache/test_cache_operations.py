@@ -6,6 +6,7 @@ import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged.attention.mask import paged_flex_mask
 from hf_paged.errors import UnclearPassError
 from tests.reference import (
     EDGES,
@@ -492,6 +493,23 @@ def test_the_memory_of_a_dropped_cache_is_free(generator):
     gc.collect()
     assert pool.groups[0].allocator.num_active == 0
     assert pool.stats().num_tokens == 0
+
+
+def test_who_holds_a_mask_holds_no_pages_and_who_holds_a_layer_holds_them(generator):
+    cache = PagedCache(tiny_config(), page_size=16)
+    pool, layer = cache.pool, cache.layers[0]
+    filled(cache, generator, 2, 20)
+    length, _ = cache.get_mask_sizes(1, 0)
+    mask = paged_flex_mask(2, 1, length, q_offset=20, config=pool.config)  # as torch.compile keeps one
+    keys = layer.keys.clone()
+    del cache, length
+    gc.collect()
+    assert torch.equal(layer.keys, keys)
+    del layer
+    gc.collect()
+    assert mask.metadata.step is not None
+    pool.check_integrity()
+    assert pool.stats().num_active_pages == 0
 
 
 # Cropping
