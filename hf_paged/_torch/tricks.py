@@ -26,10 +26,20 @@ class Trick:
         without: what happens where it is off, as in "each layer calls inductor's wrapper".
         needs: private names of torch, all of which it takes.
         can_be_switched_off: not what only refuses.
+        device_type: `"cpu"` or `"cuda"`, where it makes a difference; None: anywhere.
     """
 
-    def __init__(self, name: str, what: str, without: str, *needs: Private, can_be_switched_off: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        what: str,
+        without: str,
+        *needs: Private,
+        can_be_switched_off: bool = True,
+        device_type: str | None = None,
+    ) -> None:
         self.name = name
+        self.device_type = device_type
         self.what = what
         self.without = without
         self.can_be_switched_off = can_be_switched_off

@@ -21,12 +21,14 @@ SPLIT_KV_CPU = Trick(
     "split_kv_cpu",
     "single tokens are attended to piece by piece of their rows, shared out among the threads of a CPU",
     "FlexAttention attends to them, one thread for each key/value head of a row",
+    device_type="cpu",
 )
 
 SPLIT_KV_GPU = Trick(
     "split_kv_gpu",
     "few tokens of each row are attended to in equal pieces of the rows, one for each program of a GPU",
     "FlexAttention attends to them, whose programs wait for the longest row",
+    device_type="cuda",
 )
 
 VARLEN_SDPA = Trick(

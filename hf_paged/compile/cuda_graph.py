@@ -26,6 +26,7 @@ CUDA_GRAPHS = Trick(
     "cuda_graphs",
     "decoding steps on a GPU are captured once and replayed",
     "their kernels are launched one by one",
+    device_type="cuda",
 )
 
 _MAX_RECORDINGS = 16  # for each compiled graph; what was used least recently is dropped

@@ -20,6 +20,7 @@ GPU_WRITER = Trick(
     "gpu_writer",
     "a layer's new keys and values are stored by one kernel on a GPU",
     "they are gathered and stored by torch, one after the other",
+    device_type="cuda",
 )
 
 

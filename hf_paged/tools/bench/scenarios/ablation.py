@@ -28,7 +28,12 @@ def measure(settings: Settings) -> dict[str, Any]:
         `ms_per_step_without`, and `ratio`, the median over the rounds of the second by the first; or `error`. Tricks
         that only work elsewhere are left out.
     """
-    tricks = [name for name, trick in TRICKS.items() if trick.can_be_switched_off and trick.is_on]
+    here = (None, torch.device(settings.device).type)
+    tricks = [
+        name
+        for name, trick in TRICKS.items()
+        if trick.can_be_switched_off and trick.device_type in here and trick.is_on
+    ]
     rows = []
     with _process("") as everything:
         for trick in tqdm(tricks, "ablation", disable=None):
