@@ -25,7 +25,7 @@ install: $(STAMP) ## make .venv with the pinned versions
 demo: $(STAMP) ## generate with a paged cache, beside DynamicCache (ARGS goes to examples/demo.py)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-bench: $(STAMP) ## measure everything that docs show, into docs/results (hours; ARGS goes to hf-paged bench)
+bench: $(STAMP) ## measure most scenarios, into docs/results/bench.json (hours; ARGS goes to hf-paged bench)
 	@$(BIN)/hf-paged bench latency mixed beam allocator plan compile chat single \
 		--json docs/results/bench.json --plot docs/results $(ARGS)
 
