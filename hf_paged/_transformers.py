@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 from transformers.generation import utils
 from transformers.masking_utils import create_causal_mask
 
@@ -19,6 +19,9 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 _GENERATION: Any = utils
 _CACHES = getattr(_GENERATION, "ALL_CACHE_NAMES", [CACHE])
+
+_LISTS_SHARED_LAYERS = "dummy" in DYNAMIC_LAYER_TYPE_MAPPING
+"""Whether caches have layers for those of a model that read the keys of others; those of 5.21 end before these."""
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _STORING = ("full_attention", *_WINDOWED)
@@ -96,7 +99,14 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 def num_decoder_layers(config: PreTrainedConfig) -> int | None:
     """Layers of the decoder whose mask is made with this configuration; None where it counts those of an encoder."""
-    return None if config.is_encoder_decoder or _counts_encoder(config) else int(config.num_hidden_layers)
+    if config.is_encoder_decoder or _counts_encoder(config):
+        return None
+    return int(config.num_hidden_layers) - num_unlisted_layers(config)
+
+
+def num_unlisted_layers(config: PreTrainedConfig) -> int:
+    """Layers at the end of a decoder that read the keys of others, where `layer_specs` leaves these out."""
+    return 0 if _LISTS_SHARED_LAYERS else getattr(config, "num_kv_shared_layers", None) or 0
 
 
 def _of_decoder(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -251,6 +251,7 @@ def test_layers_of_other_models_are_handed_plain_tensors():
     assert handed[0][0] is cache.pool.storage(0).keys
 
 
+@pytest.mark.skipif(not hasattr(Gemma4TextConfig, "kv_sharing_modes"), reason="drafts of Transformers after 5.21")
 def test_drafts_are_made_of_a_request_s_own_keys(monkeypatch):
     model = tiny_gemma4(24)
     own = Gemma4TextConfig.kv_sharing_modes.fget
