@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 from transformers.generation import utils
 from transformers.masking_utils import create_causal_mask
@@ -107,6 +107,22 @@ def num_decoder_layers(config: PreTrainedConfig) -> int | None:
 def num_unlisted_layers(config: PreTrainedConfig) -> int:
     """Layers at the end of a decoder that read the keys of others, where `layer_specs` leaves these out."""
     return 0 if _LISTS_SHARED_LAYERS else getattr(config, "num_kv_shared_layers", None) or 0
+
+
+def token_bytes(model: PreTrainedModel) -> dict[torch.device, int]:
+    """Bytes of the keys and values of one token, in all layers of a device, as the model computes them.
+
+    Configurations name head counts and sizes in too many ways, and not the dtype: the model is asked for one token.
+    """
+    cache: Any = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.zeros((1, 1), dtype=torch.int64, device=model.device), **{CACHE: cache}, use_cache=True)
+    found: dict[torch.device, int] = {}
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if tensor is not None:
+                found[tensor.device] = found.get(tensor.device, 0) + tensor.nbytes
+    return found
 
 
 def _of_decoder(config: PreTrainedConfig) -> PreTrainedConfig:

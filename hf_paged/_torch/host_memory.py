@@ -1,8 +1,9 @@
-"""Memory of the host, from the operating system itself."""
+"""Memory of the host, from the operating system itself, and what of any device's is free."""
 
 import contextlib
 import ctypes
 import mmap
+import os
 
 import numpy as np
 import torch
@@ -51,3 +52,22 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory that nobody uses; what torch keeps for later is one of them.
+
+    Raises:
+        ValueError: if that can't be told of this device.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        if device.type == "cpu":
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        pass  # not on this system
+    raise ValueError(
+        f"How much memory is free on {device.type} can't be told, so memory_fraction can't be used. Pass num_pages."
+    )

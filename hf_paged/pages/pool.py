@@ -5,10 +5,11 @@ from numbers import Integral
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_paged._torch.host_memory import free_bytes
 from hf_paged._torch.surroundings import check_dense, check_surroundings
-from hf_paged._transformers import layer_specs
+from hf_paged._transformers import layer_specs, token_bytes
 from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.storage import LayerStorage, disagreement
@@ -57,6 +58,57 @@ class PagePool:
         ]
         self.group_of_layer = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         """Index of the group of each layer that stores keys and values."""
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        num_pages: int | None = None,
+        page_size: int = 128,
+        watermark: int = 0,
+        *,
+        memory_fraction: float | None = None,
+    ) -> "PagePool":
+        """Make a pool for a model, of a number of pages, or of a part of the memory that is free now.
+
+        With `memory_fraction` the model computes one token, which shows how large its keys and values are. Layers with
+        a window are counted as if they kept as many tokens as the others, so that the pool never takes more.
+
+        Args:
+            model: a decoder.
+            num_pages: as for the class.
+            page_size: as for the class.
+            watermark: as for the class.
+            memory_fraction: above 0 and below 1, of what is free on the devices of the model; the rest is for
+                activations. Instead of `num_pages`.
+
+        Raises:
+            ValueError: for arguments that exclude each other or are out of range, a model with an encoder, or if not
+                one page fits.
+        """
+        if memory_fraction is None:
+            return cls(model.config, num_pages, page_size, watermark)
+        if num_pages is not None or not 0 < memory_fraction < 1:
+            raise ValueError(
+                f"num_pages={num_pages} and memory_fraction={memory_fraction} were asked for, but one of them is "
+                "needed, and a fraction is above 0 and below 1."
+            )
+        pool = cls(model.config, None, page_size, watermark)
+        if pool.has_encoder:
+            raise ValueError(
+                f"memory_fraction was given for a {type(model).__name__}, but how large the keys of a model with an "
+                "encoder are is not known before it has an input. Pass num_pages."
+            )
+        fitting = [
+            int(memory_fraction * free_bytes(device)) // (size * pool.page_size)
+            for device, size in token_bytes(model).items()
+        ]
+        if min(fitting) < 1:
+            raise ValueError(
+                f"memory_fraction={memory_fraction} of the free memory has room for no page of {page_size} tokens. "
+                "Free some, or ask for more of it."
+            )
+        return cls(model.config, min(fitting), page_size, watermark)
 
     @property
     def num_pages(self) -> int:

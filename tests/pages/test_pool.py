@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import MambaConfig
 
-from hf_paged import OutOfPagesError, PagePool
+from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged._torch.host_memory import free_bytes
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.group import PageGroup
 from hf_paged.pages.storage import LayerStorage
+from tests.models import generate, random_ids, tiny_gemma, tiny_llama
 from tests.reference import (
     NUM_LAYERS,
     append_ids,
@@ -552,3 +554,44 @@ def test_a_layer_may_get_its_storage_while_others_are_cleared(monkeypatch):
     monkeypatch.setattr(LayerStorage, "clear_values", clear_while_another_thread_opens)
     group.clear_values([0])
     assert group.storage(1) is not None
+
+
+# As much as fits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_the_free_memory_is_filled_with_pages_to_the_last_one(dtype, monkeypatch):
+    model = tiny_llama().to(dtype)
+    monkeypatch.setattr("hf_paged.pages.pool.free_bytes", lambda device: 10**6)
+    pool = PagePool.from_model(model, page_size=16, memory_fraction=0.5)
+    generate(model, "sdpa", PagedCache(pool=pool), random_ids(1, 3), max_new_tokens=2)
+    reserved, page = pool.stats().reserved_bytes, 16 * pool.stats().token_bytes
+    assert reserved <= 0.5 * 10**6 < reserved + page
+
+
+def test_layers_with_a_window_are_counted_too(monkeypatch):
+    model = tiny_gemma(24)
+    monkeypatch.setattr("hf_paged.pages.pool.free_bytes", lambda device: 10**6)
+    pool = PagePool.from_model(model, page_size=16, memory_fraction=0.9)
+    generate(model, "sdpa", PagedCache(pool=pool), random_ids(1, 3), max_new_tokens=2)
+    assert pool.max_pages * 16 * pool.stats().token_bytes <= 0.9 * 10**6
+
+
+def test_what_is_free_is_known_here():
+    assert 10**6 < free_bytes(torch.device("cpu")) < 10**15
+    with pytest.raises(ValueError, match="How much memory is free on meta can't be told"):
+        free_bytes(torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory_fraction": 0.5, "num_pages": 3}, "num_pages=3 and memory_fraction=0.5 were asked for"),
+        ({"memory_fraction": 1.5}, "a fraction is above 0 and below 1"),
+        ({"memory_fraction": 1e-15}, "has room for no page of 128 tokens"),
+    ],
+    ids=["both", "too much", "too little"],
+)
+def test_a_fraction_that_can_not_be_had_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PagePool.from_model(tiny_llama(), **arguments)
