@@ -96,7 +96,11 @@ def decoding(
     table, storage = mask.metadata.step.source_of(keys, 0)
     query, params = new((num_rows, 32, 1, 128)), AttentionParams(scale=128**-0.5)
     attention, keys, values = bind(mask.metadata, table, storage, query, keys, values, params)
-    return lambda: attention(query, keys, values, None), sum(lengths) * 2 * 8 * 128 * keys.element_size()
+
+    def attend(cache: PagedCache = cache) -> Tensor:  # which holds the pages
+        return attention(query, keys, values, None)
+
+    return attend, sum(lengths) * 2 * 8 * 128 * keys.element_size()
 
 
 def _captured(attend: Callable[[], Tensor]) -> Callable[[], None]:
