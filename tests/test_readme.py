@@ -69,6 +69,25 @@ def test_the_figures_of_beams_and_copies_are_those_of_the_results():
     assert beams["largest_score_difference"] < 1e-6
 
 
+def test_the_table_of_the_gpu_is_that_of_the_results():
+    results = json.loads((README.parent / "docs" / "results" / "bench" / "gpu-shapes.json").read_text())
+    baselines = "dynamic-no-cudnn", "static-compiled", "paged-compiled", "paged-compiled-loop"
+
+    def cells(scenario, key, form, scale=1.0):
+        by_name = {row["baseline"]: row[key] for row in results[scenario]["rows"] if key in row}
+        return [format(scale * by_name[name], form) if name in by_name else "" for name in baselines]
+
+    text = README.read_text()
+    table = text[text.index("| | DynamicCache + sdpa | StaticCache") :].splitlines()[2:7]
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in table] == [
+        cells("latency", "ms_per_step", ".1f"),
+        cells("latency", "first_token_s", ".0f", 1e3),
+        cells("mixed", "ms_per_step", ".1f"),
+        cells("mixed", "total_s", ".1f"),
+        cells("mixed", "kv_bytes", ".0f", 2**-20),
+    ]
+
+
 def test_the_tables_of_the_performance_page_are_those_of_the_results():
     page = (README.parent / "docs" / "performance.md").read_text()
     assert fill(page, tables(README.parent / "docs" / "results" / "bench")) == page

@@ -34,6 +34,7 @@ STEP_REPLAY = Trick(
     "each step calls what inductor put around the loops, too",
     COMPILE_FX_INNER,
     AUTOGRAD_CONFIG,
+    device_type="cpu",
 )
 LINEAR_LAYERS = Trick(
     "linear_layers",
@@ -41,6 +42,7 @@ LINEAR_LAYERS = Trick(
     "linear layers are torch's",
     _LOWERING,
     _IS_WRAPPER,
+    device_type="cpu",
 )
 UNUSED_ATTENTION = Trick(
     "unused_attention",

@@ -15,6 +15,7 @@ HUGE_PAGES = Trick(
     "huge_pages",
     "weights that gather_weights() moves are put into huge pages",
     "they are put into pages of 4 KiB",
+    device_type="cpu",
 )
 
 
@@ -55,7 +56,7 @@ def give_back_freed() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of a device's memory that nobody uses; what torch keeps for later is one of them.
+    """Bytes of a device's memory that nobody uses; what torch only keeps for later counts as free.
 
     Raises:
         ValueError: if that can't be told of this device.

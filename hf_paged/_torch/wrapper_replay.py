@@ -17,6 +17,7 @@ WRAPPER_REPLAY = Trick(
     "wrapper_replay",
     "of a kernel on a CPU, layers after the first call the loops alone",
     "each layer calls what inductor put around the loops, too",
+    device_type="cpu",
 )
 
 _PREFIX = "cpp_fused"  # of the names that inductor gives to loops

@@ -35,6 +35,7 @@ VARLEN_SDPA = Trick(
     "varlen_sdpa",
     "packed prompts are SDPA's on a CPU, row by row",
     "FlexAttention attends to them, for which a kernel is compiled",
+    device_type="cpu",
 )
 
 

@@ -39,7 +39,7 @@ class _Owner:
 def owned(layers: list[Any], sequences: Sequences) -> list[Any]:
     """Return the layers; once none of them is left, the rows give their pages back.
 
-    Nor does whoever holds a mask hold the pages: torch.compile keeps the mask that a graph was captured with.
+    Rows may live longer: torch.compile keeps the mask that a graph was captured with, and with it the rows.
     """
     owner = _Owner()
     for layer in layers:

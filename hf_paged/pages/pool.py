@@ -86,14 +86,15 @@ class PagePool:
             ValueError: for arguments that exclude each other or are out of range, a model with an encoder, or if not
                 one page fits.
         """
+        config = check_config(getattr(model, "config", None))
         if memory_fraction is None:
-            return cls(model.config, num_pages, page_size, watermark)
+            return cls(config, num_pages, page_size, watermark)
         if num_pages is not None or not 0 < memory_fraction < 1:
             raise ValueError(
                 f"num_pages={num_pages} and memory_fraction={memory_fraction} were asked for, but one of them is "
                 "needed, and a fraction is above 0 and below 1."
             )
-        pool = cls(model.config, None, page_size, watermark)
+        pool = cls(config, None, page_size, watermark)
         if pool.has_encoder:
             raise ValueError(
                 f"memory_fraction was given for a {type(model).__name__}, but how large the keys of a model with an "
@@ -108,7 +109,7 @@ class PagePool:
                 f"memory_fraction={memory_fraction} of the free memory has room for no page of {page_size} tokens. "
                 "Free some, or ask for more of it."
             )
-        return cls(model.config, min(fitting), page_size, watermark)
+        return cls(config, min(fitting), page_size, watermark)
 
     @property
     def num_pages(self) -> int:
@@ -197,7 +198,7 @@ class PagePool:
             group.check_integrity()
 
 
-def check_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def check_config(config: PreTrainedConfig | None) -> PreTrainedConfig:
     """Return `config` if it is a model's configuration, else raise ValueError."""
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(

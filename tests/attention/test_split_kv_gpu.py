@@ -18,7 +18,7 @@ from tests.attention.test_split_kv_cpu import THREE_ROWS, Table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="numbers to the interpreter")
+    torch.bfloat16, marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="integers to the interpreter")
 )
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Before, the interpreter fails at NumPy 2.4.

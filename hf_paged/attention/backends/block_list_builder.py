@@ -191,7 +191,10 @@ class _DecodeLists:
         self._seen = small.numpy()[num_tiles:].reshape(num_tiles, layout.gqa_ratio, 2)
         self._lists = lists.numpy()[: self._num_rows, self._num_sinks : self._num_sinks + width]
         self._version = -1
-        small_there, lists_there = small.to(layout.device, non_blocking=True), lists.to(layout.device)
+        small_there, lists_there = (
+            small.to(layout.device, non_blocking=True),
+            lists.to(layout.device, non_blocking=True),
+        )
         self._small, self._lists_whole = (small_there, small), (lists_there, lists)
         return BlockLists(
             full_kv_num_blocks=None,

@@ -12,6 +12,7 @@ DECODE_WRITER = Trick(
     "decode_writer",
     "what is the same for all layers of a decoding step on a CPU is found once, before the first",
     "each layer looks at its keys and values, and finds its slots",
+    device_type="cpu",
 )
 
 

@@ -103,17 +103,17 @@ class _Builder:
         self._num_kv_heads = layout.num_kv_heads
         self._num_rows = num_rows
         self._block_table = table.block_table
-        self.max_splits = self._room_for(_spans(ranges))
+        self._max_splits = self._room_for(_spans(ranges))
         # All that changes with a step lies together, to be sent together.
-        sizes = [3 * self.max_splits, num_rows + 1, num_rows * num_queries, num_rows * num_queries]
+        sizes = [3 * self._max_splits, num_rows + 1, num_rows * num_queries, num_rows * num_queries]
         small = torch.zeros(sum(sizes), dtype=torch.int32)
         here = np.split(small.numpy(), np.cumsum(sizes)[:-1])
         self._splits, self._first_split = here[0].reshape(-1, 3), here[1]
         self._kv_stop, self._kv_start = (array.reshape(num_rows, num_queries) for array in here[2:])
         with torch.inference_mode(False):  # they outlive the mode that they are made in
-            there = small.to(layout.device)
+            there = small.to(layout.device, non_blocking=True)
             self._small = there, small
-            self._table_there = torch.from_numpy(self._block_table).to(layout.device, copy=True)
+            self._table_there = torch.from_numpy(self._block_table).to(layout.device, non_blocking=True, copy=True)
             splits, first_split, kv_stop, kv_start = torch.split(there, sizes)
         self._version = table.version
         self._state: tuple[int, bytes] | None = None
@@ -131,7 +131,7 @@ class _Builder:
         return (
             self._block_table is table.block_table
             and self._num_rows == len(ranges.kv_stop)
-            and self._room_for(_spans(ranges)) <= self.max_splits
+            and self._room_for(_spans(ranges)) <= self._max_splits
         )
 
     def fill(self, table: BlockTable, ranges: KVRanges) -> DeviceSplits:
@@ -169,7 +169,7 @@ class _Builder:
         """Tokens of a split, so that there are enough programs, and no more splits than there is room for."""
         num_tokens = int((ends - begins).sum())
         wanted = min(max(num_tokens * self._num_kv_heads // _NUM_PROGRAMS, _SHORTEST), _LONGEST)
-        needed = -(-num_tokens // max(1, self.max_splits - self._num_rows))
+        needed = -(-num_tokens // (self._max_splits - self._num_rows))
         size: int = -(-max(wanted, needed) // _BLOCK) * _BLOCK
         return size
 
@@ -235,7 +235,7 @@ def split_kv_attention(
         "PADDED_VALUE_DIM": _power_of_two(value_dim),
         "AT_ONCE": _MERGED_AT_ONCE,
         "HAS_SINKS": params.has_sinks,
-        "num_warps": 4,
+        "num_warps": _NUM_WARPS,
     }
     attend_to_all: Any = attend_to_split[num_kv_heads, max_splits]
     merge: Any = merge_splits[num_rows, num_heads, num_queries]
