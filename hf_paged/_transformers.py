@@ -109,7 +109,7 @@ def num_unlisted_layers(config: PreTrainedConfig) -> int:
     return 0 if _LISTS_SHARED_LAYERS else getattr(config, "num_kv_shared_layers", None) or 0
 
 
-def token_bytes(model: PreTrainedModel) -> dict[torch.device, int]:
+def token_bytes_by_device(model: PreTrainedModel) -> dict[torch.device, int]:
     """Bytes of the keys and values of one token, in all layers of a device, as the model computes them.
 
     Configurations name head counts and sizes in too many ways, and not the dtype: the model is asked for one token.

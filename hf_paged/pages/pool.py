@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged._torch.host_memory import free_bytes
 from hf_paged._torch.surroundings import check_dense, check_surroundings
-from hf_paged._transformers import layer_specs, token_bytes
+from hf_paged._transformers import layer_specs, token_bytes_by_device
 from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.storage import LayerStorage, disagreement
@@ -102,7 +102,7 @@ class PagePool:
             )
         fitting = [
             int(memory_fraction * free_bytes(device)) // (size * pool.page_size)
-            for device, size in token_bytes(model).items()
+            for device, size in token_bytes_by_device(model).items()
         ]
         if min(fitting) < 1:
             raise ValueError(

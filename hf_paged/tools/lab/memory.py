@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from hf_paged._transformers import CACHE
+from hf_paged._transformers import token_bytes_by_device
 from hf_paged.cache.paged import PagedCache
 
 
@@ -25,12 +25,9 @@ def kv_bytes(cache: Cache | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-@torch.no_grad()
 def token_bytes(model: PreTrainedModel) -> int:
-    """Keys and values of one token in all layers, bytes."""
-    cache = DynamicCache(config=model.config)
-    model(torch.zeros((1, 1), dtype=torch.long, device=model.device), **{CACHE: cache})
-    return kv_bytes(cache)
+    """Keys and values of one token in all layers, bytes; the model computes one."""
+    return sum(token_bytes_by_device(model).values())
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
