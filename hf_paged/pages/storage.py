@@ -160,6 +160,28 @@ class LayerStorage:
         with self._lock:
             self._by_page(self.values).index_fill_(1, pages, 0)
 
+    def read_pages(self, pages: Tensor) -> Tensor:
+        """Copy whole pages: `(num_pages, page_size * token_bytes)` uint8, of `pages` `(num_pages,)` int64.
+
+        Each is keys, then values, head by head, token by token.
+        """
+        parts = (
+            self._by_page(tensor).index_select(1, pages).transpose(0, 1).flatten(1).view(torch.uint8)
+            for tensor in self.tensors
+        )
+        return torch.cat(tuple(parts), dim=1)
+
+    def write_pages(self, pages: Tensor, content: Tensor) -> None:
+        """Fill whole pages with what `read_pages` returned; `pages` distinct, all with one holder."""
+        with self._lock:
+            first = 0
+            for tensor in self.tensors:
+                by_page = self._by_page(tensor)
+                num_bytes = by_page[:, 0].numel() * self.dtype.itemsize
+                part = content[:, first : first + num_bytes].contiguous().view(self.dtype)
+                by_page.index_copy_(1, pages, part.view(len(pages), len(by_page), -1).transpose(0, 1))
+                first += num_bytes
+
     def resize(self, num_pages: int) -> None:
         """Hold `num_pages` pages from now on, keeping the content of those that remain."""
         with self._lock:

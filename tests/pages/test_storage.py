@@ -270,3 +270,22 @@ def test_a_write_during_growth_is_not_lost():
         for future in [executor.submit(write, 0), executor.submit(write, 1), executor.submit(grow)]:
             future.result()
     assert_equal(storage.gather(torch.arange(4 * PAGE_SIZE)), (keys, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pages", [[1], [2, 0]])
+def test_whole_pages_go_elsewhere_and_come_back_bit_for_bit(dtype, pages):
+    storage, other = (
+        LayerStorage(*like(value_dim=5, dtype=dtype), num_pages=3, page_size=PAGE_SIZE) for _ in range(2)
+    )
+    storage.write(*tokens(3 * PAGE_SIZE, storage), torch.arange(3 * PAGE_SIZE))
+    content = storage.read_pages(torch.tensor(pages))
+    assert content.shape == (len(pages), PAGE_SIZE * storage.token_bytes)
+    targets = torch.tensor([2, 1][: len(pages)])
+    other.write_pages(targets, content)
+    assert torch.equal(other.read_pages(targets), content)
+    slots = (torch.tensor(pages)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
+    there = (targets[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
+    assert_equal(other.gather(there), storage.gather(slots))
+    untouched = next(page for page in range(3) if page not in targets)
+    assert not other.read_pages(torch.tensor([untouched])).any()
