@@ -125,9 +125,12 @@ class KnownIds:
             The model that generates, the ids, and its other inputs; None if the cache is empty, or nobody generates.
 
         Raises:
-            ValueError: if a token is another one, or if the prompt would be computed once more behind the cached one.
+            ValueError: if a token is another one, if the prompt would be computed once more behind the cached one, or
+                if the layers of the model won't be given the cache.
         """
         call = next((frame for frame in _frames() if _is_generate(frame)), None)
+        if call is not None:
+            _check_checkpointing(call.f_locals.get("self"))
         if call is None or columns.count == 0:
             return None
         local = call.f_locals
@@ -173,6 +176,16 @@ class KnownIds:
             f"The cache holds another prompt: row {row} has token {held} in column {self._first + column}, but "
             f"input_ids has {int(ids[row, self._first + column])}. Use a new cache for each prompt; or call "
             f"{remedy if common else ''}cache.reset() to start over, or cache.fork() before prompts part."
+        )
+
+
+def _check_checkpointing(model: Any) -> None:
+    """Refuse layers from which Transformers takes the cache away, with a warning that says less."""
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"generate() was called on a {type(model).__name__} in training mode with gradient checkpointing, where "
+            "Transformers takes the cache away from the layers: every token would be computed without those before "
+            "it. Call model.eval() before generating, and model.train() after it."
         )
 
 
