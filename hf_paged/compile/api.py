@@ -26,6 +26,7 @@ from hf_paged._torch.dynamo import (
 from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._torch.opaque import OPAQUE_INPUTS
+from hf_paged._transformers import model_in
 from hf_paged.compile.cpu_replay import StepReplay
 from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
 from hf_paged.compile.linear import MANY_ROWS, choose_linear_layers
@@ -116,6 +117,7 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
 
 @contextmanager
 def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    model = model_in(model, "compiled()")
     _check(model)
     reason = switched_off()
     if reason is not None:
@@ -135,14 +137,14 @@ def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             _end(decoder, settings)
 
 
-def _check(model: Any) -> None:
+def _check(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.training:
         raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
     if getattr(model, "generation_config", None) is None:
         raise ValueError(
             f"compiled() was given a {name}, which has no generate(). Pass a model for generation, such as one of "
-            "AutoModelForCausalLM; of one that is wrapped, as by DistributedDataParallel, the model inside."
+            "AutoModelForCausalLM."
         )
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(
