@@ -180,7 +180,7 @@ class PagedCache(RowOperations):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         # `generate()` sets this on a cache that it was given, once, before it computes anything.
-        self._sequences.commit_first()
+        self._sequences.end_step()
         rows = self._sequences.rows
         generating = rows.known_ids.check(rows.columns)
         if rows.origin is not None and generating is not None and not goes_on_alike(self._sequences, *generating):
