@@ -20,11 +20,11 @@ from hf_paged._torch.dynamo import (
     HOOK_GUARDS,
     guard_hooks,
     is_from_dynamo,
-    switched_off,
     with_own_code,
 )
 from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
+from hf_paged._torch.inductor import hindrance
 from hf_paged._torch.opaque import OPAQUE_INPUTS
 from hf_paged._transformers import model_in
 from hf_paged.compile.cpu_replay import StepReplay
@@ -100,7 +100,8 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     enter and leave them in any order: the model is as it was when the last one is left. On a GPU each step is also
     recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
 
-    Where torch's own switches turn `torch.compile` off, the model runs uncompiled; a log message tells.
+    Where torch's own switches turn `torch.compile` off, or there is no C++ compiler for a CPU, the model runs
+    uncompiled; a log message tells.
 
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
@@ -119,7 +120,7 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
 def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     model = model_in(model, "compiled()")
     _check(model)
-    reason = switched_off()
+    reason = hindrance(model.device)
     if reason is not None:
         logger.warning("%s, so %s runs uncompiled within compiled().", reason, type(model).__name__)
     if reason is not None or not (OPAQUE_INPUTS.is_on and HOOK_GUARDS.is_on):
