@@ -33,7 +33,6 @@ def _entered(context: Callable[[], Any]) -> None:
         pass
 
 
-_NO_COMPILER = "torch finds no C++ compiler (g++ on the PATH, or what the environment variable CXX names)"
 _MAX_GRAPHS = 64  # of one kernel, which torch.compile makes one by one where it isn't told which sizes change
 
 COMPILE_FX = Private("torch._inductor.compile_fx:compile_fx", check=callable)
@@ -146,8 +145,10 @@ def can_compile(device: torch.device | None) -> bool:
 
 def hindrance(device: torch.device | None) -> str | None:
     """Say why nothing can be compiled for a device, None: for any; None if it can."""
-    is_missing = device is not None and device.type == "cpu" and not _has_cpp_compiler()
-    return switched_off() or (_NO_COMPILER if is_missing else None)
+    reason = switched_off()
+    if reason is None and device is not None and device.type == "cpu" and not _has_cpp_compiler():
+        return "torch finds no C++ compiler (g++ on the PATH, or what the environment variable CXX names)"
+    return reason
 
 
 @cache
