@@ -153,7 +153,8 @@ def num_unlisted_layers(config: PreTrainedConfig) -> int:
 def least_token_bytes(config: PreTrainedConfig) -> int:
     """Bytes of one token's keys and values in a layer, in 16 bits, as the configuration has it in its usual words.
 
-    0 where it has other words for it, or latent attention, of which models cache this or that.
+    Those of one head of size 1 where it has other words for it, or latent attention, of which models cache this or
+    that.
     """
     decoder = _of_decoder(config)
     names = "num_key_value_heads", "head_dim", "hidden_size", "num_attention_heads"
@@ -161,7 +162,7 @@ def least_token_bytes(config: PreTrainedConfig) -> int:
     if head_dim is None and isinstance(hidden_size, int) and isinstance(num_heads, int):
         head_dim = hidden_size // num_heads
     if getattr(decoder, "kv_lora_rank", None) or not (isinstance(num_kv_heads, int) and isinstance(head_dim, int)):
-        return 0
+        num_kv_heads = head_dim = 1
     return 2 * num_kv_heads * head_dim * torch.float16.itemsize
 
 

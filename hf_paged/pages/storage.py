@@ -37,7 +37,7 @@ def check_room(num_pages: int, page_size: int, token_bytes: int, device: torch.d
         device: where they are to be; None if that is not known yet.
     """
     page_bytes = page_size * token_bytes
-    room = memory_for_pages(device) if page_bytes else None
+    room = memory_for_pages(device)
     if room is not None and num_pages * page_bytes > room:
         raise ValueError(
             f"num_pages={num_pages} was asked for, which takes at least {num_pages * page_bytes / 2**30:,.1f} GiB in "

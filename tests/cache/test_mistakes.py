@@ -167,8 +167,8 @@ MISTAKES = {
         lambda: cache_of(llama(), num_pages=10**9),
         "num_pages=1000000000 was asked for, which takes at least 3,814.7 GiB in pages of 16 tokens, but there are ",
     ),
-    "num_pages=10**9 in words of its own": (
-        lambda: PagedCache(transformers.GPT2Config(**GPT2), num_pages=10**9).update(*gpt2_keys(), 0),
+    "num_pages=10**7 of a configuration in words of its own": (
+        lambda: PagedCache(transformers.GPT2Config(**GPT2), num_pages=10**7).update(*gpt2_keys(), 0),
         "GiB on cpu. Ask for fewer, or for a part of the memory: PagePool.from_model(model, memory_fraction=0.9)",
     ),
     "memory_fraction=90": (
