@@ -47,7 +47,7 @@ def main() -> None:
                         **inputs, past_key_values=cache, max_new_tokens=16, do_sample=False, custom_generate=sample
                     )
                 return tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-            except OutOfPagesError:  # the pages of this request are free again
+            except OutOfPagesError:  # its pages are free again, and it fits once others are done
                 print(f"  {threading.current_thread().name} waits for pages")
                 time.sleep(0.5)
 
