@@ -32,15 +32,16 @@ class PagePool:
         page_size: tokens per page: 16, 32, 64, 128 or 256. Small pages waste less memory, large ones are faster.
         watermark: pages that new rows leave free for the rows that are already running.
         prefix_cache: whether full pages that `PagedCache.prefill` has computed can be found by their tokens, also once
-            nobody holds them, until pages run short. It takes `num_pages`: else nothing would ever run short.
+            nobody holds them, until pages run short. Without a bound they are evicted before the pool grows, once they
+            take a quarter of the memory that would be free without them.
 
     Attributes:
         prefix_index: finds them; None without.
 
     Raises:
         ValueError: for a page size that the kernel can't take, a model whose layers keep another state, a prefix
-            cache without a bound or for a model with an encoder, or more pages than there is memory for: as far as
-            the configuration says how large they are, else by the first key.
+            cache for a model with an encoder, or more pages than there is memory for: as far as the configuration
+            says how large they are, else by the first key.
     """
 
     def __init__(
@@ -77,20 +78,12 @@ class PagePool:
         """Index of the group of each layer that stores keys and values."""
         self.prefix_index = None
         if prefix_cache:
-            self._check_prefix_cache()
+            if self.has_encoder:
+                raise ValueError(
+                    f"prefix_cache=True was asked for, but this {self.config.model_type!r} model has an encoder, and "
+                    "what its decoder makes of a prefix depends on the encoder's input. Leave it out."
+                )
             self.prefix_index = PrefixIndex(self.groups)
-
-    def _check_prefix_cache(self) -> None:
-        if self.has_encoder:
-            raise ValueError(
-                f"prefix_cache=True was asked for, but this {self.config.model_type!r} model has an encoder, and what "
-                "its decoder makes of a prefix depends on the encoder's input. Leave it out."
-            )
-        if self.max_pages is None:
-            raise ValueError(
-                "prefix_cache=True was asked for without a bound, so that pages would be kept for ever. Pass "
-                "num_pages, or PagePool.from_model(model, memory_fraction=...)."
-            )
 
     @classmethod
     def from_model(

@@ -41,7 +41,7 @@ def check_room(num_pages: int, page_size: int, token_bytes: int, device: torch.d
     if room is not None and num_pages * page_bytes > room:
         raise ValueError(
             f"num_pages={num_pages} was asked for, which takes at least {num_pages * page_bytes / 2**30:,.1f} GiB in "
-            f"pages of {page_size} tokens, but there are {room / 2**30:,.1f} GiB"
+            f"pages of {page_size} tokens, but there are {room / 2**30:,.1f} GiB of memory"
             f"{'' if device is None else f' on {device}'}. Ask for fewer, or for a part of the memory: "
             "PagePool.from_model(model, memory_fraction=0.9). Without num_pages the pool grows as it is needed."
         )
