@@ -63,6 +63,14 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
             "the cache to a model with an encoder, as it is: it needs no EncoderDecoderCache around it."
         )
 
+    @property
+    def _is_user_defined(self) -> bool:
+        return self.self_attention_cache._is_user_defined
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        self.self_attention_cache._is_user_defined = value
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the decoder before the forward pass under way, padding included."""
         length = self.self_attention_cache.get_seq_length(layer_idx)

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged._torch.host_memory import free_bytes
 from hf_paged._torch.surroundings import check_dense, check_surroundings
-from hf_paged._transformers import layer_specs, token_bytes_by_device
+from hf_paged._transformers import layer_specs, least_token_bytes, model_in, token_bytes_by_device
 from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.prefix_index import PrefixIndex
 from hf_paged.pages.stats import MemoryStats
-from hf_paged.pages.storage import LayerStorage, disagreement
+from hf_paged.pages.storage import LayerStorage, check_room, disagreement
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
@@ -39,8 +39,9 @@ class PagePool:
         prefix_index: finds them; None without.
 
     Raises:
-        ValueError: for a page size that the kernel can't take, a model whose layers keep another state, or a prefix
-            cache for a model with an encoder.
+        ValueError: for a page size that the kernel can't take, a model whose layers keep another state, a prefix
+            cache for a model with an encoder, or more pages than there is memory for: as far as the configuration
+            says how large they are, else by the first key.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class PagePool:
         """Whether the decoder also attends to an encoder, whose keys and values are not in these pages."""
         self.page_size = check_page_size(page_size)
         self.layers = layer_specs(config)
+        if num_pages is not None:
+            num_reserving = sum(spec.stores and spec.window is None for spec in self.layers)
+            check_room(num_pages, page_size, num_reserving * least_token_bytes(config), None)
         self.max_pages = num_pages
         by_window: dict[int | None, list[int]] = {}
         for index, spec in enumerate(self.layers):
@@ -110,7 +114,8 @@ class PagePool:
             ValueError: for arguments that exclude each other or are out of range, a model with an encoder, or if not
                 one page fits.
         """
-        config = check_config(getattr(model, "config", None))
+        model = model_in(model, "PagePool.from_model()")
+        config = model.config
         if memory_fraction is None:
             return cls(config, num_pages, page_size, watermark, prefix_cache=prefix_cache)
         if num_pages is not None or not 0 < memory_fraction < 1:
@@ -134,6 +139,14 @@ class PagePool:
                 "Free some, or ask for more of it."
             )
         return cls(config, min(fitting), page_size, watermark, prefix_cache=prefix_cache)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"A PagePool was asked for its {name!r}, which it does not have. Where a cache is wanted, as by "
+                "generate(), make one that holds pages of it: PagedCache(pool=pool)."
+            )
 
     @property
     def num_pages(self) -> int:
