@@ -71,7 +71,7 @@ def settings(**changes):
     ],
 )
 def test_a_scenario_gives_a_row_for_each_context_and_baseline(scenario, changes, keys):
-    results = measure(scenario, baselines=("dynamic", "paged"), **changes)
+    results = measure(scenario, caches=("dynamic", "paged"), **changes)
     assert json.loads(json.dumps(results)) == results
     assert [(row["context"], row["baseline"]) for row in results["rows"]] == [
         (context, name) for context in changes["contexts"] for name in ("dynamic", "paged")
@@ -107,7 +107,7 @@ def test_beyond_the_positions_of_the_model_a_random_one_goes_on():
 
 def test_mixed_accounts_for_padding_speed_and_memory(in_this_process):
     names = ("dynamic", "paged", "paged-ragged", "generate_batch")
-    results = measure("mixed", prompt_lengths=(5, 18, 40), baselines=names)
+    results = measure("mixed", prompt_lengths=(5, 18, 40), caches=names)
     bytes_per_token = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, head size, float32
     assert results["minimum_bytes"] == (63 + 3 * 3) * bytes_per_token
     by_name = {row["baseline"]: row for row in results["rows"]}
@@ -162,7 +162,7 @@ def test_each_trick_is_compared_with_everything_in_turns(monkeypatch):
     monkeypatch.setattr(ablation, "_process", process)
     names = ["decode_writer", "split_kv_cpu"]
     monkeypatch.setattr(ablation, "TRICKS", {name: ablation.TRICKS[name] for name in names})
-    figures = measure("ablation", baselines=("paged",), contexts=(20,), rounds=2)["rows"]
+    figures = measure("ablation", caches=("paged",), contexts=(20,), rounds=2)["rows"]
     assert asked == ["", *names]
     assert [(row["without"], row["num_rows"]) for row in figures] == [
         (name, rows) for name in names for rows in (1, 8)
@@ -178,7 +178,7 @@ def test_a_process_starts_twice_on_one_cache_of_compiled_code(monkeypatch):
         return {"first_token_s": 1.0, "two_tokens_s": 2.0, "ms_per_step": 3.0}
 
     monkeypatch.setattr(compile, "in_new_process", start)
-    rows = measure("compile", baselines=("dynamic", "paged"))["rows"]
+    rows = measure("compile", caches=("dynamic", "paged"))["rows"]
     assert [(row["baseline"], row["start"]) for row in rows] == [
         (name, start) for name in ("dynamic", "paged") for start in ("cold", "warm")
     ]
@@ -196,11 +196,11 @@ def test_a_new_process_gives_figures_or_says_why_not():
     figures = worker.in_new_process(mixed.peak, settings(prompt_lengths=(5, 18)), "dynamic")
     assert set(figures) == {"peak_bytes"}
     failed = worker.in_new_process(mixed.peak, settings(), "page")
-    assert failed["error"].startswith("ValueError: Baselines ['page'] were asked for")
+    assert failed["error"].startswith("ValueError: caches=['page'] were asked for")
 
 
 def test_a_step_is_taken_apart_into_what_it_is_spent_on():
-    rows = measure("profile", contexts=(24,), prompt_lengths=(5, 18), baselines=("dynamic", "paged"))["rows"]
+    rows = measure("profile", contexts=(24,), prompt_lengths=(5, 18), caches=("dynamic", "paged"))["rows"]
     assert [(row["context"], row["baseline"]) for row in rows] == [
         (context, name) for context in ("24", "2 rows", "2 prompts") for name in ("dynamic", "paged")
     ]
@@ -288,7 +288,7 @@ def test_a_baseline_that_fails_is_reported_and_the_others_go_on(model, monkeypat
         raise RuntimeError("no pages today")
 
     monkeypatch.setattr(Paged, "new_cache", fail)
-    rows = measure("latency", contexts=(20,), baselines=("dynamic", "paged"))["rows"]
+    rows = measure("latency", contexts=(20,), caches=("dynamic", "paged"))["rows"]
     assert rows[1] == {"context": 20, "baseline": "paged", "error": "RuntimeError: no pages today"}
     assert rows[0]["ratio"] == 1.0
     searched = measure("beam", contexts=(20,), rounds=1)["rows"]
@@ -303,7 +303,7 @@ def test_without_the_reference_nothing_is_compared(model):
 
 def test_an_unknown_baseline_is_an_error(model):
     with (
-        pytest.raises(ValueError, match=r"Baselines \['page'\] were asked for; there are dynamic, "),
+        pytest.raises(ValueError, match=r"caches=\['page'\] were asked for; there are dynamic, "),
         line_up(model.model, ("dynamic", "page"), 16),
     ):
         pass

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_paged.cache.prompt.prefill import usual_chunk
 from hf_paged.tools.bench.settings import Settings
@@ -18,6 +17,7 @@ from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.baselines import WithoutCudnn
 from hf_paged.tools.lab.memory import kv_bytes
 from hf_paged.tools.lab.model import MeasuredModel
+from hf_paged.tools.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def laps_of(
     laps: list[dict[str, Lap]] = []
     failed: dict[str, Lap] = {}
     max_length = ids.shape[1] + settings.max_new_tokens + settings.whole * _NUM_PROFILED
-    for number in tqdm(range(settings.whole + settings.rounds), f"{len(ids)} rows", disable=None):
+    for number in progress(range(settings.whole + settings.rounds), f"{len(ids)} rows"):
         racing = [baseline for baseline in baselines if baseline.name not in failed]
         race = Race(racing, max_length, mask, after)
         own = race.lap(ids, settings.max_new_tokens)

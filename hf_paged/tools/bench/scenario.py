@@ -27,7 +27,7 @@ class Scenario:
     Attributes:
         name: for the command line.
         description: one line.
-        measure: gives the figures, `rows` among them.
+        take: adds rows of figures to a list as they come, and returns the figures that are no rows.
         columns: keys of the rows that a table shows, if they are there.
         drawn: those of which there are pictures.
         by: key that names a line of a picture.
@@ -35,10 +35,23 @@ class Scenario:
 
     name: str
     description: str
-    measure: Callable[[Settings], dict[str, Any]]
+    take: Callable[[Settings, list[dict[str, Any]]], dict[str, Any]]
     columns: tuple[str, ...]
     drawn: tuple[str, ...] = ()
     by: str = "baseline"
+
+    def measure(self, settings: Settings, rows: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Take the figures.
+
+        Args:
+            settings: of which model, and how.
+            rows: where to put rows of figures, so that a caller who is interrupted has those so far.
+
+        Returns:
+            The figures, `rows` among them.
+        """
+        rows = [] if rows is None else rows
+        return self.take(settings, rows) | {"rows": rows}
 
     def draw(self, rows: Sequence[Row], folder: Path, prefix: str) -> None:
         """Draw figures as `PREFIX-FIGURE.svg`, or where there are several models as `PREFIX-FIGURE-MODEL.svg`."""
