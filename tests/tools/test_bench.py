@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import types
 from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ from hf_paged.compile import api
 from hf_paged.tools.bench import race, report, worker
 from hf_paged.tools.bench.bandwidth import Bandwidth
 from hf_paged.tools.bench.race import Lap, Race, race_once, summarize
+from hf_paged.tools.bench.scenario import notes
 from hf_paged.tools.bench.scenarios import SCENARIOS, latency, mixed
 from hf_paged.tools.bench.scenarios.growing import reaching
 from hf_paged.tools.bench.scenarios.inside import ablation, compile, host, profile
@@ -27,7 +29,8 @@ from hf_paged.tools.lab.table import table
 from tests.models import random_ids, tiny_llama
 
 TINY = Settings(random_llama=True, page_size=16, rounds=2, max_new_tokens=4)
-LAP = {"baseline", "first_token_s", "ms_per_step", "kv_bytes", "ratio", "paired_ratio", "same_tokens"}
+LAP = {"baseline", "first_token_s", "ms_per_step", "kv_bytes", "same_tokens"}
+LAP |= {"ratio", "paired_ratio", "ratio_interval"}
 BOUNDED = LAP | {"context", "minimum_bytes"}
 
 
@@ -115,6 +118,7 @@ def test_mixed_accounts_for_padding_speed_and_memory(in_this_process):
     for row in results["rows"]:
         assert {"total_s", "tokens_per_s", "last_tokens_per_s", "first_token_s", "peak_bytes"} <= set(row)
         assert row["least_peak_bytes"] <= row["peak_bytes"] <= row["most_peak_bytes"]
+        assert row["peak_noise_bytes"] >= row["most_peak_bytes"] - row["least_peak_bytes"]
         assert row["same_tokens"]
     assert by_name["dynamic"]["overhead"] == pytest.approx(3 * 43 / 72 - 1)
     assert by_name["paged"]["overhead"] == pytest.approx((1 + 2 + 3) * 16 / 72 - 1)
@@ -194,7 +198,7 @@ def test_a_start_has_its_first_two_tokens_apart_from_the_others(monkeypatch, tmp
 
 def test_a_new_process_gives_figures_or_says_why_not():
     figures = worker.in_new_process(mixed.peak, settings(prompt_lengths=(5, 18)), "dynamic")
-    assert set(figures) == {"peak_bytes"}
+    assert set(figures) == {"peak_bytes", "kept_bytes"}
     failed = worker.in_new_process(mixed.peak, settings(), "page")
     assert failed["error"].startswith("ValueError: caches=['page'] were asked for")
 
@@ -356,7 +360,36 @@ def test_medians_and_ratios_leave_the_first_two_steps_out():
     reference, row = summarize([laps])
     assert (row["first_token_s"], row["ms_per_step"], reference["ms_per_step"]) == (4, 4000, 4000)
     assert (row["ratio"], row["paired_ratio"]) == (1.0, 0.75)
+    assert row["ratio_interval"] == [0.5, 1.0]
     assert laps["paged"].total_s == 17
+
+
+@pytest.mark.parametrize(
+    ("count", "interval"), [(1, [0, 0]), (2, [0, 1]), (5, [0, 4]), (9, [1, 7]), (10, [1, 8]), (100, [39, 60])]
+)
+def test_the_median_is_between_the_two_that_the_binomial_distribution_gives(count, interval):
+    assert race._interval_of_median(range(count)) == interval
+    below = [math.comb(count, k) / 2**count for k in range(count + 1)]
+    assert sum(below[interval[0] + 1 : interval[1] + 1]) >= 0.95 or interval == [0, count - 1]
+
+
+def test_notes_name_what_differs_by_less_than_it_scatters():
+    def row(name, low, high, **more):
+        return {"baseline": name, "ratio_interval": [low, high]} | more
+
+    reference = row("dynamic", 1, 1, kv_bytes=2**20)
+    assert notes([reference, row("paged", 0.8, 0.9, kv_bytes=2**19), {"baseline": "flex", "error": "no"}]) == []
+    assert notes([row("paged", 0.9, 1.1), row("flex", 1.1, 1.2), row("static", 1.0, 1.2)]) == [
+        "ms per step: no difference from the reference beyond the noise: paged, static."
+    ]
+    assert notes([row("paged", 0.9, 1.1, context=8), row("paged", 0.9, 1.1, context=16)]) == [
+        "ms per step: no difference from the reference beyond the noise: paged (8, 16)."
+    ]
+    assert notes([reference, {"baseline": "paged", "kv_bytes": 2**19, "peak_noise_bytes": 2**20}]) == []
+    assert notes([reference, {"baseline": "paged", "kv_bytes": 2**19, "peak_noise_bytes": 2**21}]) == [
+        "peak over the model: below the noise. The caches hold 1.0 MiB at most; what a process keeps of its warm-up, "
+        "and scatters by, is up to 2.0 MiB. Take longer prompts."
+    ]
 
 
 # Arithmetic

@@ -78,3 +78,22 @@ def with_speed(rows: Sequence[Row]) -> list[Row]:
 
 def _case(row: Row) -> Any:
     return row.get("model"), row.get("context")
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Say which figures can't tell the caches apart, since they differ by less than they scatter."""
+    equal: dict[str, list[str]] = {}
+    for row in rows:
+        low, high = row.get("ratio_interval", (0, 0))
+        if low <= 1 <= high and row["baseline"] not in REFERENCES:
+            equal.setdefault(row["baseline"], []).append(str(row.get("context", "")))
+    cases = [f"{name} ({', '.join(own)})" if any(own) else name for name, own in equal.items()]
+    found = [f"ms per step: no difference from the reference beyond the noise: {', '.join(cases)}."] if cases else []
+    held = max((row.get("kv_bytes", 0) for row in rows), default=0)
+    noise = max((row.get("peak_noise_bytes", 0) for row in rows), default=0)
+    if held < noise:
+        found.append(
+            f"peak over the model: below the noise. The caches hold {held / 2**20:.1f} MiB at most; what a process "
+            f"keeps of its warm-up, and scatters by, is up to {noise / 2**20:.1f} MiB. Take longer prompts."
+        )
+    return found

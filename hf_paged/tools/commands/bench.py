@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_paged.tools.bench.scenario import FITS, Scenario, with_speed
+from hf_paged.tools.bench.scenario import FITS, Scenario, notes, with_speed
 from hf_paged.tools.bench.scenarios import SCENARIOS
 from hf_paged.tools.bench.settings import Settings
 from hf_paged.tools.bench.whole import WHOLE
@@ -76,3 +76,5 @@ def _print(scenario: Scenario, measured: dict[str, Any]) -> None:
     print(table(with_speed(measured["rows"]), scenario.columns), end="\n\n", flush=True)
     if measured.get("fits"):
         print(table(measured["fits"], FITS), end="\n\n", flush=True)
+    for note in notes(measured["rows"]):
+        print(note, flush=True)

@@ -39,7 +39,8 @@ def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     Args:
         settings: as given.
         rows: gets those of `run_batch`, with `peak_bytes`, what a process held beyond the loaded model, at most, in
-            the median of several, `least_peak_bytes` and `most_peak_bytes`, or `peak_error`.
+            the median of several, `least_peak_bytes` and `most_peak_bytes`, and `peak_noise_bytes`, which is what lies
+            between these, and what the process kept of its warm-up; or `peak_error`.
 
     Returns:
         What else `run_batch` gives.
@@ -125,7 +126,12 @@ def last_tokens_per_s(lap: Lap, num_rows: int) -> float:
 
 
 def peak(settings: Settings, name: str) -> dict[str, Any]:
-    """Run the batch once with one baseline in this process; return `peak_bytes`, or `error`."""
+    """Run the batch once with one baseline in this process.
+
+    Returns:
+        `peak_bytes` beyond the loaded model, and of these `kept_bytes`, which were held before the batch began: what
+        was imported for the warm-up, and what allocators keep of it. Or `error`.
+    """
     model = load(settings)
     ids, mask = model.padded(prompt_lengths(settings.prompt_lengths))
     token_bytes(model.model)  # a forward pass, which touches weights that were not read from disk yet
@@ -133,16 +139,23 @@ def peak(settings: Settings, name: str) -> dict[str, Any]:
     with line_up(model.model, [name], settings.page_size) as baselines:
         warm_up(baselines, model, len(ids))
         memory.forget_peak()  # compilers take memory too, but are gone by then
+        kept = memory.held_bytes
         lap = race_once(baselines, ids, mask, settings.max_new_tokens)[name]
-        return {"peak_bytes": memory.bytes} if lap.error is None else {"error": lap.error}
+        return {"peak_bytes": memory.bytes, "kept_bytes": kept} if lap.error is None else {"error": lap.error}
 
 
 def _peaks(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     errors = [run["error"] for run in runs if "error" in run]
     if errors:
         return {"peak_error": errors[0]}
-    peaks = [run["peak_bytes"] for run in runs]
-    return {"peak_bytes": statistics.median(peaks), "least_peak_bytes": min(peaks), "most_peak_bytes": max(peaks)}
+    peaks, kept = ([run[name] for run in runs] for name in ("peak_bytes", "kept_bytes"))
+    least, most = min(peaks), max(peaks)
+    return {
+        "peak_bytes": statistics.median(peaks),
+        "least_peak_bytes": least,
+        "most_peak_bytes": most,
+        "peak_noise_bytes": most - least + max(0, statistics.median(kept)),
+    }
 
 
 _TIMES = ("bandwidth_share", "total_s", "total_s_speed", "tokens_per_s", "last_tokens_per_s")
