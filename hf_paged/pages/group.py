@@ -102,8 +102,9 @@ class PageGroup:
         return self._storages.get(layer)
 
     def storages(self) -> list[LayerStorage]:
-        """Storage of all layers that have one."""
-        return list(self._storages.values())
+        """Storage of all layers that have one, in their order."""
+        storages = self._storages
+        return [storages[layer] for layer in self.layers if layer in storages]
 
     def staying_in_place(self) -> AbstractContextManager[Any]:
         """A context in which no other thread lets the pages grow, or drops some, and so moves them."""
