@@ -47,6 +47,10 @@ class KnownIds:
         fork._ids, fork._rows, fork._first, fork._end = self._ids, self._rows, self._first, self._end
         return fork
 
+    def are_all(self, count: int) -> bool:
+        """Whether the first `count` columns are known."""
+        return count == 0 or (self._ids is not None and self._first == 0 and self._end >= count)
+
     def note(self, ids: Tensor, begin: int, end: int) -> None:
         """Take note of a pass that was made.
 
@@ -111,34 +115,42 @@ class KnownIds:
         if self._end <= self._first:
             self._ids = None
 
-    def check(self, columns: Columns) -> None:
+    def check(self, columns: Columns) -> tuple[Any, Any, dict[str, Any]] | None:
         """Compare what is known with what `generate()` is about to go on from, which is further up in the stack.
 
         Args:
             columns: of the cache.
+
+        Returns:
+            The model that generates, the ids, and its other inputs; None if the cache is empty, or nobody generates.
 
         Raises:
             ValueError: if a token is another one, or if the prompt would be computed once more behind the cached one.
         """
         call = next((frame for frame in _frames() if _is_generate(frame)), None)
         if call is None or columns.count == 0:
-            return
+            return None
         local = call.f_locals
         ids, config = local.get("input_ids"), local.get("generation_config")
         inputs: dict[str, Any] = local.get("model_kwargs") or {}
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or inputs.get("inputs_embeds") is not None:
-            return
-        if getattr(local.get("decoding_method"), "__name__", None) == "_assisted_decoding":
+        if isinstance(ids, Tensor) and ids.ndim == 2 and inputs.get("inputs_embeds") is None:
+            self._check_prompt(ids, inputs.get("attention_mask"), config, local.get("decoding_method"), columns)
+        return local.get("self"), ids, inputs
+
+    def _check_prompt(
+        self, ids: Tensor, mask: Tensor | None, config: Any, decoding_method: Any, columns: Columns
+    ) -> None:
+        if getattr(decoding_method, "__name__", None) == "_assisted_decoding":
             raise ValueError(
                 f"The cache holds {columns.count} tokens, but generate() computes the whole prompt once more where it "
                 "is assisted by a draft. Pass an empty cache (cache.reset() makes it one), or leave out the assistant."
             )
-        mask = inputs.get("attention_mask")
         num_masked = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
         if num_masked == ids.shape[1]:  # else `generate()` takes them all for new ones
-            self._compare(ids, mask, columns)
+            self.compare(ids, mask, columns)
 
-    def _compare(self, ids: Tensor, mask: Tensor | None, columns: Columns) -> None:
+    def compare(self, ids: Tensor, mask: Tensor | None, columns: Columns) -> None:
+        """Raise ValueError if a token is known to be another one than in `ids` `(num_rows, at least count)`."""
         end = min(self._end, columns.count, ids.shape[1])
         if self._ids is None or end <= self._first:
             return

@@ -34,6 +34,8 @@ def rewrite(rows: Rows, edited: dict[int, tuple[Tensor, Tensor]]) -> None:
         if (layers := {layer: pair for layer, pair in edited.items() if rows.pool.group_of_layer[layer] == index})
         and (change := _change(rows, table, layers)) is not None
     ]
+    if changes:
+        rows.origin = None
     shared = [change.shared_pages() for change in changes]
     taken: list[list[int]] = []
     try:

@@ -1,6 +1,6 @@
 """What a cache holds between two forward passes: rows of tokens in pages, and their padded view."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +23,8 @@ class Rows:
         known_ids: which tokens they are, as far as that is known.
         absent: layers that hold none of the tokens, as the model passes over them.
         is_fanned_out: whether the step under way made several rows of one.
+        origin: what made all keys and values of the rows, of causal attention and of positions that are their places,
+            and nothing else; None if that is not known.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -32,6 +34,7 @@ class Rows:
         self.known_ids = KnownIds()
         self.absent: frozenset[int] = frozenset()
         self.is_fanned_out = False
+        self.origin: Hashable | None = None
 
     @property
     def count(self) -> int:
@@ -116,13 +119,16 @@ class Rows:
             self.select([0] * num_rows)
             self.is_fanned_out = True
 
-    def commit(self, counts: Counts, columns: Columns) -> None:
+    def commit(self, counts: Counts, columns: Columns, *, is_plain: bool) -> None:
         """Hold the tokens of a step.
 
         Args:
             counts: `(count,)` how many each row got.
             columns: the padded view with them.
+            is_plain: whether they see all tokens before them, or those in a window, and no others.
         """
+        if not is_plain:
+            self.origin = None
         for table in self.tables:
             table.commit(counts)
         self.columns = columns
@@ -147,6 +153,7 @@ class Rows:
         self.columns = Columns()
         self.known_ids = KnownIds()
         self.absent = frozenset()
+        self.origin = None
 
     def select(self, indices: Sequence[int]) -> None:
         """Let row `i` be what row `indices[i]` was."""
@@ -191,7 +198,13 @@ class Rows:
             window = table.group.window
             if window is not None and self.columns.count >= window:
                 first = np.array([self.columns.count + 1 - window])
-                table.drop(self.columns.num_tokens_before(first, self.count)[:, 0])
+                starts = self.columns.num_tokens_before(first, self.count)[:, 0]
+                if (
+                    self.pool.prefix_index is not None
+                ):  # what is seen from behind the last full page will be looked for
+                    page_size = self.pool.page_size
+                    starts = np.minimum(starts, np.maximum(0, table.lengths // page_size * page_size + 1 - window))
+                table.drop(starts)
 
     def fork(self) -> "Rows":
         """Return rows that hold the same, sharing the pages."""
@@ -202,6 +215,7 @@ class Rows:
         other.known_ids = self.known_ids.fork()
         other.absent = self.absent
         other.is_fanned_out = False
+        other.origin = self.origin
         return other
 
     def supersede(self, other: "Rows") -> None:

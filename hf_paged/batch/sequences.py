@@ -39,6 +39,7 @@ class Sequences:
         progress: of that step through the layers.
         edits: what callers have done to copies.
         handed_on: keys and values of the last pass that the model may have handed on.
+        salt: what keeps its prefixes apart from those of caches with another one.
     """
 
     def __init__(self, pool: PagePool, *, begins_steps: bool = True) -> None:
@@ -48,6 +49,7 @@ class Sequences:
         self.progress = Progress(pool.group_of_layer, len(pool.layers))
         self.edits = Edits()
         self.handed_on = HandedOn()
+        self.salt: str | None = None
         self.told: ToldPass | None = None  # what a loop says of the pass that it is making
         self._begins_steps = begins_steps
         self._is_reserved_by_mask = False  # whether it was our mask function that has begun the pass under way
@@ -245,10 +247,7 @@ class Sequences:
             self.apply_edits()
         step = self.step
         if layer in self.rows.absent:
-            raise ValueError(
-                f"Layer {layer} was given new tokens, but it holds none of those that are cached: the passes before "
-                "left it out. When the layers of a model are changed, use a new PagedCache, or reset() this one."
-            )
+            raise progress.left_out(layer)
         if step is None or not progress.has_begun:
             fits = step is not None and (num_rows, num_new) == (step.num_rows, step.num_new)
             if step is None or not fits or not self._is_reserved_by_mask or not step.masks:
@@ -260,10 +259,7 @@ class Sequences:
         elif layer not in missing:
             raise progress.updated_twice(layer)
         elif (num_rows, num_new) != (step.num_rows, step.num_new):
-            raise ValueError(
-                f"Layer {layer} was given {num_new} tokens in {num_rows} rows, but this forward pass was reserved for "
-                f"{step.num_new} tokens in {step.num_rows} rows."
-            )
+            raise progress.other_shape(layer, (num_rows, num_new), (step.num_rows, step.num_new))
         step.settle_duplicates(keys, values)
         return step
 
@@ -281,7 +277,7 @@ class Sequences:
     def _commit(self) -> None:
         assert self.step is not None
         self._writers.clear()
-        self.rows.commit(self.step.counts, self.step.next_columns)
+        self.rows.commit(self.step.counts, self.step.next_columns, is_plain=self.step.is_plain)
         self.edits.copies.clear()  # they are out of date
         self.progress.missing.clear()
         self.step = None
@@ -394,6 +390,7 @@ class Sequences:
         self.rows = other.rows.fork()
         self._records_past = other._records_past
         self.progress.num_layers = other.progress.num_layers
+        self.salt = other.salt
 
     def exchange(self, other: "Sequences") -> None:
         """Hold what `other` holds, and let it hold what this does."""

@@ -1,18 +1,19 @@
 """The Transformers Cache API over pages."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged._transformers import num_attention_layers, obstacle
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.layer import PagedLayer, layers_over, owned
-from hf_paged.cache.prefill import prefill
+from hf_paged.cache.prompt.known_prefix import commit, goes_on_alike
+from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
+from hf_paged.cache.row_operations import RowOperations
 from hf_paged.pages.memory_map import draw
 from hf_paged.pages.pool import PagePool, pool_for
 from hf_paged.pages.stats import MemoryStats
@@ -21,17 +22,21 @@ if TYPE_CHECKING:
     from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 
 
-class PagedCache(Cache):
+class PagedCache(RowOperations):
     """A Transformers cache whose keys and values live in fixed-size pages of one pool.
 
     Pass it to `model.generate(past_key_values=...)` or to a forward pass. With `attn_implementation="paged_flex"`
     attention reads the pages in place; with `"sdpa"` or `"eager"` it is handed a copy. Padding is never stored.
+
+    A context: it is reset at the end.
 
     Args:
         config: the model's configuration.
         num_pages: at most so many pages, reserved at once. None: the pool grows as needed.
         page_size: tokens per page: 16, 32, 64, 128 or 256.
         pool: hold pages of this pool, which other caches may share, instead of one of its own.
+        salt: keeps apart, in a pool with a prefix cache, what caches with another salt have computed: neither finds a
+            page of the other, nor can tell by the time it takes whether there is one.
 
     Attributes:
         pool: where its pages are.
@@ -51,8 +56,15 @@ class PagedCache(Cache):
         page_size: int | None = None,
         *,
         pool: PagePool | None = None,
+        salt: str | None = None,
     ) -> None:
         self._hold(pool_for(config, num_pages, page_size, pool))
+        if salt is not None and self.pool.prefix_index is None:
+            raise ValueError(
+                f"salt={salt!r} was given, but the pool has no prefix cache that it could divide. Make the pool by "
+                "PagePool.from_model(model, num_pages=..., prefix_cache=True), or leave out the salt."
+            )
+        self._sequences.salt = salt
         if self.pool.has_encoder:
             raise ValueError(
                 "PagedCache holds the keys and values of a decoder's own tokens, but this "
@@ -173,7 +185,10 @@ class PagedCache(Cache):
     def _is_user_defined(self, value: bool) -> None:
         # `generate()` sets this on a cache that it was given, once, before it computes anything.
         self._sequences.commit_first()
-        self._sequences.rows.known_ids.check(self._sequences.rows.columns)
+        rows = self._sequences.rows
+        generating = rows.known_ids.check(rows.columns)
+        if rows.origin is not None and generating is not None and not goes_on_alike(self._sequences, *generating):
+            rows.origin = None
         self._was_given = value
 
     def prefill(
@@ -213,6 +228,32 @@ class PagedCache(Cache):
         """
         prefill(model, self, input_ids, attention_mask, max_tokens, kwargs)
 
+    def _prefill_prepared(self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+        """Compute a prompt within a loop that `generate()` calls, as far as the prefix index helps with it."""
+        prefill_prepared(model, self._sequences, input_ids, inputs)
+
+    def commit(self, sequences: Tensor) -> None:
+        """Let what was generated be found by later prompts, such as the next turn of a conversation.
+
+        Full pages of the rows go into the prefix index of the pool; `prefill` has put those of the prompt there. They
+        stay when this cache is reset or dropped, until pages run short.
+
+        Args:
+            sequences: `(num_rows, num_columns)` what `generate()` returned, or at least all columns that are cached.
+
+        Raises:
+            ValueError: if the pool has no prefix cache, if the rows were not begun by `prefill`, went on with another
+                model, adapter, mask or positions, or were edited, or if these are other ids than those that were
+                computed.
+        """
+        commit(self._sequences, sequences)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.reset()
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -242,105 +283,11 @@ class PagedCache(Cache):
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         return keys, values
 
-    def roll_back(self) -> None:
-        """Forget a forward pass that failed in mid-way; the cache is as it was before.
-
-        A pass that hf-paged itself refuses is forgotten at once. Where anything else fails (a layer, a hook, memory,
-        an interrupt), nothing tells the cache so, and the next pass is refused until this is called.
-        """
-        self._sequences.roll_back()
-
-    def reset(self) -> None:
-        """Release all pages; the cache is as new."""
-        self._sequences.clear()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last columns.
-
-        Args:
-            tokens_to_remove: 0 or negative, minus the number of columns.
-
-        Raises:
-            ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
-                have left a sliding window; nothing has changed.
-        """
-        self._sequences.end_step()
-        held = self._sequences.rows.columns.count
-        if tokens_to_remove > 0 or held + tokens_to_remove < 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "
-                f"below {-held}: minus the number of tokens to remove. To keep n tokens, as a positive number did in "
-                "earlier versions of Transformers, call crop(n - cache.get_seq_length())."
-            )
-        self._sequences.truncate(held + tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row `i` be what row `beam_idx[i]` was; no token is copied.
-
-        Args:
-            beam_idx: `(num_rows,)` int64, indices of rows; as many as the next pass has.
-
-        Raises:
-            ValueError: if a row does not exist; nothing has changed.
-        """
-        self._sequences.select(beam_idx.tolist())
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows; those that are left out give their pages back.
-
-        Args:
-            indices: `(num_kept,)` int64, in the order wanted, or a bool mask over all rows.
-
-        Raises:
-            ValueError: if a row does not exist, or the mask has another length; nothing has changed.
-        """
-        self._sequences.select(self._indices(indices))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row, sharing its pages; the copies of a row follow one another.
-
-        Args:
-            repeats: how often each row is there afterwards.
-        """
-        self._sequences.select(np.repeat(np.arange(len(self.lengths)), repeats).tolist())
-
-    def release(self, rows: Sequence[int] | Tensor) -> None:
-        """Give back the pages of rows that are finished, at once.
-
-        The rows stay in the batch and `generate()` may go on filling them up, but they store nothing and attend to
-        nothing any more; what the model computes for them means nothing. The other rows are not affected.
-
-        Args:
-            rows: their indices, or a bool mask over all rows.
-
-        Raises:
-            ValueError: if a row does not exist, or the mask has another length; nothing has changed.
-        """
-        self._sequences.release(self._indices(rows))
-
-    def activate_past_recording(self) -> None:
-        """Keep what leaves a sliding window until the next `crop`, so that `crop` can be exact.
-
-        Assisted decoding calls this by itself.
-        """
-        self._sequences.records_past = True
-
     def fork(self) -> "PagedCache":
         """Return a cache of its own that holds the same tokens and shares every page until one of them writes."""
         fork = PagedCache._of_decoder(None, None, None, self.pool)
         fork._sequences.become_fork_of(self._sequences)
         return fork
-
-    def _indices(self, rows: Sequence[int] | Tensor) -> list[int]:
-        given = torch.as_tensor(rows)
-        if given.dtype == torch.bool:
-            if self.lengths and len(given) != len(self.lengths):
-                raise ValueError(
-                    f"A mask over {len(given)} rows was given, but this cache holds {len(self.lengths)} rows."
-                )
-            given = given.nonzero().flatten()
-        indices: list[int] = given.tolist()
-        return indices
 
     # Looking in
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_paged._transformers import cache_in, keeps_to
 from hf_paged.batch.padding import BoolMatrix
+from hf_paged.batch.prompt.prefixes import is_findable, let_be_found
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.told import ToldPass
 from hf_paged.decoding.inputs import StepInputs, inputs_after
@@ -55,6 +56,9 @@ class Passes:
 
     def first(self, input_ids: Tensor) -> Any:
         """Compute the prompt; return what the model returns."""
+        prefill = getattr(self.cache, "_prefill_prepared", None)
+        if prefill is not None:
+            prefill(self._model, input_ids, self._inputs)
         is_first = not self._config.is_assistant
         outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)
         self._sequences = sequences_of(cache_in(outputs))
@@ -80,6 +84,14 @@ class Passes:
             return self._forward(**self._prepare_step(input_ids, self._sequences, told), return_dict=True)
         finally:
             self._sequences.told = None
+
+    def end(self, input_ids: Tensor) -> None:
+        """Let later prompts find what was computed of `input_ids`, `(num_rows, num_columns)`."""
+        if self._sequences is not None and self._sequences.pool.prefix_index is not None:
+            self._sequences.end_step()
+            rows = self._sequences.rows
+            if is_findable(rows):
+                let_be_found(rows, input_ids)
 
     def _prepare(self, input_ids: Tensor) -> dict[str, Any]:
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(

@@ -95,6 +95,7 @@ def sample(
                 outputs = passes.next(input_ids)
             elif surplus.decide(ends.are_reached):
                 break
+    passes.end(input_ids)
     if streamer is not None:
         streamer.end()
     return record.result(input_ids, passes.cache) if config.return_dict_in_generate else input_ids

@@ -91,19 +91,41 @@ class BlockTable:
         """Page ids of a row, in order."""
         return self._rows.pages(row)
 
+    def placed_pages(self, row: int) -> Iterator[tuple[int, int]]:
+        """Each page of a row, and its place in it."""
+        first = self._rows.first_page(row)
+        return ((page, first + index) for index, page in enumerate(self.row_pages(row)))
+
     def held_pages(self) -> Iterator[tuple[int, int, int]]:
         """Each page of each row: its id, its place in the row, and how many of its slots the row uses."""
         page_size = self.group.page_size
         for row in range(self.num_rows):
             start, length = int(self.starts[row]), int(self.lengths[row])
-            for index, page in enumerate(self.row_pages(row), self._rows.first_page(row)):
+            for page, index in self.placed_pages(row):
                 used = min(length, (index + 1) * page_size) - max(start, index * page_size)
                 yield page, index, max(0, used)
 
-    def open_rows(self, count: int) -> None:
-        """Start over with `count` empty rows."""
+    def open_rows(self, num_rows: int) -> None:
+        """Start over with `num_rows` empty rows."""
         self.clear()
-        self._rows.open(count)
+        self._rows.open(num_rows)
+
+    def adopt(self, row: int, pages: Sequence[int], start: int, length: int) -> None:
+        """Let an empty row begin with full pages that the caller holds, who hands them over.
+
+        Args:
+            row: index of the row.
+            pages: the last ones of its first `length` tokens.
+            start: tokens at the beginning that nobody will read; `pages` begin with that of the next one.
+            length: a multiple of the page size.
+        """
+        rows = self._rows
+        first = start // self.group.page_size
+        self._widen(first + len(pages))
+        rows.block_table[row, first : first + len(pages)] = pages
+        rows.num_pages[row] = first + len(pages)
+        rows.lengths[row], rows.starts[row] = length, start
+        self.version += 1
 
     def reserve(self, counts: Counts, starts: Counts | None = None, originals: Counts | None = None) -> None:
         """Make room for `counts[row]` more tokens in each row.
@@ -317,11 +339,7 @@ class BlockTable:
         rows = self._rows
         if not pages:
             return
-        width = int((rows.num_pages + missing).max(initial=0))
-        if width > rows.block_table.shape[1]:
-            wider = np.zeros((rows.count, max(width, 2 * rows.block_table.shape[1])), dtype=np.int32)
-            wider[:, : rows.block_table.shape[1]] = rows.block_table
-            rows.block_table = wider
+        self._widen(int((rows.num_pages + missing).max(initial=0)))
         indices: list[int] = []
         tails: list[int] = []
         done = 0
@@ -336,6 +354,13 @@ class BlockTable:
         self.group.place(pages, indices)
         self.group.clear_values(tails)
         rows.num_pages += missing
+
+    def _widen(self, width: int) -> None:
+        rows = self._rows
+        if width > rows.block_table.shape[1]:
+            wider = np.zeros((rows.count, max(width, 2 * rows.block_table.shape[1])), dtype=np.int32)
+            wider[:, : rows.block_table.shape[1]] = rows.block_table
+            rows.block_table = wider
 
     def _keep_pages(self, num_pages: Counts) -> None:
         rows = self._rows

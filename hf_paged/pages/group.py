@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -62,6 +62,8 @@ class PageGroup:
         self.num_copied_pages = 0
         """Pages that `copy_pages` has copied, ever."""
         self.allocator = PageAllocator(num_pages, watermark)
+        self.evict: Callable[[int], None] | None = None
+        """Lets so many of the cached pages be free; None where there are none."""
         self._first_pages = num_pages
         self._holders: WeakSet[PageHolder] = WeakSet()
         self._storages: dict[int, LayerStorage] = {}
@@ -141,7 +143,7 @@ class PageGroup:
             self._prepared = {other: LayerStorage(keys, values, self.num_pages, self.page_size) for other in others}
 
     def take(self, count: int, *, admit: bool = False) -> list[int]:
-        """Take free pages, growing if there are too few and it is allowed.
+        """Take free pages, growing if there are too few and it is allowed; then cached ones.
 
         Args:
             count: pages to take, each with one holder afterwards.
@@ -151,7 +153,7 @@ class PageGroup:
             OutOfPagesError: if there are fewer and may not be more; nothing is taken.
         """
         if self.num_pages == self.max_pages:
-            return self.allocator.allocate(count, admit=admit)
+            return self._allocate(count, admit)
         with self._lock:
             try:
                 return self.allocator.allocate(count, admit=admit)
@@ -160,7 +162,7 @@ class PageGroup:
                 grown = max(math.ceil(self._growth * self.num_pages), self.num_pages + _LEAST_GROWTH)
                 wanted = max(grown if self.num_pages else _FIRST_PAGES, self.num_pages + missing)
                 self._grow(self._bounded(wanted))
-                return self.allocator.allocate(count, admit=admit)
+                return self._allocate(count, admit)
 
     def place(self, pages: Sequence[int], indices: Sequence[int]) -> None:
         """Note that each page is the page number `index` of its row."""
@@ -215,8 +217,15 @@ class PageGroup:
         with self._lock:
             self._resize(self.allocator.shrink(self._first_pages))
 
-    def check_integrity(self) -> None:
-        """Raise RuntimeError unless every page is free or held, once, by exactly its holders."""
+    def check_integrity(self, indexed: Mapping[int, int]) -> None:
+        """Raise RuntimeError unless every page is free, cached or held, once, by exactly its holders.
+
+        Args:
+            indexed: pages that the prefix index can hand out, and their places in their rows.
+        """
+        for page, index in indexed.items():
+            if self._physical_to_logical[page] != index:
+                raise RuntimeError(f"Page {page} is indexed as page {index} of a row, which it isn't.")
         counts: dict[int, int] = {} if self._sink_page is None else {self._sink_page: 1}
         for holder in self.holders():
             for page, index, _ in holder.held_pages():
@@ -225,7 +234,7 @@ class PageGroup:
                     raise RuntimeError(
                         f"Page {page} is page {index} of a row, not {int(self._physical_to_logical[page])}."
                     )
-        self.allocator.check_integrity(counts)
+        self.allocator.check_integrity(counts, indexed)
         for layer, storage in self._storages.items():
             if storage.num_pages < self.num_pages:
                 raise RuntimeError(f"Layer {layer} has {storage.num_pages} pages of {self.num_pages}.")
@@ -240,6 +249,17 @@ class PageGroup:
         for storage in self._storages.values():
             by_device.setdefault(storage.device, []).append(storage)
         return by_device
+
+    def _allocate(self, count: int, admit: bool) -> list[int]:
+        """Take free pages, evicting cached ones if that makes enough."""
+        while True:
+            try:
+                return self.allocator.allocate(count, admit=admit)
+            except OutOfPagesError:
+                missing = count + (self.allocator.watermark if admit else 0) - self.allocator.num_free
+                if self.evict is None or missing > self.allocator.num_cached:
+                    raise
+                self.evict(missing)  # if others take them, there are fewer the next time
 
     def _bounded(self, num_pages: int) -> int:
         return num_pages if self.max_pages is None else min(num_pages, self.max_pages)

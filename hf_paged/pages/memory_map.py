@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.group import PageGroup
 
-_LEGEND = "# full   1-9 tenths full   S shared   o held by another cache   . free"
+_LEGEND = "# full   1-9 tenths full   S shared   o held by another cache   c cached   . free"
 
 
 def draw(tables: Sequence[BlockTable], width: int) -> str:
@@ -34,9 +34,9 @@ def _lines(table: BlockTable, width: int, names_group: bool) -> list[str]:
 
 
 def _mark(page: int, num_tokens: int | None, group: PageGroup) -> str:
-    num_holders = group.allocator.ref_count(page)
+    num_holders = group.allocator.num_holders(page)
     if num_tokens is None:
-        return "." if num_holders == 0 else "o"
+        return "o" if num_holders else "c" if group.allocator.ref_count(page) else "."
     if num_holders > 1:
         return "S"
     if num_tokens == group.page_size:

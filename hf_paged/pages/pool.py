@@ -11,6 +11,7 @@ from hf_paged._torch.host_memory import free_bytes
 from hf_paged._torch.surroundings import check_dense, check_surroundings
 from hf_paged._transformers import layer_specs, token_bytes_by_device
 from hf_paged.pages.group import PageGroup, PageHolder
+from hf_paged.pages.prefix_index import PrefixIndex
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.storage import LayerStorage, disagreement
 
@@ -30,13 +31,25 @@ class PagePool:
             need few and grow. None: all grow without a bound.
         page_size: tokens per page: 16, 32, 64, 128 or 256. Small pages waste less memory, large ones are faster.
         watermark: pages that new rows leave free for the rows that are already running.
+        prefix_cache: whether full pages that `PagedCache.prefill` has computed can be found by their tokens, also once
+            nobody holds them, until pages run short. It takes `num_pages`: else nothing would ever run short.
+
+    Attributes:
+        prefix_index: finds them; None without.
 
     Raises:
-        ValueError: for a page size that the kernel can't take, or a model whose layers keep another state.
+        ValueError: for a page size that the kernel can't take, a model whose layers keep another state, or a prefix
+            cache without a bound or for a model with an encoder.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, num_pages: int | None = None, page_size: int = 128, watermark: int = 0
+        self,
+        config: PreTrainedConfig,
+        num_pages: int | None = None,
+        page_size: int = 128,
+        watermark: int = 0,
+        *,
+        prefix_cache: bool = False,
     ) -> None:
         num_pages = None if num_pages is None else check_count("num_pages", num_pages, least=1)
         watermark = check_count("watermark", watermark, least=0)
@@ -58,6 +71,22 @@ class PagePool:
         ]
         self.group_of_layer = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         """Index of the group of each layer that stores keys and values."""
+        self.prefix_index = None
+        if prefix_cache:
+            self._check_prefix_cache()
+            self.prefix_index = PrefixIndex(self.groups)
+
+    def _check_prefix_cache(self) -> None:
+        if self.has_encoder:
+            raise ValueError(
+                f"prefix_cache=True was asked for, but this {self.config.model_type!r} model has an encoder, and what "
+                "its decoder makes of a prefix depends on the encoder's input. Leave it out."
+            )
+        if self.max_pages is None:
+            raise ValueError(
+                "prefix_cache=True was asked for without a bound, so that pages would be kept for ever. Pass "
+                "num_pages, or PagePool.from_model(model, memory_fraction=...)."
+            )
 
     @classmethod
     def from_model(
@@ -68,6 +97,7 @@ class PagePool:
         watermark: int = 0,
         *,
         memory_fraction: float | None = None,
+        prefix_cache: bool = False,
     ) -> "PagePool":
         """Make a pool for a model, of a number of pages, or of a part of the memory that is free now.
 
@@ -81,6 +111,7 @@ class PagePool:
             watermark: as for the class.
             memory_fraction: above 0 and below 1, of what is free on the devices of the model; the rest is for
                 activations. Instead of `num_pages`.
+            prefix_cache: as for the class.
 
         Raises:
             ValueError: for arguments that exclude each other or are out of range, a model with an encoder, or if not
@@ -88,7 +119,7 @@ class PagePool:
         """
         config = check_config(getattr(model, "config", None))
         if memory_fraction is None:
-            return cls(config, num_pages, page_size, watermark)
+            return cls(config, num_pages, page_size, watermark, prefix_cache=prefix_cache)
         if num_pages is not None or not 0 < memory_fraction < 1:
             raise ValueError(
                 f"num_pages={num_pages} and memory_fraction={memory_fraction} were asked for, but one of them is "
@@ -109,7 +140,7 @@ class PagePool:
                 f"memory_fraction={memory_fraction} of the free memory has room for no page of {page_size} tokens. "
                 "Free some, or ask for more of it."
             )
-        return cls(config, min(fitting), page_size, watermark)
+        return cls(config, min(fitting), page_size, watermark, prefix_cache=prefix_cache)
 
     @property
     def num_pages(self) -> int:
@@ -169,16 +200,16 @@ class PagePool:
                     num_stored += num_tokens
             num_distinct = sum(used.values())
             num_active += len(used)
-            num_shared += sum(group.allocator.ref_count(page) > 1 for page in used)
+            num_shared += sum(group.allocator.num_holders(page) > 1 for page in used)
             num_unique = max(num_unique, num_distinct)
             active_bytes += len(used) * self.page_size * group.token_bytes
             live_bytes += num_distinct * group.token_bytes
             shared_bytes += (num_stored - num_distinct) * group.token_bytes
-        num_free = sum(group.allocator.num_free for group in self.groups)
+        index = self.prefix_index
         return MemoryStats(
             num_pages=self.num_pages,
-            num_free_pages=num_free,
-            num_cached_pages=self.num_pages - num_free - sum(group.allocator.num_active for group in self.groups),
+            num_free_pages=sum(group.allocator.num_free for group in self.groups),
+            num_cached_pages=sum(group.allocator.num_cached for group in self.groups),
             num_active_pages=num_active,
             num_shared_pages=num_shared,
             num_copied_pages=sum(group.num_copied_pages for group in self.groups),
@@ -190,12 +221,20 @@ class PagePool:
             live_bytes=live_bytes,
             shared_bytes=shared_bytes,
             reserved_bytes=sum(group.reserved_bytes for group in self.groups),
+            num_looked_up_tokens=0 if index is None else index.num_looked_up_tokens,
+            num_hit_tokens=0 if index is None else index.num_hit_tokens,
+            num_evicted_pages=0 if index is None else index.num_evicted_pages,
         )
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless every page is free or held, once, by exactly its holders."""
-        for group in self.groups:
-            group.check_integrity()
+        """Raise RuntimeError unless every page is free, cached or held, once, by exactly its holders."""
+        for place, group in enumerate(self.groups):
+            group.check_integrity({} if self.prefix_index is None else self.prefix_index.places(place))
+
+    def forget_prefixes(self) -> None:
+        """Let no prefix be found any more; the pages that nobody holds are free."""
+        if self.prefix_index is not None:
+            self.prefix_index.clear()
 
 
 def check_config(config: PreTrainedConfig | None) -> PreTrainedConfig:

@@ -25,6 +25,9 @@ class MemoryStats:
         live_bytes: bytes of the slots in use.
         shared_bytes: what sharing saves: what the same rows would hold more without it.
         reserved_bytes: storage of the whole pool. On CPU the operating system backs only what was touched.
+        num_looked_up_tokens: tokens that `prefill` has looked for in the pool's prefix index, ever.
+        num_hit_tokens: of these, tokens that were found, and so were not computed.
+        num_evicted_pages: cached pages of the pool that were taken for other tokens, ever.
     """
 
     num_pages: int
@@ -41,6 +44,9 @@ class MemoryStats:
     live_bytes: int
     shared_bytes: int
     reserved_bytes: int
+    num_looked_up_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_evicted_pages: int = 0
 
     @property
     def minimum_bytes(self) -> int:
@@ -51,6 +57,11 @@ class MemoryStats:
     def wasted_bytes(self) -> int:
         """Bytes of slots in active pages that hold no token."""
         return self.active_bytes - self.live_bytes
+
+    @property
+    def hit_rate(self) -> float:
+        """Part of the tokens that were looked for which was found; 0 when none were."""
+        return self.num_hit_tokens / self.num_looked_up_tokens if self.num_looked_up_tokens else 0.0
 
     @property
     def overhead(self) -> float:

@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 from transformers.masking_utils import create_causal_mask
 
 from hf_paged import OutOfPagesError, PagedCache
-from hf_paged.cache.prefill import _say
+from hf_paged.cache.prompt.prefill import _say
 from tests.models import left_padded, random_ids, tiny_llama, tiny_model
 
 SETTINGS = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -49,7 +49,7 @@ def said(caplog):
     """Begin with nothing said, and give the lines that prefill logs."""
     _say.cache_clear()
     caplog.set_level(logging.WARNING)
-    return lambda: [record.message for record in caplog.records if record.name == "hf_paged.cache.prefill"]
+    return lambda: [record.message for record in caplog.records if record.name == "hf_paged.cache.prompt.prefill"]
 
 
 def ragged() -> dict[str, Tensor]:

@@ -23,9 +23,9 @@ from transformers import (
 from hf_paged import OutOfPagesError, PagedCache, PagedEncoderDecoderCache, PagePool
 from hf_paged.attention.dispatch import Backend
 from hf_paged.attention.interface import paged_flex_attention
-from hf_paged.batch.packed_prompt import PackedPrompt
+from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.cache.layer import layers_over
-from hf_paged.cache.prefill import _say
+from hf_paged.cache.prompt.prefill import _say
 from hf_paged.errors import NotPackable
 from tests.families import FAMILIES, Family, Outcome, new_cache
 from tests.models import generate, left_padded, random_ids, run, tiny_llama, tiny_model
@@ -184,7 +184,7 @@ def test_every_family_is_packed_or_padded_and_generates_the_tokens_of_dynamic_ca
     expected = generate(oracle, family.oracle, new_cache(oracle), ids, attention_mask=mask, max_new_tokens=10)
     cache, padded = paged(model), paged(model)
     cache.prefill(model, ids, mask, max_tokens=50)
-    said = [record.message for record in caplog.records if record.name == "hf_paged.cache.prefill"]
+    said = [record.message for record in caplog.records if record.name == "hf_paged.cache.prompt.prefill"]
     assert len(said) == (family.name in PADDED)
     assert all(PADDED[family.name] in line for line in said)
     run(model, padded, ids[:, :59], [59], mask[:, :59])
@@ -394,8 +394,8 @@ def wants(monkeypatch):
     """Let prefill take models as they are for compiled ones, which want some tokens at least."""
 
     def set_to(min_tokens):
-        monkeypatch.setattr("hf_paged.cache.prefill.compiled_filling", lambda decoder: decoder)
-        monkeypatch.setattr("hf_paged.cache.prefill.MIN_TOKENS", min_tokens)
+        monkeypatch.setattr("hf_paged.cache.prompt.prefill.compiled_filling", lambda decoder: decoder)
+        monkeypatch.setattr("hf_paged.cache.prompt.prefill.MIN_TOKENS", min_tokens)
 
     return set_to
 
@@ -703,6 +703,7 @@ def test_another_model_than_that_of_the_pool_raises():
 
 def test_layers_that_are_left_out_keep_a_prompt_from_packing():
     packed = PackedPrompt(paged(llama())._sequences, random_ids(2, 19), None, 8)
+    packed.next_wave()
     packed.begin(0, 8)
     packed.sequences.reserve(1, 8, None)
     layers_over(packed.sequences)[0].update(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
@@ -718,6 +719,7 @@ def test_writing_without_asking_for_a_mask_keeps_a_prompt_from_packing():
 
 def test_the_mask_of_other_tokens_keeps_a_prompt_from_packing():
     packed = PackedPrompt(paged(llama())._sequences, random_ids(2, 19), None, 8)
+    packed.next_wave()
     packed.begin(0, 8)
     assert packed.sequences.reserve(1, 8, torch.ones(1, 8)).num_new == 8
     for num_rows, num_new, mask in ((1, 9, None), (2, 8, None), (1, 8, torch.zeros(1, 8))):

@@ -95,7 +95,7 @@ def test_each_model_has_as_many_graphs_as_torch_allows(graphs):
 @pytest.fixture
 def sixteen(monkeypatch):
     """Let 16 tokens be enough for a compiled prompt."""
-    monkeypatch.setattr("hf_paged.cache.prefill.MIN_TOKENS", 16)
+    monkeypatch.setattr("hf_paged.cache.prompt.prefill.MIN_TOKENS", 16)
 
 
 @pytest.mark.parametrize("max_tokens", [16, 1000])

@@ -173,7 +173,7 @@ def family(name):
     ],
 )
 def test_several_attentions_read_what_one_of_them_has_written(make, graphs, monkeypatch):
-    monkeypatch.setattr("hf_paged.cache.prefill.MIN_TOKENS", 16)
+    monkeypatch.setattr("hf_paged.cache.prompt.prefill.MIN_TOKENS", 16)
     reference, model, inputs = make(), make(), ragged()
     expected = tokens_of(reference, "sdpa", new_cache(reference), **inputs)
     model.set_attn_implementation("paged_flex")

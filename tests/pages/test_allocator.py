@@ -210,9 +210,12 @@ def test_shrinking_without_holders_leaves_nothing_and_growing_starts_over():
     ("cook", "message"),
     [
         (lambda allocator: allocator._ref_counts.__setitem__(0, 2), r"differ from the holders at pages \[0\]"),
-        (lambda allocator: allocator._free.append(0), "free and 2 held pages don't make 4 pages"),
-        (lambda allocator: allocator._free.append(2), "free and 2 held pages don't make 4 pages"),
-        (lambda allocator: setattr(allocator, "_num_touched", 3), "free and 2 held pages don't make 4 pages"),
+        (lambda allocator: allocator._free.append(0), "free, 2 held and 0 cached pages don't make 4 pages"),
+        (lambda allocator: allocator._free.append(2), "free, 2 held and 0 cached pages don't make 4 pages"),
+        (
+            lambda allocator: setattr(allocator, "_num_touched", 3),
+            "free, 2 held and 0 cached pages don't make 4 pages",
+        ),
         (lambda allocator: setattr(allocator, "_num_shared", 1), "1 pages are said to be shared, which is not so"),
     ],
     ids=["count", "held page is free", "page free twice", "page lost", "shared"],

@@ -72,3 +72,17 @@ class Progress:
             "every layer once per pass; after a pass that failed, call cache.roll_back() first. What an encoder says "
             "needs a cache of its own: use PagedEncoderDecoderCache."
         )
+
+    def left_out(self, layer: int) -> ValueError:
+        """Say that a layer is written which the passes before left out."""
+        return ValueError(
+            f"Layer {layer} was given new tokens, but it holds none of those that are cached: the passes before "
+            "left it out. When the layers of a model are changed, use a new PagedCache, or reset() this one."
+        )
+
+    def other_shape(self, layer: int, given: tuple[int, int], reserved: tuple[int, int]) -> ValueError:
+        """Say that a layer is given other rows or columns, `(num_rows, num_new)`, than were reserved."""
+        return ValueError(
+            f"Layer {layer} was given {given[1]} tokens in {given[0]} rows, but this forward pass was reserved for "
+            f"{reserved[1]} tokens in {reserved[0]} rows."
+        )

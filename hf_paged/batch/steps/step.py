@@ -110,6 +110,8 @@ class Step(ABC):
         self.next_columns = next_columns
         self.num_rows, self.num_new = shape
         self.past_is_visible = past_is_visible
+        self.is_plain = past_is_visible and view is not View.DENSE
+        """Whether queries see all tokens before them, or those in the window of their layers, and no others."""
         self.is_cancelled = False
         self.handed: dict[int, tuple[Tensor, BlockTable, LayerStorage]] = {}
         """Keys that stand for pages, by their address, with the rows and the storage."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_paged.cache.prefill import usual_chunk
+from hf_paged.cache.prompt.prefill import usual_chunk
 from hf_paged.tools.bench.settings import Settings
 from hf_paged.tools.bench.whole import Generated
 from hf_paged.tools.lab.baseline import Baseline

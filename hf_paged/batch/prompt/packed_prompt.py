@@ -1,9 +1,12 @@
 """A prompt whose tokens are computed packed: one row after another, without padding, in chunks."""
 
+from collections.abc import Hashable
+
 import numpy as np
 from torch import Tensor
 
-from hf_paged.batch.padding import Columns, Counts
+from hf_paged.batch.padding import BoolMatrix, Columns, Counts
+from hf_paged.batch.prompt.prefixes import RowPrefixes
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.duplicates import equal_rows
 from hf_paged.batch.steps.packed import Chunk, PackedStep, Packing
@@ -14,34 +17,45 @@ from hf_paged.pages.block_table import BlockTable
 class PackedPrompt:
     """New tokens of the rows of a cache, and a fork of these rows in which they are computed.
 
-    If that fails, the cache is as it was. A row of the fork stands for all rows that get the same tokens.
+    If that fails, the cache is as it was. A row of the fork stands for all rows that get the same tokens. Rows are
+    computed in waves: with a prefix index, those that begin alike wait for the first one, whose pages they share.
 
     Args:
         sequences: of the cache, which must not write as long as this does.
-        ids: `(num_rows, num_new)` what is in the new columns.
-        attention_mask: `(num_rows, num_columns)`, 0 for padding; None without padding.
+        ids: `(num_rows, num_columns)` what is in the columns, those that are cached included.
+        attention_mask: like `ids`, 0 for padding; None without padding.
         max_tokens: tokens of a chunk.
+        origin: what makes the keys and values. Where the pool has a prefix index, pages of the same origin are taken
+            from it, and added to it. None: neither.
 
     Attributes:
         sequences: the fork. The model is given a cache over it.
 
     Raises:
         NotPackable: if the mask hides tokens that are cached.
-        OutOfPagesError: if the pool has too few pages. Of layers that drop pages on the way, as many as will be held
-            at once are known to be free.
         ValueError: if rows or mask don't fit what is cached.
     """
 
-    def __init__(self, sequences: Sequences, ids: Tensor, attention_mask: Tensor | None, max_tokens: int) -> None:
+    def __init__(
+        self,
+        sequences: Sequences,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        max_tokens: int,
+        origin: Hashable | None = None,
+    ) -> None:
         self.sequences = Sequences(sequences.pool, begins_steps=False)
         self.sequences.become_fork_of(sequences)
         self.sequences.rows.supersede(sequences.rows)
+        self._max_tokens = max_tokens
         self._packing: Packing
         self._next_columns: Columns
         self._followed: Counts  # for each row of the cache, which row of the fork stands for it
+        self._tokens: Counts  # of the fork
+        self._is_new: BoolMatrix
+        self._prefixes: RowPrefixes | None = None
         try:
-            self._pack(ids, attention_mask)
-            self._reserve(max_tokens)
+            self._pack(ids.cpu().numpy(), attention_mask, origin)
         except BaseException:
             self.sequences.clear()
             raise
@@ -49,12 +63,36 @@ class PackedPrompt:
     @property
     def longest(self) -> int:
         """Tokens of the longest row, the new ones included."""
-        return int(self._packing.lengths(self._packing.num_tokens).max())
+        return int((self.sequences.rows.lengths + self._is_new.sum(axis=1)).max())
 
     @property
     def num_tokens(self) -> int:
-        """New tokens of all rows."""
+        """New tokens of this wave."""
         return self._packing.num_tokens
+
+    def next_wave(self) -> bool:
+        """Take on rows whose tokens can be computed now; return whether there are any.
+
+        Raises:
+            OutOfPagesError: if the pool has too few pages. Of layers that drop pages on the way, as many as will be
+                held at once are known to be free.
+        """
+        rows = self.sequences.rows
+        waiting = np.flatnonzero(self._is_new.any(axis=1)).tolist()
+        if not waiting:
+            return False
+        if self._prefixes is not None and self._is_fresh:
+            waiting = self._prefixes.adopt(rows.tables, waiting)
+        is_new = np.zeros_like(self._is_new)
+        for row in waiting:
+            new_columns = np.flatnonzero(self._is_new[row])
+            is_new[row, new_columns[rows.lengths[row] if self._is_fresh else 0 :]] = True
+        self._is_new[waiting] = False
+        lengths = rows.lengths.copy()
+        columns = self._next_columns.selected(self._originals)
+        self._packing = Packing(rows.columns, columns, lengths, self._tokens, is_new)
+        self._reserve()
+        return True
 
     def begin(self, first: int, num_queries: int) -> Chunk:
         """Begin the pass over the next tokens.
@@ -86,6 +124,8 @@ class PackedPrompt:
         if self.sequences.step is not None:
             missing = sorted(self.sequences.progress.missing)
             raise NotPackable(f"it passed over layers {missing}, which its configuration has")
+        if self._prefixes is not None:
+            self._prefixes.add(self.sequences.rows.tables)  # now, since some will be dropped as the next pass begins
 
     def unpack(self) -> None:
         """Let the rows of the fork be all rows, with the new columns."""
@@ -93,11 +133,13 @@ class PackedPrompt:
         for table in rows.tables:
             table.select(self._followed.tolist())
         rows.columns = self._next_columns
+        rows.origin = self._origin
         self.sequences.drop_past()
 
-    def _pack(self, ids: Tensor, attention_mask: Tensor | None) -> None:
-        num_rows, num_new = ids.shape
+    def _pack(self, ids: Counts, attention_mask: Tensor | None, origin: Hashable | None) -> None:
         rows = self.sequences.rows
+        num_rows, num_cached = len(ids), rows.columns.count
+        num_new = ids.shape[1] - num_cached
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
         columns, new, past_is_visible = rows.split(num_rows, num_new, mask)
         if not past_is_visible:
@@ -106,25 +148,27 @@ class PackedPrompt:
         rows.is_fanned_out = False  # for good
         self._next_columns = columns.extended(new, num_rows, num_new)
         is_new = np.ones((num_rows, num_new), dtype=bool) if new is None else new
-        tokens = np.where(is_new, ids.cpu().numpy(), 0)
+        tokens = np.where(is_new, ids[:, num_cached:], 0)
         originals, self._followed = np.unique(equal_rows(rows.tables, tokens, new), return_inverse=True)
+        self._originals: list[int] = originals.tolist()
         for table in rows.tables:
-            table.select(originals.tolist())
-        rows.columns = columns.selected(originals.tolist())
-        self._packing = Packing(
-            columns,
-            self._next_columns.selected(originals.tolist()),
-            rows.lengths.copy(),
-            tokens[originals],
-            is_new[originals],
-        )
+            table.select(self._originals)
+        rows.columns = columns.selected(self._originals)
+        self._tokens, self._is_new = tokens[originals], is_new[originals]
+        self._is_fresh = not rows.lengths.any()
+        pool = self.sequences.pool
+        is_known = self._is_fresh or (rows.origin == origin and rows.known_ids.are_all(num_cached))
+        self._origin = origin if is_known else None
+        if pool.prefix_index is not None and self._origin is not None:
+            all_columns = self._next_columns.selected(self._originals)
+            self._prefixes = RowPrefixes(pool, self._origin, ids[originals], all_columns)
 
     def _drops(self, table: BlockTable) -> bool:
         return table.group.window is not None and not self.sequences.records_past
 
-    def _reserve(self, max_tokens: int) -> None:
+    def _reserve(self) -> None:
         for table in filter(self._drops, self.sequences.rows.tables):
-            num_pages = self._peak(table, max_tokens)
+            num_pages = self._peak(table)
             table.group.allocator.release(table.group.take(num_pages, admit=not table.lengths.any()))
         counts = self._packing.lengths(self._packing.num_tokens) - self.sequences.rows.lengths
         for table in self.sequences.rows.tables:
@@ -136,14 +180,14 @@ class PackedPrompt:
                     [page for row, num_held in enumerate(held) for page in table.row_pages(row)[num_held:]]
                 )
 
-    def _peak(self, table: BlockTable, max_tokens: int) -> int:
+    def _peak(self, table: BlockTable) -> int:
         """Pages that a table will hold at once, beside those that it holds now."""
         packing, page_size, window = self._packing, self.sequences.pool.page_size, table.group.window
         assert window is not None
         held = -(-table.lengths // page_size)
         peak = 0
-        for done in range(0, packing.num_tokens, max_tokens):
+        for done in range(0, packing.num_tokens, self._max_tokens):
             first = np.maximum(packing.starts(window, done) // page_size, held)
-            end = -(-packing.lengths(done + max_tokens) // page_size)
+            end = -(-packing.lengths(done + self._max_tokens) // page_size)
             peak = max(peak, int(np.maximum(end - first, 0).sum()))
         return peak

@@ -20,11 +20,12 @@ from transformers.masking_utils import create_masks_for_generate
 from hf_paged._torch.dynamo import let_vary
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._transformers import CACHE, layer_specs
-from hf_paged.batch.packed_prompt import PackedPrompt
+from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.packed import Chunk
 from hf_paged.cache.layer import layers_over
-from hf_paged.cache.packable import check_model, check_prompt
+from hf_paged.cache.prompt.fingerprint import fingerprint
+from hf_paged.cache.prompt.packable import check_model, check_prompt
 from hf_paged.compile.api import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.errors import NotPackable, OutOfPagesError
 
@@ -127,6 +128,32 @@ def prefill(
         filled._sequences.clear()
 
 
+def prefill_prepared(model: PreTrainedModel, sequences: Sequences, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+    """Compute all columns but the last one if they can go through a prefix index; else nothing is computed.
+
+    Args:
+        model: that generates.
+        sequences: the rows.
+        input_ids: `(num_rows, num_columns)`.
+        inputs: what else `generate()` has prepared for the model.
+
+    Raises:
+        OutOfPagesError: if the pool has too few pages; nothing has changed.
+    """
+    sequences.end_step()
+    if sequences.pool.prefix_index is None or not sequences.rows.are_empty or input_ids.shape[1] == 1:
+        return
+    filled = Sequences(sequences.pool)
+    filled.become_fork_of(sequences)
+    try:
+        _compute_packed(model, sequences, filled, input_ids, inputs, usual_chunk(input_ids.device))
+        sequences.exchange(filled)
+    except NotPackable as reason:
+        _say_missed(type(model).__name__, str(reason))
+    finally:
+        filled.clear()
+
+
 def _check_going_on(
     scores: Tensor,
     model: PreTrainedModel,
@@ -162,29 +189,41 @@ def _compute_packed(
     num_cached, num_columns = sequences.rows.columns.count, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
     attention_mask = inputs.get("attention_mask")
-    ids = input_ids[:, num_cached:-1]
+    origin = None if sequences.pool.prefix_index is None else (fingerprint(model), sequences.salt)
     filled.clear()  # or else its pages would be copied, as shared ones
-    packed = PackedPrompt(sequences, ids, None if attention_mask is None else attention_mask[:, :-1], max_tokens)
+    mask = None if attention_mask is None else attention_mask[:, :-1]
+    packed = PackedPrompt(sequences, input_ids[:, :-1], mask, max_tokens, origin)
     try:
         _check_rotary(decoder, packed.longest)
-        cache = Cache(layers=layers_over(packed.sequences))
-        num_tokens = packed.num_tokens
-        for first in range(0, num_tokens, max_tokens):
-            num_queries = min(max_tokens, num_tokens - first)
-            fill = compiled_filling(decoder) if _is_compiled(num_queries, max_tokens) else None
-            if fill is not None:
-                num_queries = max(num_queries, MIN_TOKENS)
-            chunk = packed.begin(first, num_queries)
-            _run(model, fill, cache, chunk, num_queries, input_ids.device)
-            packed.end()
-            num_freed = num_queries if first + max_tokens < num_tokens else num_tokens
-            if input_ids.device.type == "cpu" and num_freed >= _CHUNK_ON_CPU:
-                give_back_freed()  # what activations leave in C's heap while the pages fill up
+        while packed.next_wave():
+            _compute_wave(model, decoder, packed, max_tokens, input_ids.device)
         packed.unpack()
         packed.sequences.rows.known_ids.note(input_ids.clone(), num_cached, num_columns - 1)
         filled.exchange(packed.sequences)
     finally:
         packed.sequences.clear()
+
+
+def _compute_wave(
+    model: PreTrainedModel,
+    decoder: torch.nn.Module,
+    packed: PackedPrompt,
+    max_tokens: int,
+    device: torch.device,
+) -> None:
+    cache = Cache(layers=layers_over(packed.sequences))
+    num_tokens = packed.num_tokens
+    for first in range(0, num_tokens, max_tokens):
+        num_queries = min(max_tokens, num_tokens - first)
+        fill = compiled_filling(decoder) if _is_compiled(num_queries, max_tokens) else None
+        if fill is not None:
+            num_queries = max(num_queries, MIN_TOKENS)
+        chunk = packed.begin(first, num_queries)
+        _run(model, fill, cache, chunk, num_queries, device)
+        packed.end()
+        num_freed = num_queries if first + max_tokens < num_tokens else num_tokens
+        if device.type == "cpu" and num_freed >= _CHUNK_ON_CPU:
+            give_back_freed()  # what activations leave in C's heap while the pages fill up
 
 
 def _compute_padded(
@@ -219,6 +258,11 @@ def _compute_padded(
 @once
 def _say(name: str, reason: str) -> None:
     logger.warning("prefill() computes the prompt of %s at once and padded, as generate() does: %s.", name, reason)
+
+
+@once
+def _say_missed(name: str, reason: str) -> None:
+    logger.warning("The prompt of %s does not go through the pool's prefix index: %s.", name, reason)
 
 
 def _settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:

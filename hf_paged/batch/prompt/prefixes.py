@@ -1,0 +1,109 @@
+"""The rows of a prompt as a prefix index knows them."""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from hf_paged.batch.padding import BoolMatrix, Columns, Counts
+from hf_paged.batch.rows import Rows
+from hf_paged.pages.block_table import BlockTable
+from hf_paged.pages.pool import PagePool
+from hf_paged.pages.prefix_index import TOKEN_BYTES
+
+_WORTH_WAITING = 64  # tokens; a pass of its own for fewer saves nothing
+
+
+class RowPrefixes:
+    """Finds the beginnings of rows in the index of their pool, and lets the rows be found there.
+
+    Args:
+        pool: where the rows are; has an index.
+        origin: what makes the keys and values.
+        ids: `(num_rows, num_columns)` what is in the columns, those before the prompt included.
+        columns: which of them are tokens.
+    """
+
+    def __init__(self, pool: PagePool, origin: Hashable, ids: Counts, columns: Columns) -> None:
+        assert pool.prefix_index is not None
+        self._index = index = pool.prefix_index
+        # A window is one of columns. Tokens behind padding within a row see fewer others through it than they would
+        # without the padding, so that they are neither looked for nor found.
+        has_windows = any(group.window is not None for group in pool.groups)
+        self._origin = origin
+        self._page_bytes = index.page_size * TOKEN_BYTES
+        self._rows = [
+            row_ids[_first_run(real) if has_windows else real].astype("<i4").tobytes()
+            for row_ids, real in zip(ids, _real(columns, len(ids)), strict=True)
+        ]
+        self._num_indexed = [0] * len(ids)  # pages that can be found, or that others have
+
+    def adopt(self, tables: Sequence[BlockTable], rows: Sequence[int]) -> list[int]:
+        """Let empty rows begin with the pages that are found.
+
+        A row that would compute the same tokens as one before it waits instead, to find them.
+
+        Args:
+            tables: the rows, in each group.
+            rows: that are empty.
+
+        Returns:
+            Those that don't wait.
+        """
+        least = -(-_WORTH_WAITING // self._index.page_size)
+        chosen, beginnings = [], set()
+        for row in rows:
+            prefix = self._index.match(self._origin, self._rows[row])
+            end = (prefix.num_pages + least) * self._page_bytes
+            beginning = self._rows[row][:end]
+            if len(beginning) == end and beginning in beginnings:
+                for table, pages in zip(tables, prefix.pages, strict=True):
+                    table.group.allocator.release(pages)
+                continue
+            beginnings.add(beginning)
+            chosen.append(row)
+            self._num_indexed[row] = prefix.num_pages
+            num_tokens = prefix.num_pages * self._index.page_size
+            for table, pages, start in zip(tables, prefix.pages, prefix.starts, strict=True):
+                table.adopt(row, pages, start, num_tokens)
+            self._index.count(len(self._rows[row]) // TOKEN_BYTES, num_tokens)
+        return chosen
+
+    def add(self, tables: Sequence[BlockTable]) -> None:
+        """Let the full pages of all rows be found.
+
+        Args:
+            tables: the rows, in each group.
+        """
+        for row, tokens in enumerate(self._rows):
+            num_tokens = min(len(tokens) // TOKEN_BYTES, int(tables[0].lengths[row]))
+            num_full = num_tokens // self._index.page_size
+            if num_full <= self._num_indexed[row]:
+                continue
+            pages = [
+                {place: page for page, place in table.placed_pages(row) if self._num_indexed[row] <= place < num_full}
+                for table in tables
+            ]
+            self._index.add(self._origin, tokens, pages)
+            self._num_indexed[row] = num_full
+
+
+def is_findable(rows: Rows) -> bool:
+    """Whether all tokens of rows are known, and nothing but these has made their keys and values."""
+    return rows.origin is not None and rows.known_ids.are_all(rows.columns.count)
+
+
+def let_be_found(rows: Rows, ids: Tensor) -> None:
+    """Let the full pages of rows that are findable be found by `ids`, `(num_rows, at least num_columns)`."""
+    found = RowPrefixes(rows.pool, rows.origin, ids[:, : rows.columns.count].cpu().numpy(), rows.columns)
+    found.add(rows.tables)
+
+
+def _real(columns: Columns, num_rows: int) -> BoolMatrix:
+    return np.ones((num_rows, columns.count), dtype=bool) if columns.real is None else columns.real
+
+
+def _first_run(real: BoolMatrix) -> BoolMatrix:
+    """The tokens before the first padding behind a token."""
+    has_begun = np.maximum.accumulate(real)
+    return real & ~np.logical_or.accumulate(has_begun & ~real)

@@ -1,0 +1,1 @@
+"""Prompts: what of one is known, and what is left to compute."""

@@ -1,0 +1,109 @@
+"""What is done to the rows of a cache between two passes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from hf_paged.batch.sequences import Sequences
+
+
+class RowOperations(Cache):
+    """A cache whose rows can be shortened, chosen, reordered, repeated and released; no token is copied."""
+
+    _sequences: Sequences
+
+    def roll_back(self) -> None:
+        """Forget a forward pass that failed in mid-way; the cache is as it was before.
+
+        A pass that hf-paged itself refuses is forgotten at once. Where anything else fails (a layer, a hook, memory,
+        an interrupt), nothing tells the cache so, and the next pass is refused until this is called.
+        """
+        self._sequences.roll_back()
+
+    def reset(self) -> None:
+        """Release all pages; the cache is as new."""
+        self._sequences.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last columns.
+
+        Args:
+            tokens_to_remove: 0 or negative, minus the number of columns.
+
+        Raises:
+            ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
+                have left a sliding window; nothing has changed.
+        """
+        self._sequences.end_step()
+        held = self._sequences.rows.columns.count
+        if tokens_to_remove > 0 or held + tokens_to_remove < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "
+                f"below {-held}: minus the number of tokens to remove. To keep n tokens, as a positive number did in "
+                "earlier versions of Transformers, call crop(n - cache.get_seq_length())."
+            )
+        self._sequences.truncate(held + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `i` be what row `beam_idx[i]` was; no token is copied.
+
+        Args:
+            beam_idx: `(num_rows,)` int64, indices of rows; as many as the next pass has.
+
+        Raises:
+            ValueError: if a row does not exist; nothing has changed.
+        """
+        self._sequences.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows; those that are left out give their pages back.
+
+        Args:
+            indices: `(num_kept,)` int64, in the order wanted, or a bool mask over all rows.
+
+        Raises:
+            ValueError: if a row does not exist, or the mask has another length; nothing has changed.
+        """
+        self._sequences.select(self._indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, sharing its pages; the copies of a row follow one another.
+
+        Args:
+            repeats: how often each row is there afterwards.
+        """
+        self._sequences.select(np.repeat(np.arange(len(self._sequences.lengths)), repeats).tolist())
+
+    def release(self, rows: Sequence[int] | Tensor) -> None:
+        """Give back the pages of rows that are finished, at once.
+
+        The rows stay in the batch and `generate()` may go on filling them up, but they store nothing and attend to
+        nothing any more; what the model computes for them means nothing. The other rows are not affected.
+
+        Args:
+            rows: their indices, or a bool mask over all rows.
+
+        Raises:
+            ValueError: if a row does not exist, or the mask has another length; nothing has changed.
+        """
+        self._sequences.release(self._indices(rows))
+
+    def activate_past_recording(self) -> None:
+        """Keep what leaves a sliding window until the next `crop`, so that `crop` can be exact.
+
+        Assisted decoding calls this by itself.
+        """
+        self._sequences.records_past = True
+
+    def _indices(self, rows: Sequence[int] | Tensor) -> list[int]:
+        given = torch.as_tensor(rows)
+        if given.dtype == torch.bool:
+            num_rows = len(self._sequences.lengths)
+            if num_rows and len(given) != num_rows:
+                raise ValueError(f"A mask over {len(given)} rows was given, but this cache holds {num_rows} rows.")
+            given = given.nonzero().flatten()
+        indices: list[int] = given.tolist()
+        return indices
