@@ -112,6 +112,14 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         """Give back the pages of rows that are finished; see `PagedCache.release`."""
         self.self_attention_cache.release(rows)
 
+    def swap_out(self) -> None:
+        """Move the content of the decoder's pages to the host; see `PagedCache.swap_out`. The encoder's part stays."""
+        self.self_attention_cache.swap_out()
+
+    def swap_in(self) -> None:
+        """Bring back what was swapped out; see `PagedCache.swap_in`."""
+        self.self_attention_cache.swap_in()
+
     def prefill(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: `generate()` computes the encoder's part of a prompt."""
         raise encoder_refused(model)

@@ -14,7 +14,6 @@ from hf_paged.cache.layer import PagedLayer, layers_over, owned
 from hf_paged.cache.prompt.known_prefix import commit, goes_on_alike
 from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
 from hf_paged.cache.row_operations import RowOperations
-from hf_paged.pages.memory_map import draw
 from hf_paged.pages.pool import PagePool, pool_for
 from hf_paged.pages.stats import MemoryStats
 
@@ -326,8 +325,9 @@ class PagedCache(RowOperations):
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
-        self._sequences.drop_past()
-        return self.pool.account([[table] for table in self._sequences.rows.tables])
+        if not self._sequences.rows.are_swapped_out:
+            self._sequences.drop_past()
+        return self._sequences.rows.stats()
 
     def memory_map(self, width: int = 64) -> str:
         """Draw the pages of each group of layers, and list the pages of each row.
@@ -336,4 +336,4 @@ class PagedCache(RowOperations):
             width: pages to a line.
         """
         self._sequences.commit_first()
-        return draw(self._sequences.rows.tables, width)
+        return self._sequences.rows.memory_map(width)

@@ -11,7 +11,7 @@ from hf_paged.batch.sequences import Sequences
 
 
 class RowOperations(Cache):
-    """A cache whose rows can be shortened, chosen, reordered, repeated and released; no token is copied."""
+    """A cache whose rows can be shortened, chosen, reordered, repeated, released and swapped out."""
 
     _sequences: Sequences
 
@@ -97,6 +97,28 @@ class RowOperations(Cache):
         Assisted decoding calls this by itself.
         """
         self._sequences.records_past = True
+
+    def swap_out(self) -> None:
+        """Move the content of all pages to memory of the host, so that others may have the pages.
+
+        The next use brings it back, into other pages; `lengths`, `stats()` and `reset()` do without it. Pages that
+        forks hold too are copied, and stay theirs. The memory of a pool that grows is given back by `pool.trim()`.
+
+        Raises:
+            OutOfPagesError: if the `host_bytes` of the pool have too little room; nothing has changed.
+            ValueError: if it has none, or a forward pass is under way; nothing has changed.
+        """
+        if not self._sequences.rows.are_swapped_out:
+            self._sequences.end_step()
+            self._sequences.rows.swap_out()
+
+    def swap_in(self) -> None:
+        """Bring back what was swapped out, ahead of its next use.
+
+        Raises:
+            OutOfPagesError: if the pool has too few pages; nothing has changed.
+        """
+        self._sequences.rows.swap_in()
 
     def _indices(self, rows: Sequence[int] | Tensor) -> list[int]:
         given = torch.as_tensor(rows)

@@ -14,6 +14,7 @@ from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.prefix_index import PrefixIndex
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.storage import LayerStorage, disagreement
+from hf_paged.pages.tiers.host import HostTier
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
@@ -33,9 +34,11 @@ class PagePool:
         watermark: pages that new rows leave free for the rows that are already running.
         prefix_cache: whether full pages that `PagedCache.prefill` has computed can be found by their tokens, also once
             nobody holds them, until pages run short. It takes `num_pages`: else nothing would ever run short.
+        host_bytes: memory of the host, at most, for rows that are swapped out. 0: none.
 
     Attributes:
         prefix_index: finds them; None without.
+        host: memory of the host; None without.
 
     Raises:
         ValueError: for a page size that the kernel can't take, a model whose layers keep another state, or a prefix
@@ -50,6 +53,7 @@ class PagePool:
         watermark: int = 0,
         *,
         prefix_cache: bool = False,
+        host_bytes: int = 0,
     ) -> None:
         num_pages = None if num_pages is None else check_count("num_pages", num_pages, least=1)
         watermark = check_count("watermark", watermark, least=0)
@@ -59,6 +63,8 @@ class PagePool:
         self.page_size = check_page_size(page_size)
         self.layers = layer_specs(config)
         self.max_pages = num_pages
+        host_bytes = check_count("host_bytes", host_bytes, least=0)
+        self.host = HostTier(host_bytes) if host_bytes else None
         by_window: dict[int | None, list[int]] = {}
         for index, spec in enumerate(self.layers):
             if spec.stores:
@@ -98,6 +104,7 @@ class PagePool:
         *,
         memory_fraction: float | None = None,
         prefix_cache: bool = False,
+        host_bytes: int = 0,
     ) -> "PagePool":
         """Make a pool for a model, of a number of pages, or of a part of the memory that is free now.
 
@@ -112,6 +119,7 @@ class PagePool:
             memory_fraction: above 0 and below 1, of what is free on the devices of the model; the rest is for
                 activations. Instead of `num_pages`.
             prefix_cache: as for the class.
+            host_bytes: as for the class.
 
         Raises:
             ValueError: for arguments that exclude each other or are out of range, a model with an encoder, or if not
@@ -119,7 +127,7 @@ class PagePool:
         """
         config = check_config(getattr(model, "config", None))
         if memory_fraction is None:
-            return cls(config, num_pages, page_size, watermark, prefix_cache=prefix_cache)
+            return cls(config, num_pages, page_size, watermark, prefix_cache=prefix_cache, host_bytes=host_bytes)
         if num_pages is not None or not 0 < memory_fraction < 1:
             raise ValueError(
                 f"num_pages={num_pages} and memory_fraction={memory_fraction} were asked for, but one of them is "
@@ -140,7 +148,7 @@ class PagePool:
                 f"memory_fraction={memory_fraction} of the free memory has room for no page of {page_size} tokens. "
                 "Free some, or ask for more of it."
             )
-        return cls(config, min(fitting), page_size, watermark, prefix_cache=prefix_cache)
+        return cls(config, min(fitting), page_size, watermark, prefix_cache=prefix_cache, host_bytes=host_bytes)
 
     @property
     def num_pages(self) -> int:
@@ -186,10 +194,11 @@ class PagePool:
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes of every cache on this pool."""
-        return self.account([group.holders() for group in self.groups])
+        swapped_bytes = 0 if self.host is None else self.host.set_aside_bytes
+        return self.account([group.holders() for group in self.groups], swapped_bytes)
 
-    def account(self, holders: Sequence[Sequence[PageHolder]]) -> MemoryStats:
-        """Account for what `holders`, given for each group, hold."""
+    def account(self, holders: Sequence[Sequence[PageHolder]], swapped_bytes: int = 0) -> MemoryStats:
+        """Account for what `holders`, given for each group, hold, beside what they have on the host."""
         num_active = num_shared = active_bytes = live_bytes = shared_bytes = num_unique = 0
         for group, members in zip(self.groups, holders, strict=True):
             used: dict[int, int] = {}
@@ -224,6 +233,7 @@ class PagePool:
             num_looked_up_tokens=0 if index is None else index.num_looked_up_tokens,
             num_hit_tokens=0 if index is None else index.num_hit_tokens,
             num_evicted_pages=0 if index is None else index.num_evicted_pages,
+            swapped_bytes=swapped_bytes,
         )
 
     def check_integrity(self) -> None:

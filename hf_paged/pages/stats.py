@@ -28,6 +28,7 @@ class MemoryStats:
         num_looked_up_tokens: tokens that `prefill` has looked for in the pool's prefix index, ever.
         num_hit_tokens: of these, tokens that were found, and so were not computed.
         num_evicted_pages: cached pages of the pool that were taken for other tokens, ever.
+        swapped_bytes: memory of the host that rows take which were swapped out. Nothing else here counts these rows.
     """
 
     num_pages: int
@@ -47,6 +48,7 @@ class MemoryStats:
     num_looked_up_tokens: int = 0
     num_hit_tokens: int = 0
     num_evicted_pages: int = 0
+    swapped_bytes: int = 0
 
     @property
     def minimum_bytes(self) -> int:

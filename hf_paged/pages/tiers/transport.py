@@ -22,9 +22,14 @@ def page_bytes(storages: Sequence[LayerStorage]) -> int:
     return sum(storage.page_size * storage.token_bytes for storage in storages)
 
 
+def page_host_bytes(storages: Sequence[LayerStorage]) -> int:
+    """Bytes of the host that one page in some layers takes once it was read."""
+    return _taken(page_bytes(storages), _are_pinned(storages))
+
+
 def host_bytes(content: Tensor) -> int:
-    """Bytes of the host that a tensor takes. Torch rounds pinned memory up to a power of two."""
-    return 1 << (content.nbytes - 1).bit_length() if content.nbytes and content.is_pinned() else content.nbytes
+    """Bytes of the host that the content of a page takes."""
+    return _taken(content.nbytes, content.is_pinned())
 
 
 @torch.no_grad()
@@ -38,11 +43,9 @@ def read_pages(storages: Sequence[LayerStorage], pages: Sequence[int]) -> list[T
     Returns:
         For each page `(page_bytes(storages),)` uint8, the layers in order.
     """
-    is_pinned = any(storage.device.type == "cuda" for storage in storages)
+    size, is_pinned = page_bytes(storages), _are_pinned(storages)
     with torch.inference_mode(False):
-        contents = [
-            torch.empty(page_bytes(storages), dtype=torch.uint8, pin_memory=is_pinned) for _ in range(len(pages))
-        ]
+        contents = [torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(len(pages))]
     for piece in _pieces(storages):
         for some in piece.batches(len(pages)):
             ids = piece.sent(pages[some])
@@ -119,6 +122,15 @@ class _Piece:
     def sent(self, pages: Sequence[int]) -> Tensor:
         """`(num_pages,)` int64 on the device."""
         return torch.tensor(pages, dtype=torch.int64).to(self.device, non_blocking=True)
+
+
+def _are_pinned(storages: Sequence[LayerStorage]) -> bool:
+    return any(storage.device.type == "cuda" for storage in storages)
+
+
+def _taken(num_bytes: int, is_pinned: bool) -> int:
+    """Bytes that torch takes for a tensor: it rounds pinned memory up to a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes and is_pinned else num_bytes
 
 
 def _pieces(storages: Sequence[LayerStorage]) -> list[_Piece]:
