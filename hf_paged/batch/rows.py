@@ -7,11 +7,11 @@ from torch import Tensor
 
 from hf_paged.batch.known_ids import KnownIds
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
+from hf_paged.batch.swapped import SwappedRows
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.memory_map import draw
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
-from hf_paged.pages.tiers.swapped import SwappedRows
 
 
 class Rows:

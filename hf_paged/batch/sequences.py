@@ -193,6 +193,8 @@ class Sequences:
             if result is None:
                 storage = self.pool.open_storage(layer, keys, values)
                 step = self._step_for(layer, keys, values)
+                if step.arrivals is not None:
+                    step.arrivals.wait_for(layer)
                 step.write(group, storage, keys, values)
                 result = step.read(group, storage, keys, values)
         except UnclearPassError:

@@ -1,6 +1,8 @@
 """The pages of all layers, which several caches may share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -14,7 +16,10 @@ from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.prefix_index import PrefixIndex
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.storage import LayerStorage, disagreement
+from hf_paged.pages.tiers.base import PageTier
 from hf_paged.pages.tiers.host import HostTier
+from hf_paged.pages.tiers.prefixes import PrefixTiers
+from hf_paged.pages.tiers.write_behind import WriteBehind
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
@@ -34,15 +39,19 @@ class PagePool:
         watermark: pages that new rows leave free for the rows that are already running.
         prefix_cache: whether full pages that `PagedCache.prefill` has computed can be found by their tokens, also once
             nobody holds them, until pages run short. It takes `num_pages`: else nothing would ever run short.
-        host_bytes: memory of the host, at most, for rows that are swapped out. 0: none.
+        host_bytes: memory of the host, at most, for rows that are swapped out, and for pages of prefixes that were
+            evicted. They are brought back where that is expected to be faster than computing them. 0: none.
+        store: where pages of prefixes go that make room in memory of the host, or on the device if `host_bytes` is 0,
+            such as a `PrefixStore`. It takes `prefix_cache`.
 
     Attributes:
         prefix_index: finds them; None without.
         host: memory of the host; None without.
+        store: as given.
 
     Raises:
-        ValueError: for a page size that the kernel can't take, a model whose layers keep another state, or a prefix
-            cache without a bound or for a model with an encoder.
+        ValueError: for a page size that the kernel can't take, a model whose layers keep another state, a prefix cache
+            without a bound or for a model with an encoder, or a store without a prefix cache.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class PagePool:
         *,
         prefix_cache: bool = False,
         host_bytes: int = 0,
+        store: PageTier | None = None,
     ) -> None:
         num_pages = None if num_pages is None else check_count("num_pages", num_pages, least=1)
         watermark = check_count("watermark", watermark, least=0)
@@ -64,7 +74,9 @@ class PagePool:
         self.layers = layer_specs(config)
         self.max_pages = num_pages
         host_bytes = check_count("host_bytes", host_bytes, least=0)
-        self.host = HostTier(host_bytes) if host_bytes else None
+        self.store = store
+        written = None if store is None else WriteBehind(store)
+        self.host = HostTier(host_bytes, written) if host_bytes else None
         by_window: dict[int | None, list[int]] = {}
         for index, spec in enumerate(self.layers):
             if spec.stores:
@@ -80,7 +92,14 @@ class PagePool:
         self.prefix_index = None
         if prefix_cache:
             self._check_prefix_cache()
-            self.prefix_index = PrefixIndex(self.groups)
+            tiers: dict[str, PageTier | None] = {"host": self.host, "store": written}
+            present = {name: tier for name, tier in tiers.items() if tier is not None}
+            self.prefix_index = PrefixIndex(self.groups, PrefixTiers(self.groups, present) if present else None)
+        elif store is not None:
+            raise ValueError(
+                "A store was given to a pool that finds no prefixes, which is what it would keep. Pass "
+                "prefix_cache=True and num_pages, or leave out the store."
+            )
 
     def _check_prefix_cache(self) -> None:
         if self.has_encoder:
@@ -105,6 +124,7 @@ class PagePool:
         memory_fraction: float | None = None,
         prefix_cache: bool = False,
         host_bytes: int = 0,
+        store: PageTier | None = None,
     ) -> "PagePool":
         """Make a pool for a model, of a number of pages, or of a part of the memory that is free now.
 
@@ -120,14 +140,16 @@ class PagePool:
                 activations. Instead of `num_pages`.
             prefix_cache: as for the class.
             host_bytes: as for the class.
+            store: as for the class.
 
         Raises:
             ValueError: for arguments that exclude each other or are out of range, a model with an encoder, or if not
                 one page fits.
         """
         config = check_config(getattr(model, "config", None))
+        make = partial(cls, config, prefix_cache=prefix_cache, host_bytes=host_bytes, store=store)
         if memory_fraction is None:
-            return cls(config, num_pages, page_size, watermark, prefix_cache=prefix_cache, host_bytes=host_bytes)
+            return make(num_pages, page_size, watermark)
         if num_pages is not None or not 0 < memory_fraction < 1:
             raise ValueError(
                 f"num_pages={num_pages} and memory_fraction={memory_fraction} were asked for, but one of them is "
@@ -148,7 +170,7 @@ class PagePool:
                 f"memory_fraction={memory_fraction} of the free memory has room for no page of {page_size} tokens. "
                 "Free some, or ask for more of it."
             )
-        return cls(config, min(fitting), page_size, watermark, prefix_cache=prefix_cache, host_bytes=host_bytes)
+        return make(min(fitting), page_size, watermark)
 
     @property
     def num_pages(self) -> int:
@@ -195,7 +217,17 @@ class PagePool:
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes of every cache on this pool."""
         swapped_bytes = 0 if self.host is None else self.host.set_aside_bytes
-        return self.account([group.holders() for group in self.groups], swapped_bytes)
+        stats = self.account([group.holders() for group in self.groups], swapped_bytes)
+        tiers = None if self.prefix_index is None else self.prefix_index.tiers
+        if tiers is None:
+            return stats
+        return replace(
+            stats,
+            host_bytes=0 if self.host is None else self.host.num_bytes,
+            store_bytes=0 if self.store is None else self.store.num_bytes,
+            num_demoted_pages=tiers.num_demoted_pages,
+            num_promoted_pages=tiers.num_promoted_pages,
+        )
 
     def account(self, holders: Sequence[Sequence[PageHolder]], swapped_bytes: int = 0) -> MemoryStats:
         """Account for what `holders`, given for each group, hold, beside what they have on the host."""
@@ -242,9 +274,11 @@ class PagePool:
             group.check_integrity({} if self.prefix_index is None else self.prefix_index.places(place))
 
     def forget_prefixes(self) -> None:
-        """Let no prefix be found any more; the pages that nobody holds are free."""
+        """Let no prefix be found any more but in the store; the pages that nobody holds are free."""
         if self.prefix_index is not None:
             self.prefix_index.clear()
+        if self.host is not None:
+            self.host.clear()
 
 
 def check_config(config: PreTrainedConfig | None) -> PreTrainedConfig:

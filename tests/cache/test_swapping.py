@@ -103,7 +103,7 @@ def test_what_was_generated_is_found_by_the_next_prompt_and_makes_room_for_rows_
     other.reset()
     assert pool.stats().num_cached_pages == 4
     cache.commit(tokens)
-    assert (pool.stats().num_active_pages, pool.stats().num_evicted_pages) == (4, 2)
+    assert (pool.stats().num_active_pages, pool.stats().num_evicted_pages) == (4, 4)
     pool.check_integrity()
     cache.reset()
     other.prefill(model, tokens)
@@ -360,7 +360,7 @@ def test_a_failing_copy_leaves_the_rows_on_the_host(cache, generator, monkeypatc
         raise MemoryError("no room to gather")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_paged.pages.tiers.swapped.write_pages", fail)
+        patch.setattr("hf_paged.batch.swapped.write_pages", fail)
         with pytest.raises(MemoryError, match="no room to gather"):
             cache.swap_in()
     assert is_out(cache)

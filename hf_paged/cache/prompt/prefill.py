@@ -10,6 +10,7 @@ import inspect
 import logging
 from functools import cache as once
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -201,7 +202,7 @@ def _compute_packed(
         packed.sequences.rows.known_ids.note(input_ids.clone(), num_cached, num_columns - 1)
         filled.exchange(packed.sequences)
     finally:
-        packed.sequences.clear()
+        packed.close()
 
 
 def _compute_wave(
@@ -212,7 +213,7 @@ def _compute_wave(
     device: torch.device,
 ) -> None:
     cache = Cache(layers=layers_over(packed.sequences))
-    num_tokens = packed.num_tokens
+    num_tokens, began = packed.num_tokens, perf_counter()
     for first in range(0, num_tokens, max_tokens):
         num_queries = min(max_tokens, num_tokens - first)
         fill = compiled_filling(decoder) if _is_compiled(num_queries, max_tokens) else None
@@ -224,6 +225,10 @@ def _compute_wave(
         num_freed = num_queries if first + max_tokens < num_tokens else num_tokens
         if device.type == "cpu" and num_freed >= _CHUNK_ON_CPU:
             give_back_freed()  # what activations leave in C's heap while the pages fill up
+    if packed.speeds is not None:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        packed.speeds.note_computed(num_tokens, perf_counter() - began)
 
 
 def _compute_padded(

@@ -28,7 +28,7 @@ class HostTier(PageTier):
 
     Args:
         max_bytes: of all of it. A page that is on its way to the next tier counts no more.
-        next_tier: is given the pages that are dropped; None: they are gone.
+        next_tier: is given the pages that make room for others; None: they are gone.
     """
 
     def __init__(self, max_bytes: int, next_tier: PageTier | None = None) -> None:
@@ -46,8 +46,8 @@ class HostTier(PageTier):
         return len(self._contents)
 
     @property
+    @override
     def num_bytes(self) -> int:
-        """Bytes of these pages."""
         return self._num_bytes
 
     @property
@@ -83,6 +83,12 @@ class HostTier(PageTier):
     @override
     def __contains__(self, key: PageKey) -> bool:
         return key in self._contents
+
+    def clear(self) -> None:
+        """Drop all pages."""
+        with self._lock:
+            self._contents.clear()
+            self._num_bytes = 0
 
     def set_aside(self, num_bytes: int) -> SetAside:
         """Let somebody else have some of the bytes, for as long as what is returned lives.

@@ -1,69 +1,79 @@
-"""How fast pages are computed, and brought from each tier."""
+"""How fast tokens are computed, and bytes of their pages moved."""
 
+import math
 import threading
+from collections import deque
 
-_KEPT = 0.8  # of what was measured before, each time that something is measured
-_PATIENCE = 100  # times that a tier is passed over before it is measured again
+_HALF_BYTES = 64 * 2**20  # after as many more, what was measured before counts half
+_LEAST_TOKENS = 64  # fewer take as long
+_NUM_COMPUTED = 16  # measurements that are looked at
+_PATIENCE = 100  # times that a way is passed over before it is measured again
 
 
 class Speeds:
-    """Running estimates, by which pages are brought from a tier or computed. Threads may share them."""
+    """Running estimates, by which pages are brought from a tier or computed. Threads may share them.
+
+    Bytes are moved in ways that have names: out of a tier, or into pages.
+    """
 
     def __init__(self) -> None:
-        self._computing = _Rate()
-        self._bringing: dict[str, _Rate] = {}
-        self._num_refused: dict[str, int] = {}
+        self._computing: deque[float] = deque(maxlen=_NUM_COMPUTED)  # seconds per token
+        self._moving: dict[str, _Rate] = {}
+        self._num_passed_over: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def note_computed(self, num_tokens: int, seconds: float) -> None:
-        """Take note of how long it took to compute some tokens."""
+        """Take note of how long it took to compute some tokens, if they are enough to tell."""
+        if num_tokens >= _LEAST_TOKENS:
+            with self._lock:
+                self._computing.append(seconds / num_tokens)
+
+    def note_moved(self, way: str, num_bytes: int, seconds: float) -> None:
+        """Take note of how long it took to move some bytes."""
         with self._lock:
-            self._computing.note(num_tokens, seconds)
+            self._moving.setdefault(way, _Rate()).note(num_bytes, seconds)
+            self._num_passed_over[way] = 0
 
-    def note_brought(self, tier: str, num_bytes: int, seconds: float) -> None:
-        """Take note of how long it took to bring pages from a tier to their device."""
-        with self._lock:
-            self._bringing.setdefault(tier, _Rate()).note(num_bytes, seconds)
-            self._num_refused[tier] = 0
+    def note_passed_over(self, way: str) -> None:
+        """Take note that something was computed since moving it would take longer.
 
-    def knows(self, tier: str) -> bool:
-        """Whether anything was brought from a tier lately; if not, a single page shows how long it takes."""
-        with self._lock:
-            return tier in self._bringing
-
-    def favors(self, tier: str, num_bytes: int, num_tokens: int) -> bool:
-        """Whether bringing pages is expected to be faster than computing them, or one of both is not known yet.
-
-        A tier that was passed over a hundred times is not known any more: what made it slow may be gone.
-
-        Args:
-            tier: where they are.
-            num_bytes: of all of them.
-            num_tokens: that they hold.
+        After a hundred times it is not known any more how long that takes: what made it slow may be gone.
         """
         with self._lock:
-            bringing, computing = self._bringing.get(tier), self._computing
-            if bringing is None or not computing.amount:
-                return True
-            if num_bytes * bringing.seconds_each < num_tokens * computing.seconds_each:
-                return True
-            self._num_refused[tier] += 1
-            if self._num_refused[tier] == _PATIENCE:
-                del self._bringing[tier]
-            return False
+            self._num_passed_over[way] = self._num_passed_over.get(way, 0) + 1
+            if self._num_passed_over[way] >= _PATIENCE:
+                self._num_passed_over[way] = 0
+                self._moving.pop(way, None)
+
+    def knows(self, way: str) -> bool:
+        """Whether anything was moved that way lately; if not, a single page shows how long it takes."""
+        with self._lock:
+            return way in self._moving
+
+    def seconds_to_compute(self, num_tokens: int) -> float:
+        """How long it takes at best, as what is compiled on the way is not compiled again; infinite if not known."""
+        with self._lock:
+            return num_tokens * min(self._computing) if self._computing else math.inf
+
+    def seconds_to_move(self, way: str, num_bytes: int) -> float:
+        """How long it takes on average; 0 if not known."""
+        with self._lock:
+            rate = self._moving.get(way)
+            return 0.0 if rate is None else num_bytes * rate.seconds_per_byte
 
 
 class _Rate:
-    """Seconds for each of many, what was measured last counting most."""
+    """An average of what was moved, what was moved last counting most."""
 
     def __init__(self) -> None:
-        self.amount = 0.0
+        self._num_bytes = 0.0
         self._seconds = 0.0
 
     @property
-    def seconds_each(self) -> float:
-        return self._seconds / self.amount
+    def seconds_per_byte(self) -> float:
+        return self._seconds / self._num_bytes
 
-    def note(self, amount: int, seconds: float) -> None:
-        self.amount = _KEPT * self.amount + amount
-        self._seconds = _KEPT * self._seconds + seconds
+    def note(self, num_bytes: int, seconds: float) -> None:
+        kept = 0.5 ** (num_bytes / _HALF_BYTES)
+        self._num_bytes = kept * self._num_bytes + num_bytes
+        self._seconds = kept * self._seconds + seconds

@@ -57,9 +57,16 @@ def read_pages(storages: Sequence[LayerStorage], pages: Sequence[int]) -> list[T
     return contents
 
 
-@torch.no_grad()
 def write_pages(storages: Sequence[LayerStorage], pages: Sequence[int], contents: Sequence[Tensor]) -> None:
-    """Fill pages with what `read_pages` returned for these layers, the first layer of all pages first.
+    """Fill pages with what `read_pages` returned for these layers; arguments as for `writing_pages`."""
+    for _ in writing_pages(storages, pages, contents):
+        pass
+
+
+def writing_pages(
+    storages: Sequence[LayerStorage], pages: Sequence[int], contents: Sequence[Tensor]
+) -> Iterator[list[LayerStorage]]:
+    """Fill pages, the first layer of all pages first, while somebody asks which layers are done.
 
     On a CUDA device this only launches the copies, on the current stream.
 
@@ -67,17 +74,13 @@ def write_pages(storages: Sequence[LayerStorage], pages: Sequence[int], contents
         storages: as for `read_pages`.
         pages: their ids, distinct, each with one holder.
         contents: for each of them `(page_bytes(storages),)` uint8 on the host; not to be changed afterwards.
+
+    Yields:
+        Storages of which all pages are filled.
     """
     for piece in _pieces(storages):
-        for some in piece.batches(len(pages)):
-            staged = torch.empty((len(pages[some]), piece.num_bytes), dtype=torch.uint8, device=piece.device)
-            for target, content in zip(staged, contents[some], strict=True):
-                target.copy_(content[piece.first : piece.end], non_blocking=piece.is_asynchronous)
-            ids, first = piece.sent(pages[some]), 0
-            for storage in piece.storages:
-                end = first + page_bytes([storage])
-                storage.write_pages(ids, staged[:, first:end])
-                first = end
+        piece.write(pages, contents)
+        yield piece.storages
 
 
 @dataclass
@@ -112,6 +115,19 @@ class _Piece:
     def takes(self, storage: LayerStorage) -> bool:
         """Whether another layer is to be copied with these."""
         return storage.device == self.device and self.num_bytes < _PIECE_BYTES
+
+    @torch.no_grad()
+    def write(self, pages: Sequence[int], contents: Sequence[Tensor]) -> None:
+        """Fill this part of pages."""
+        for some in self.batches(len(pages)):
+            staged = torch.empty((len(pages[some]), self.num_bytes), dtype=torch.uint8, device=self.device)
+            for target, content in zip(staged, contents[some], strict=True):
+                target.copy_(content[self.first : self.end], non_blocking=self.is_asynchronous)
+            ids, first = self.sent(pages[some]), 0
+            for storage in self.storages:
+                end = first + page_bytes([storage])
+                storage.write_pages(ids, staged[:, first:end])
+                first = end
 
     def batches(self, num_pages: int) -> Iterator[slice]:
         """Cut pages into as many as may be gathered at once."""
