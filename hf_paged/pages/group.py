@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -217,7 +218,7 @@ class PageGroup:
         with self._lock:
             self._resize(self.allocator.shrink(self._first_pages))
 
-    def check_integrity(self, indexed: Mapping[int, int]) -> None:
+    def check_integrity(self, indexed: Mapping[int, int] = MappingProxyType({})) -> None:
         """Raise RuntimeError unless every page is free, cached or held, once, by exactly its holders.
 
         Args:

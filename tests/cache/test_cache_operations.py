@@ -869,7 +869,7 @@ def test_the_memory_map_draws_every_page_and_lists_the_rows(generator):
         marks[page] = mark
     assert sorted(marks) == sorted("SS#5" + "oooo" + "....")
     assert cache.memory_map(width=5).splitlines() == [
-        "12 pages of 16 tokens: # full   1-9 tenths full   S shared   o held by another cache   . free",
+        "12 pages of 16 tokens: # full   1-9 tenths full   S shared   o held by another cache   c cached   . free",
         "     0 " + "".join(marks[:5]),
         "     5 " + "".join(marks[5:10]),
         "    10 " + "".join(marks[10:]),

@@ -395,7 +395,7 @@ def shrink_a_layer(pool, table):
         (lambda pool, table: pool.groups[0].place(table.row_pages(0)[1:], [5]), r"Page \d+ is page 1 of a row, not 5"),
         (
             lambda pool, table: pool.groups[0].allocator._free.append(table.row_pages(0)[0]),
-            r"held pages don't make 16 pages",
+            r"held and 0 cached pages don't make 16 pages",
         ),
         (shrink_a_layer, "Layer 1 has 1 pages of 16"),
     ],

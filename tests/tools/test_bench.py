@@ -15,8 +15,9 @@ from hf_paged.compile import api
 from hf_paged.tools.bench import race, report, worker
 from hf_paged.tools.bench.bandwidth import Bandwidth
 from hf_paged.tools.bench.race import Lap, Race, race_once, summarize
-from hf_paged.tools.bench.scenarios import SCENARIOS, ablation, compile, host, latency, mixed, profile
+from hf_paged.tools.bench.scenarios import SCENARIOS, latency, mixed
 from hf_paged.tools.bench.scenarios.growing import reaching
+from hf_paged.tools.bench.scenarios.inside import ablation, compile, host, profile
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.baseline import Baseline, sharing_weights
 from hf_paged.tools.lab.baselines import BASELINES, Paged, line_up

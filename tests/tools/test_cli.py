@@ -29,8 +29,8 @@ def test_a_scenario_prints_a_table_and_writes_json_and_pictures(tmp_path, capsys
 
 
 def test_several_scenarios_go_into_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_paged.tools.bench.scenarios.host.ALLOCATED_POOLS", (1000,))
-    monkeypatch.setattr("hf_paged.tools.bench.scenarios.host.PLANNED_POOLS", (100,))
+    monkeypatch.setattr("hf_paged.tools.bench.scenarios.inside.host.ALLOCATED_POOLS", (1000,))
+    monkeypatch.setattr("hf_paged.tools.bench.scenarios.inside.host.PLANNED_POOLS", (100,))
     path = tmp_path / "both.json"
     assert main(["bench", "allocator", "plan", *TINY, "--json", str(path), "--plot", str(tmp_path)]) == 0
     results = json.loads(path.read_text())

@@ -14,6 +14,8 @@ from hf_paged.errors import NotPackable
 def goes_on_alike(sequences: Sequences, model: Any, input_ids: Any, inputs: dict[str, Any]) -> bool:
     """Whether `generate()` goes on with what has computed the rows so far, and with nothing but ids and padding.
 
+    Behind padding at the end of a prompt it gives the next tokens other positions than their places.
+
     Args:
         sequences: the rows.
         model: that generates.
@@ -22,12 +24,20 @@ def goes_on_alike(sequences: Sequences, model: Any, input_ids: Any, inputs: dict
     """
     from hf_paged.cache.layer import layers_over
 
+    if ends_in_padding(inputs):
+        return False
     try:
         check_model(model)
         check_prompt(model, layers_over(sequences), input_ids, inputs, sequences.rows.columns.count)
     except NotPackable:
         return False
     return sequences.rows.origin == (fingerprint(model), sequences.salt)
+
+
+def ends_in_padding(inputs: dict[str, Any]) -> bool:
+    """Whether the last column of a prompt is padding in some row."""
+    mask: Tensor | None = inputs.get("attention_mask")
+    return mask is not None and not mask[:, -1].all()
 
 
 def commit(sequences: Sequences, ids: Tensor) -> None:

@@ -26,6 +26,7 @@ from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.packed import Chunk
 from hf_paged.cache.layer import layers_over
 from hf_paged.cache.prompt.fingerprint import fingerprint
+from hf_paged.cache.prompt.known_prefix import ends_in_padding
 from hf_paged.cache.prompt.packable import check_model, check_prompt
 from hf_paged.compile.api import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.errors import NotPackable, OutOfPagesError
@@ -149,6 +150,8 @@ def prefill_prepared(model: PreTrainedModel, sequences: Sequences, input_ids: Te
     try:
         _compute_packed(model, sequences, filled, input_ids, inputs, usual_chunk(input_ids.device))
         sequences.exchange(filled)
+        if ends_in_padding(inputs):
+            sequences.rows.origin = None
     except NotPackable as reason:
         _say_missed(type(model).__name__, str(reason))
     finally:

@@ -1,6 +1,7 @@
 """The scenarios: a file each, and a line of this list."""
 
-from hf_paged.tools.bench.scenarios import ablation, attention, beam, compile, growing, host, latency, mixed, profile
+from hf_paged.tools.bench.scenarios import attention, beam, growing, latency, mixed, prefix
+from hf_paged.tools.bench.scenarios.inside import ablation, compile, host, profile
 
 SCENARIOS = {
     scenario.name: scenario
@@ -10,6 +11,7 @@ SCENARIOS = {
         mixed.MIXED,
         growing.CHAT,
         beam.BEAM,
+        prefix.PREFIX,
         mixed.PAGE_SIZE,
         profile.PROFILE,
         attention.ATTENTION,
