@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from hf_paged import OutOfPagesError, PagedCache, PagedEncoderDecoderCache, PagePool, UnclearPassError
 from tests.cache.test_encoder_decoder import SETTINGS, of_class
@@ -410,12 +410,14 @@ class SwappingMachine(CacheMachine):
         cache.swap_in()
         assert not is_out(cache)
 
+    @invariant()
     def caches_hold_what_the_references_hold(self):
         for cache, reference in self.caches:
             assert cache.lengths == reference.lengths
             if not is_out(cache):
                 assert_same(cache, reference)
 
+    @invariant()
     def books_balance(self):
         self.pool.check_integrity()
         for group in range(len(self.pool.groups)):

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 import hf_paged
 from hf_paged import OutOfPagesError, PagedCache, PagePool
@@ -13,6 +15,7 @@ from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.pages.tiers.host import HostTier
 from hf_paged.pages.tiers.speeds import Speeds
 from tests.cache.test_prefix_cache import MODELS, go_on, paged, prefilled
+from tests.cache.test_random_prefixes import NUM_PAGES, RANDOM, PrefixMachine, WindowedPrefixMachine
 from tests.models import left_padded, plain_tokens, random_ids, tiny_gemma, tiny_llama
 
 MIB = 2**20
@@ -209,6 +212,54 @@ def test_rows_that_are_swapped_out_come_before_prefixes(llama):
 def test_a_store_takes_a_prefix_cache(llama, host_bytes):
     with pytest.raises(ValueError, match="A store was given to a pool that finds no prefixes"):
         PagePool.from_model(llama, 8, 16, host_bytes=host_bytes, store=HostTier(MIB))
+
+
+class TieredPrefixMachine(PrefixMachine):
+    """Random requests whose pages are evicted to the host and the store, and caches that are swapped out."""
+
+    @initialize()
+    def build(self):
+        super().build()
+        self.pool = pool_for(self.model, NUM_PAGES, MIB, store=HostTier(20_000))
+
+    def pick(self, which):
+        entry = super().pick(which)
+        try:
+            entry[0].swap_in()
+        except OutOfPagesError:
+            for cache, *_ in self.caches:
+                cache.swap_out()
+            entry[0].swap_in()
+        return entry
+
+    @precondition(lambda self: self.caches)
+    @rule(which=st.integers(0, 3))
+    def swap_out(self, which):
+        cache, held, *_ = self.pick(which)
+        cache.swap_out()
+        assert (cache.stats().swapped_bytes > 0) == any(held)
+
+    @invariant()
+    def caches_hold_what_their_tokens_make(self):
+        caches = self.caches
+        self.caches = [entry for entry in caches if entry[0].stats().swapped_bytes == 0]
+        super().caches_hold_what_their_tokens_make()
+        self.caches = caches
+
+    def teardown(self):
+        for which in range(len(getattr(self, "caches", []))):
+            self.pick(which)
+            self.caches_hold_what_their_tokens_make()
+
+
+class TieredWindowedPrefixMachine(TieredPrefixMachine, WindowedPrefixMachine):
+    """The same with windows."""
+
+
+TestTieredPrefixes = TieredPrefixMachine.TestCase
+TestTieredPrefixes.settings = RANDOM
+TestTieredWindowedPrefixes = TieredWindowedPrefixMachine.TestCase
+TestTieredWindowedPrefixes.settings = RANDOM
 
 
 @pytest.mark.timeout(300)
