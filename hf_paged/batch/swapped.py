@@ -1,6 +1,8 @@
-"""Rows whose pages are in memory of the host."""
+"""Rows whose pages are in memory of the host, or may be moved there."""
 
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hf_paged.errors import OutOfPagesError
@@ -64,6 +66,69 @@ class SwappedRows:
             for table in tables:
                 table.clear()
             raise
+
+
+class IdleRows:
+    """Rows that anybody swaps out who runs short of pages, until their owner wants them back.
+
+    That is safe since nobody else reads or writes them meanwhile: who wants the tables withdraws them first, or waits
+    while they are being swapped out. They are on a list of the host tier; whoever takes them off the list has them.
+
+    Args:
+        tables: the rows, in each group of layers, between two steps. They are left alone until `withdraw`.
+        host: where the pages may go.
+    """
+
+    def __init__(self, tables: Sequence[BlockTable], host: HostTier) -> None:
+        self.lengths = tables[0].lengths.copy()
+        """`(num_rows,)` tokens of each row."""
+        self._tables = tables
+        self._host = host
+        self._swapped: SwappedRows | None = None
+        self._is_done = threading.Event()  # what has taken them off the list
+        self._is_abandoned = False
+        self._unclaimed = [True]  # for the one who gives back what was abandoned
+        self.turn = next(host.turns)
+        self.offer()
+
+    def offer(self) -> None:
+        """Put them on the list, also again, at the place where they were."""
+        self._host.offer(self)
+
+    def move(self) -> bool:
+        """Swap them out, who has just taken them off the list; return whether their pages are free."""
+        try:
+            # To whoever needs the pages it is all one why there is no room.
+            with suppress(MemoryError, RuntimeError):
+                self._swapped = SwappedRows(self._tables, self._host)
+        finally:
+            self._is_done.set()
+            if self._is_abandoned and self._claims():
+                self._give_back()
+        return self._is_abandoned or self._swapped is not None
+
+    def withdraw(self) -> SwappedRows | None:
+        """Return what they are on the host; None if the tables hold them as before."""
+        if not self._host.withdraw(self):
+            self._is_done.wait()
+        return self._swapped
+
+    def abandon(self) -> None:
+        """Give their pages back, in a finaliser, which may run in the middle of `move`, of this thread or another."""
+        self._is_abandoned = True
+        if self._host.withdraw(self) or (self._is_done.is_set() and self._claims()):
+            self._give_back()
+
+    def _claims(self) -> bool:
+        try:
+            return self._unclaimed.pop()
+        except IndexError:
+            return False
+
+    def _give_back(self) -> None:
+        self._swapped = None
+        for table in self._tables:
+            table.give_back()
 
 
 @dataclass(frozen=True)

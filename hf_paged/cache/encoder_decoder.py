@@ -120,6 +120,10 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         """Bring back what was swapped out; see `PagedCache.swap_in`."""
         self.self_attention_cache.swap_in()
 
+    def set_idle(self) -> None:
+        """Let the pool swap the decoder's part out; see `PagedCache.set_idle`."""
+        self.self_attention_cache.set_idle()
+
     def prefill(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: `generate()` computes the encoder's part of a prompt."""
         raise encoder_refused(model)

@@ -325,7 +325,7 @@ class PagedCache(RowOperations):
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
-        if not self._sequences.rows.are_swapped_out:
+        if not self._sequences.rows.are_out:
             self._sequences.drop_past()
         return self._sequences.rows.stats()
 

@@ -108,9 +108,23 @@ class RowOperations(Cache):
             OutOfPagesError: if the `host_bytes` of the pool have too little room; nothing has changed.
             ValueError: if it has none, or a forward pass is under way; nothing has changed.
         """
-        if not self._sequences.rows.are_swapped_out:
+        if not self._sequences.rows.are_out:
             self._sequences.end_step()
-            self._sequences.rows.swap_out()
+        self._sequences.rows.swap_out()
+
+    def set_idle(self) -> None:
+        """Let the pool swap this cache out once its pages run short, before `OutOfPagesError`.
+
+        Until its next use, that is, which waits if it is being swapped out just then, and brings it back. So it is
+        safe between threads, as nobody can use what is idle. Caches that were idle first are swapped out first, as
+        long as the `host_bytes` of the pool have room.
+
+        Raises:
+            ValueError: if the pool has none, or a forward pass is under way; nothing has changed.
+        """
+        if not self._sequences.rows.are_out:
+            self._sequences.end_step()
+        self._sequences.rows.set_idle()
 
     def swap_in(self) -> None:
         """Bring back what was swapped out, ahead of its next use.

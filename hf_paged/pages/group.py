@@ -65,6 +65,8 @@ class PageGroup:
         self.allocator = PageAllocator(num_pages, watermark)
         self.evict: Callable[[int], None] | None = None
         """Lets so many of the cached pages be free; None where there are none."""
+        self.move_idle: Callable[[], bool] | None = None
+        """Moves rows to the host that may be; returns whether it did. None without memory of the host."""
         self._first_pages = num_pages
         self._holders: WeakSet[PageHolder] = WeakSet()
         self._storages: dict[int, LayerStorage] = {}
@@ -252,15 +254,17 @@ class PageGroup:
         return by_device
 
     def _allocate(self, count: int, admit: bool) -> list[int]:
-        """Take free pages, evicting cached ones if that makes enough."""
+        """Take free pages, evicting cached ones if that makes enough, and moving idle rows to the host if not."""
         while True:
             try:
                 return self.allocator.allocate(count, admit=admit)
             except OutOfPagesError:
                 missing = count + (self.allocator.watermark if admit else 0) - self.allocator.num_free
-                if self.evict is None or missing > self.allocator.num_cached:
+                # If others take what is freed, there is less the next time.
+                if self.evict is not None and missing <= self.allocator.num_cached:
+                    self.evict(missing)
+                elif self.move_idle is None or not self.move_idle():
                     raise
-                self.evict(missing)  # if others take them, there are fewer the next time
 
     def _bounded(self, num_pages: int) -> int:
         return num_pages if self.max_pages is None else min(num_pages, self.max_pages)

@@ -87,6 +87,9 @@ class PagePool:
             )
             for window, layers in by_window.items()
         ]
+        if self.host is not None:
+            for group in self.groups:
+                group.move_idle = self.host.move_one
         self.group_of_layer = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         """Index of the group of each layer that stores keys and values."""
         self.prefix_index = None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from hf_paged import OutOfPagesError, PagedCache, PagedEncoderDecoderCache, PagePool, UnclearPassError
+from hf_paged.pages.tiers.transport import read_pages
 from tests.cache.test_encoder_decoder import SETTINGS, of_class
 from tests.cache.test_random_calls import CacheMachine, WindowedCacheMachine
 from tests.models import generate, left_padded, plain_tokens, random_ids, run, tiny_gemma, tiny_llama
@@ -270,8 +271,9 @@ def test_memory_of_the_host_is_free_when_a_cache_that_was_swapped_out_is_done(ge
 def test_a_pool_without_memory_of_the_host_says_how_to_get_some(generator):
     cache = PagedCache(pool=PagePool(tiny_config(), page_size=16))
     reference = filled(cache, generator, 1, 20)
-    with pytest.raises(ValueError, match="Make the pool with host_bytes"):
-        cache.swap_out()
+    for leave in (cache.swap_out, cache.set_idle):
+        with pytest.raises(ValueError, match="Make the pool with host_bytes"):
+            leave()
     assert_same(cache, reference)
 
 
@@ -365,6 +367,171 @@ def test_a_failing_copy_leaves_the_rows_on_the_host(cache, generator, monkeypatc
             cache.swap_in()
     assert is_out(cache)
     assert cache.pool.stats().num_active_pages == 0
+    assert_same(cache, reference)
+
+
+# Idle caches
+
+
+def test_idle_caches_make_room_the_one_first_that_was_idle_first(generator):
+    pool = swapping_pool(num_pages=8)
+    caches = [PagedCache(pool=pool) for _ in range(4)]
+    references = [filled(cache, generator, 1, 32) for cache in caches]
+    for which in (2, 0, 1):
+        caches[which].set_idle()
+    assert [is_out(cache) for cache in caches] == [False] * 4
+    layers = random_layers(1, 17, generator)
+    forward(caches[3], layers)
+    references[3].append(layers)
+    assert [is_out(cache) for cache in caches] == [False, False, True, False]
+    pool.check_integrity()
+    for cache, reference in zip(caches[:2], references[:2], strict=True):
+        assert_same(cache, reference)
+    caches[3].set_idle()
+    assert_same(caches[2], references[2])
+    assert is_out(caches[3])
+    caches[0].reset()
+    assert_same(caches[3], references[3])
+
+
+def test_an_idle_cache_that_is_used_is_idle_no_more(generator):
+    pool = swapping_pool(num_pages=4)
+    cache, other = PagedCache(pool=pool), PagedCache(pool=pool)
+    reference = filled(cache, generator, 1, 32)
+    cache.set_idle()
+    cache.crop(0)
+    with pytest.raises(OutOfPagesError, match="needs 3 more pages, but 2 of 4 are free"):
+        filled(other, generator, 1, 33)
+    cache.set_idle()
+    cache.set_idle()
+    filled(other, generator, 1, 33)
+    assert is_out(cache)
+    other.reset()
+    assert_same(cache, reference)
+
+
+def test_looking_at_an_idle_cache_leaves_it_idle(generator):
+    pool = swapping_pool(num_pages=4)
+    cache, other = PagedCache(pool=pool), PagedCache(pool=pool)
+    filled(cache, generator, 1, 32)
+    cache.set_idle()
+    assert (cache.lengths, cache.get_seq_length(), cache.stats().num_active_pages) == ([32], 32, 2)
+    assert "row 0: 32 tokens" in cache.memory_map()
+    filled(other, generator, 1, 33)
+    assert is_out(cache)
+    assert cache.lengths == [32]
+
+
+def test_an_idle_cache_that_the_host_has_no_room_for_stays_and_a_smaller_one_goes(generator):
+    pool = swapping_pool(num_pages=8, host_bytes=2 * PAGE_BYTES)
+    caches = [PagedCache(pool=pool) for _ in range(3)]
+    references = [
+        filled(cache, generator, 1, num_tokens) for cache, num_tokens in zip(caches, (48, 32, 33), strict=True)
+    ]
+    caches[0].set_idle()
+    caches[1].set_idle()
+    layers = random_layers(1, 16, generator)
+    forward(caches[2], layers)
+    references[2].append(layers)
+    assert [is_out(cache) for cache in caches] == [False, True, False]
+    with pytest.raises(OutOfPagesError, match="needs 2 more pages, but 1 of 8 are free"):
+        caches[1].swap_in()
+    caches[2].reset()
+    assert_same(caches[0], references[0])
+    assert_same(caches[1], references[1])
+
+
+def test_prefixes_are_evicted_before_idle_caches_go():
+    model = tiny_llama()
+    model.set_attn_implementation("paged_flex")
+    pool = PagePool.from_model(model, 8, page_size=16, prefix_cache=True, host_bytes=MIB)
+    cache, other = PagedCache(pool=pool), PagedCache(pool=pool)
+    other.prefill(model, random_ids(1, 40))
+    other.reset()
+    cache.prefill(model, random_ids(1, 40, seed=1))
+    cache.set_idle()
+    other.prefill(model, random_ids(1, 70, seed=2))
+    assert pool.stats().num_evicted_pages == 2
+    assert not is_out(cache)
+    other.reset()
+    other.prefill(model, random_ids(1, 120, seed=3))
+    assert is_out(cache)
+
+
+@pytest.mark.parametrize("is_moved", [True, False], ids=["swapped out", "not yet"])
+@pytest.mark.parametrize("resets", [True, False], ids=["reset", "dropped"])
+def test_an_idle_cache_that_is_done_leaves_nothing(generator, resets, is_moved):
+    pool = swapping_pool(num_pages=4)
+    cache, other = PagedCache(pool=pool), PagedCache(pool=pool)
+    filled(cache, generator, 1, 32)
+    cache.set_idle()
+    if is_moved:
+        filled(other, generator, 1, 33)
+        assert is_out(cache)
+    if resets:
+        cache.reset()
+    else:
+        del cache
+        gc.collect()
+    other.reset()
+    assert (pool.stats().num_active_pages, pool.stats().swapped_bytes) == (0, 0)
+    assert not pool.host.move_one()
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["without room", "with room"])
+def test_a_cache_may_be_dropped_while_it_is_being_swapped_out(generator, monkeypatch, fails):
+    pool = swapping_pool(num_pages=4)
+    caches, other = [PagedCache(pool=pool)], PagedCache(pool=pool)
+    filled(caches[0], generator, 1, 32)
+    caches[0].set_idle()
+
+    def read(storages, pages):
+        caches.clear()
+        gc.collect()
+        if fails:
+            raise MemoryError("no room")
+        return read_pages(storages, pages)
+
+    monkeypatch.setattr("hf_paged.batch.swapped.read_pages", read)
+    filled(other, generator, 1, 33)
+    other.reset()
+    assert (pool.stats().num_active_pages, pool.stats().swapped_bytes) == (0, 0)
+    pool.check_integrity()
+
+
+def test_whoever_uses_a_cache_that_is_being_swapped_out_waits(generator, monkeypatch):
+    pool = swapping_pool(num_pages=8)
+    cache, other = PagedCache(pool=pool), PagedCache(pool=pool)
+    reference = filled(cache, generator, 1, 32)
+    kept = filled(other, generator, 1, 17)
+    cache.set_idle()
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def read(storages, pages):
+        has_begun.set()
+        assert may_go_on.wait(timeout=60)
+        return read_pages(storages, pages)
+
+    monkeypatch.setattr("hf_paged.batch.swapped.read_pages", read)
+    with ThreadPoolExecutor(2) as executor:
+        layers = random_layers(1, 16 * 3, generator)
+        taking = executor.submit(forward, other, layers)
+        kept.append(layers)
+        taking.result()
+        assert not has_begun.is_set()  # there were pages enough
+        layers = random_layers(1, 16 * 2, generator)
+        taking = executor.submit(forward, other, layers)
+        kept.append(layers)
+        assert has_begun.wait(timeout=60)
+        using = executor.submit(cache.gather, 0)
+        assert not using.done()
+        may_go_on.set()
+        taking.result()
+        with pytest.raises(OutOfPagesError, match="needs 2 more pages"):
+            using.result()
+    assert_same(other, kept)
+    other.reset()
     assert_same(cache, reference)
 
 
@@ -473,6 +640,37 @@ class FullPoolMachine(SwappingMachine):
             assert_same(*self.pick(which))
 
 
+class IdleMachine(FullPoolMachine):
+    """The same with caches that are swapped out when others need their pages."""
+
+    def pick(self, which):
+        cache, reference = SwappingMachine.pick(self, which)
+        try:
+            cache.swap_in()
+        except OutOfPagesError:
+            for other, _ in self.caches:
+                other.swap_out()
+            cache.swap_in()
+        return cache, reference
+
+    @rule(which=st.integers(0, 3), num_rows=st.integers(1, 3), num_new=st.sampled_from([1, 15, 16, 17, 33]))
+    def update(self, which, num_rows, num_new):
+        cache, reference = self.pick(which)
+        num_rows = len(reference.rows) if len(reference.rows) > 1 else num_rows
+        new = [[1] * num_new for _ in range(num_rows)]
+        mask, _ = self.step(reference, num_rows, num_new, new)
+        layers = random_layers(num_rows, num_new, self.generator)
+        try:
+            forward(cache, layers, mask)
+        except OutOfPagesError:
+            return
+        reference.append(layers, new)
+
+    @rule(which=st.integers(0, 3))
+    def set_idle(self, which):
+        self.pick(which)[0].set_idle()
+
+
 RANDOM = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None)
 TestSwappedCachesAgainstReferences = SwappingMachine.TestCase
 TestSwappedCachesAgainstReferences.settings = RANDOM
@@ -480,6 +678,9 @@ TestWindowedSwappedCachesAgainstReferences = WindowedSwappingMachine.TestCase
 TestWindowedSwappedCachesAgainstReferences.settings = RANDOM
 TestSwappedCachesInAFullPoolAgainstReferences = FullPoolMachine.TestCase
 TestSwappedCachesInAFullPoolAgainstReferences.settings = RANDOM
+
+TestIdleCachesAgainstReferences = IdleMachine.TestCase
+TestIdleCachesAgainstReferences.settings = RANDOM
 
 
 @pytest.mark.timeout(120)
@@ -495,14 +696,16 @@ def test_threads_that_swap_on_one_full_pool_keep_their_own_tokens():
         num_refused = 0
         for _ in range(25):
             try:
-                match random_.randrange(4):
+                match random_.randrange(5):
                     case 0 | 1:
                         layers = random_layers(1, random_.choice([1, 16, 17]), generator)
                         forward(cache, layers)
                         reference.append(layers)
                     case 2:
                         cache.swap_out()
-                    case 3 if reference.num_columns > 40:
+                    case 3:
+                        cache.set_idle()
+                    case 4 if reference.num_columns > 40:
                         cache.reset()
                         reference.reset()
             except OutOfPagesError:

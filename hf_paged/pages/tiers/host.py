@@ -2,6 +2,8 @@
 
 import threading
 from collections import OrderedDict, deque
+from itertools import count
+from typing import Protocol
 from weakref import finalize
 
 from torch import Tensor
@@ -21,6 +23,19 @@ class SetAside:
         finalize(self, given_back.append, num_bytes).atexit = False
 
 
+class Offer(Protocol):
+    """Something in pages that may be moved to the host.
+
+    Attributes:
+        turn: those with a smaller one are moved first.
+    """
+
+    turn: int
+
+    def move(self) -> bool:
+        """Move it; return whether its pages are free."""
+
+
 class HostTier(PageTier):
     """The content of pages in memory of the host, and of rows that were swapped out. Threads may share it.
 
@@ -38,6 +53,9 @@ class HostTier(PageTier):
         self._num_bytes = 0
         self._set_aside_bytes = 0
         self._given_back: deque[int] = deque()
+        self.turns = count()
+        """For who has something to offer."""
+        self._offers: dict[int, Offer] = {}  # by turn; each operation is one of Python's own: finalisers take no lock
         self._lock = threading.Lock()
 
     @property
@@ -108,6 +126,22 @@ class HostTier(PageTier):
             self._set_aside_bytes += num_bytes
         self._hand_down(dropped)
         return SetAside(num_bytes, self._given_back)
+
+    def offer(self, offer: Offer) -> None:
+        """Let something be moved here once pages run short."""
+        self._offers[offer.turn] = offer
+
+    def withdraw(self, offer: Offer) -> bool:
+        """Let it be moved no more; return whether nobody has begun to."""
+        return self._offers.pop(offer.turn, None) is not None
+
+    def move_one(self) -> bool:
+        """Free the pages of what was offered first, or of the next that there is room for; return whether any is."""
+        for turn in sorted(self._offers):
+            offer = self._offers.pop(turn, None)
+            if offer is not None and offer.move():
+                return True
+        return False
 
     def _count_set_aside(self) -> int:
         while self._given_back:
