@@ -13,6 +13,7 @@ from hf_paged.cache.stopping import ReleaseFinished
 from hf_paged.compile.api import compiled
 from hf_paged.compile.weights import gather_weights
 from hf_paged.decoding.sample import sample
+from hf_paged.enabling.api import disable, enable, explain
 from hf_paged.errors import OutOfPagesError, UnclearPassError
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
@@ -27,6 +28,9 @@ __all__ = [
     "ReleaseFinished",
     "UnclearPassError",
     "compiled",
+    "disable",
+    "enable",
+    "explain",
     "gather_weights",
     "sample",
     "support",

@@ -200,6 +200,10 @@ def _dense(
     config: PreTrainedConfig | None,
     **kwargs: Any,
 ) -> Tensor | None:
+    if q_length != int(kv_length):
+        # Transformers leaves the mask of a static cache out where the queries are the first columns; it is told by
+        # nothing then from one where they are the last.
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(
         batch_size,
         q_length,

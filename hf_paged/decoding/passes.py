@@ -56,8 +56,10 @@ class Passes:
 
     def first(self, input_ids: Tensor) -> Any:
         """Compute the prompt; return what the model returns."""
+        config = self._config
         prefill = getattr(self.cache, "_prefill_prepared", None)
-        if prefill is not None:
+        shows_passes = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
+        if prefill is not None and not shows_passes:
             prefill(self._model, input_ids, self._inputs)
         is_first = not self._config.is_assistant
         outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)

@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import MappingProxyType
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hf_paged._torch.host_memory import free_bytes
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.allocator import PageAllocator
 from hf_paged.pages.storage import LayerStorage
@@ -22,6 +23,7 @@ _FIRST_PAGES = 16  # a group that grows starts with as many
 # not in single pages, since all are copied, and steps captured as CUDA graphs are captured anew.
 _GROWTH_ON_CPU, _GROWTH = 2.0, 1 + 1 / 16
 _LEAST_GROWTH = 8
+_CACHED_FRACTION = 0.25  # of the free memory, that cached pages of a group without a bound may take
 
 
 class PageHolder(Protocol):
@@ -161,6 +163,9 @@ class PageGroup:
             try:
                 return self.allocator.allocate(count, admit=admit)
             except OutOfPagesError:
+                if self.max_pages is None and self._has_enough_cached():
+                    with suppress(OutOfPagesError):
+                        return self._allocate(count, admit)
                 missing = count + self.allocator.watermark - self.allocator.num_free
                 grown = max(math.ceil(self._growth * self.num_pages), self.num_pages + _LEAST_GROWTH)
                 wanted = max(grown if self.num_pages else _FIRST_PAGES, self.num_pages + missing)
@@ -265,6 +270,14 @@ class PageGroup:
                     self.evict(missing)
                 elif self.move_idle is None or not self.move_idle():
                     raise
+
+    def _has_enough_cached(self) -> bool:
+        """Whether cached pages take so much memory that they are to be evicted before the group grows."""
+        if self.evict is None or not self._storages or not self.allocator.num_cached:
+            return False
+        device = next(iter(self._storages.values())).device
+        held = self.allocator.num_cached * self.page_size * self.token_bytes
+        return held > _CACHED_FRACTION * (held + free_bytes(device))
 
     def _bounded(self, num_pages: int) -> int:
         return num_pages if self.max_pages is None else min(num_pages, self.max_pages)

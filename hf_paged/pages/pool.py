@@ -38,7 +38,8 @@ class PagePool:
         page_size: tokens per page: 16, 32, 64, 128 or 256. Small pages waste less memory, large ones are faster.
         watermark: pages that new rows leave free for the rows that are already running.
         prefix_cache: whether full pages that `PagedCache.prefill` has computed can be found by their tokens, also once
-            nobody holds them, until pages run short. It takes `num_pages`: else nothing would ever run short.
+            nobody holds them, until pages run short. Without a bound they are evicted before the pool grows, once they
+            take a quarter of the memory that would be free without them.
         host_bytes: memory of the host, at most, for rows that are swapped out, and for pages of prefixes that were
             evicted. They are brought back where that is expected to be faster than computing them. 0: none.
         store: where pages of prefixes go that make room in memory of the host, or on the device if `host_bytes` is 0,
@@ -51,7 +52,7 @@ class PagePool:
 
     Raises:
         ValueError: for a page size that the kernel can't take, a model whose layers keep another state, a prefix cache
-            without a bound or for a model with an encoder, or a store without a prefix cache.
+            for a model with an encoder, or a store without a prefix cache.
     """
 
     def __init__(
@@ -94,26 +95,18 @@ class PagePool:
         """Index of the group of each layer that stores keys and values."""
         self.prefix_index = None
         if prefix_cache:
-            self._check_prefix_cache()
+            if self.has_encoder:
+                raise ValueError(
+                    f"prefix_cache=True was asked for, but this {self.config.model_type!r} model has an encoder, and "
+                    "what its decoder makes of a prefix depends on the encoder's input. Leave it out."
+                )
             tiers: dict[str, PageTier | None] = {"host": self.host, "store": written}
             present = {name: tier for name, tier in tiers.items() if tier is not None}
             self.prefix_index = PrefixIndex(self.groups, PrefixTiers(self.groups, present) if present else None)
         elif store is not None:
             raise ValueError(
                 "A store was given to a pool that finds no prefixes, which is what it would keep. Pass "
-                "prefix_cache=True and num_pages, or leave out the store."
-            )
-
-    def _check_prefix_cache(self) -> None:
-        if self.has_encoder:
-            raise ValueError(
-                f"prefix_cache=True was asked for, but this {self.config.model_type!r} model has an encoder, and what "
-                "its decoder makes of a prefix depends on the encoder's input. Leave it out."
-            )
-        if self.max_pages is None:
-            raise ValueError(
-                "prefix_cache=True was asked for without a bound, so that pages would be kept for ever. Pass "
-                "num_pages, or PagePool.from_model(model, memory_fraction=...)."
+                "prefix_cache=True, or leave out the store."
             )
 
     @classmethod

@@ -223,14 +223,16 @@ def test_a_row_may_leave_its_first_page_of_the_default_size_with_a_window():
     assert torch.equal(generate(model, PagedCache.from_model(model), ids, mask), expected)
 
 
+@pytest.mark.parametrize("batch", ["one_row", "ragged"])
+@pytest.mark.parametrize("kind", [None, "static"])
 @pytest.mark.parametrize("family", MODELS)
-def test_paged_flex_without_a_paged_cache_generates_the_same(family):
+def test_paged_flex_without_a_paged_cache_generates_the_same(family, kind, batch):
     make_model, plain_attention = MODELS[family]
-    model, mask = make_model(), BATCHES["ragged"]
+    model, mask = make_model(), BATCHES[batch]
     model.set_attn_implementation(plain_attention)
-    expected = generate(model, None, ids_for(mask), mask)
+    expected = generate(model, None, ids_for(mask), mask, cache_implementation=kind)
     model.set_attn_implementation("paged_flex")
-    assert torch.equal(generate(model, None, ids_for(mask), mask), expected)
+    assert torch.equal(generate(model, None, ids_for(mask), mask, cache_implementation=kind), expected)
 
 
 @pytest.mark.parametrize("assisted", [{}, ASSISTED["prompt_lookup"]], ids=["greedy", "prompt_lookup"])

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import BartConfig, MistralConfig, MistralForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import hf_paged
@@ -455,9 +455,23 @@ def test_commit_says_what_is_wrong(llama):
         PagedCache(llama.config, salt="one")
 
 
-def test_a_prefix_cache_wants_a_bound(llama):
-    with pytest.raises(ValueError, match="without a bound"):
-        PagePool.from_model(llama, prefix_cache=True)
+def test_a_model_with_an_encoder_has_no_prefix_cache():
+    config = BartConfig(encoder_layers=1, decoder_layers=1, d_model=16, encoder_attention_heads=2)
+    with pytest.raises(ValueError, match="prefix_cache=True was asked for, but this 'bart' model has an encoder"):
+        PagePool(config, prefix_cache=True)
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_a_pool_without_a_bound_keeps_what_memory_there_is_for(llama, free, monkeypatch):
+    monkeypatch.setattr("hf_paged.pages.group.free_bytes", lambda device: free)
+    pool = PagePool.from_model(llama, page_size=PAGE_SIZE, prefix_cache=True)
+    for seed in range(20):
+        ids = random_ids(1, 100, seed)
+        with prefilled(llama, pool, ids) as cache:
+            go_on(llama, cache, ids)
+        pool.check_integrity()
+    stats = pool.stats()
+    assert (stats.num_evicted_pages > 0, stats.num_pages > 100) == ((True, False) if free == 0 else (False, True))
 
 
 def test_a_model_that_is_not_packed_is_not_indexed(llama, caplog):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 0.05  # of the largest score: above what rounding makes in 16 bit, far below what other positions make
+_PADDING = 0.1  # of a prompt, above which it is worth a pass more to compute none
 _CHUNK_ON_CPU, _CHUNK = 1536, 4096  # tokens at a time; a GPU takes as long for a few hundred
 
 _SETTINGS = vars(GenerationConfig())  # type: ignore[no-untyped-call]
@@ -131,7 +132,10 @@ def prefill(
 
 
 def prefill_prepared(model: PreTrainedModel, sequences: Sequences, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-    """Compute all columns but the last one if they can go through a prefix index; else nothing is computed.
+    """Compute all columns but the last one packed, where that pays; else compute nothing.
+
+    It pays where the pool has a prefix index, a tenth of the prompt is padding, or it is longer than a chunk. What it
+    costs is a pass of its own for the last column.
 
     Args:
         model: that generates.
@@ -143,7 +147,7 @@ def prefill_prepared(model: PreTrainedModel, sequences: Sequences, input_ids: Te
         OutOfPagesError: if the pool has too few pages; nothing has changed.
     """
     sequences.end_step()
-    if sequences.pool.prefix_index is None or not sequences.rows.are_empty or input_ids.shape[1] == 1:
+    if not sequences.rows.are_empty or input_ids.shape[1] == 1 or not _pays(sequences, input_ids, inputs):
         return
     filled = Sequences(sequences.pool)
     filled.become_fork_of(sequences)
@@ -156,6 +160,13 @@ def prefill_prepared(model: PreTrainedModel, sequences: Sequences, input_ids: Te
         _say_missed(type(model).__name__, str(reason))
     finally:
         filled.clear()
+
+
+def _pays(sequences: Sequences, input_ids: Tensor, inputs: dict[str, Any]) -> bool:
+    mask: Tensor | None = inputs.get("attention_mask")
+    if sequences.pool.prefix_index is not None or input_ids.numel() > usual_chunk(input_ids.device):
+        return True
+    return mask is not None and bool(mask.float().mean() < 1 - _PADDING)
 
 
 def _check_going_on(
@@ -193,7 +204,8 @@ def _compute_packed(
     num_cached, num_columns = sequences.rows.columns.count, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
     attention_mask = inputs.get("attention_mask")
-    origin = None if sequences.pool.prefix_index is None else (fingerprint(model), sequences.salt)
+    is_indexed = sequences.pool.prefix_index is not None and not model.training  # dropout makes no two passes alike
+    origin = (fingerprint(model), sequences.salt) if is_indexed else None
     filled.clear()  # or else its pages would be copied, as shared ones
     mask = None if attention_mask is None else attention_mask[:, :-1]
     packed = PackedPrompt(sequences, input_ids[:, :-1], mask, max_tokens, origin)
@@ -270,7 +282,7 @@ def _say(name: str, reason: str) -> None:
 
 @once
 def _say_missed(name: str, reason: str) -> None:
-    logger.warning("The prompt of %s does not go through the pool's prefix index: %s.", name, reason)
+    logger.warning("The prompt of %s is computed at once and padded, as generate() does: %s.", name, reason)
 
 
 def _settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
