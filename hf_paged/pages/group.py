@@ -85,6 +85,11 @@ class PageGroup:
         return self.allocator.num_pages
 
     @property
+    def stays_in_place(self) -> bool:
+        """Whether all pages exist from the beginning, so that nothing ever moves them."""
+        return self._first_pages == self.max_pages
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in these layers; 0 until the first key says how large it is."""
         return sum(storage.token_bytes for storage in self._storages.values())
@@ -268,7 +273,7 @@ class PageGroup:
                 # If others take what is freed, there is less the next time.
                 if self.evict is not None and missing <= self.allocator.num_cached:
                     self.evict(missing)
-                elif self.move_idle is None or not self.move_idle():
+                elif self.num_pages != self.max_pages or self.move_idle is None or not self.move_idle():
                     raise
 
     def _has_enough_cached(self) -> bool:

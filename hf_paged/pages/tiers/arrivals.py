@@ -30,8 +30,7 @@ class CopyStreams:
 class Arrivals:
     """Pages that are being filled beside the computation, layer by layer; whoever reads one waits for its layer.
 
-    That is so on CUDA devices. Elsewhere, and in layers with a window, whose storage may be moved as it grows, pages
-    are filled at once.
+    That is so on CUDA devices. Elsewhere, and where storage may be moved as it grows, pages are filled at once.
 
     Args:
         streams: to copy on.
@@ -56,7 +55,7 @@ class Arrivals:
         storages = group.storages()
         devices = {storage.device for storage in storages if storage.device.type == "cuda"}
         num_bytes = len(pages) * page_bytes(storages)
-        if group.window is not None or not devices:
+        if not group.stays_in_place or not devices:
             began_at = perf_counter()
             write_pages(storages, pages, contents)
             if not devices:

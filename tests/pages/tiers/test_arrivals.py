@@ -9,11 +9,11 @@ from hf_paged.pages.tiers.transport import page_bytes, read_pages
 PAGE_SIZE = 16
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
-WINDOWS = pytest.mark.parametrize("window", [None, 40])
+MAY_MOVE = pytest.mark.parametrize("may_move", [False, True])
 
 
-def group_on(device, window=None, num_pages=8, head_dim=8, num_layers=3):
-    group = PageGroup(range(num_layers), window, num_pages, num_pages, PAGE_SIZE, 0)
+def group_on(device, may_move=False, num_pages=8, head_dim=8, num_layers=3):
+    group = PageGroup(range(num_layers), None, num_pages, None if may_move else num_pages, PAGE_SIZE, 0)
     for layer in group.layers:
         like = torch.zeros(1, 2, 1, head_dim, device=device)
         group.open_storage(layer, like, like)
@@ -33,20 +33,20 @@ def layer_of(contents, layer, num_layers):
 
 
 @DEVICES
-@WINDOWS
-def test_pages_are_there_when_all_is_waited_for_and_their_speed_is_known(device, window):
-    group, speeds = group_on(device, window), Speeds()
+@MAY_MOVE
+def test_pages_are_there_when_all_is_waited_for_and_their_speed_is_known(device, may_move):
+    group, speeds = group_on(device, may_move), Speeds()
     contents, arrivals = contents_for(group, 3), Arrivals(CopyStreams(), speeds)
     arrivals.write(group, [5, 0, 3], contents)
     arrivals.finish()
     assert torch.equal(torch.stack(read_pages(group.storages(), [5, 0, 3])), torch.stack(contents))
-    assert speeds.knows(INTO_PAGES) == (device == "cpu" or window is None)
+    assert speeds.knows(INTO_PAGES) == (device == "cpu" or not may_move)
 
 
 @DEVICES
-@WINDOWS
-def test_whoever_waits_for_a_layer_reads_its_pages(device, window):
-    group = group_on(device, window, num_pages=64, head_dim=1024, num_layers=8)
+@MAY_MOVE
+def test_whoever_waits_for_a_layer_reads_its_pages(device, may_move):
+    group = group_on(device, may_move, num_pages=64, head_dim=1024, num_layers=8)
     contents, arrivals = contents_for(group, 40), Arrivals(CopyStreams(), Speeds())
     pages = torch.arange(3, 43, device=device)
     arrivals.write(group, range(3, 43), contents)
