@@ -1,5 +1,6 @@
 """Files of tensors that are whole, or refused: safetensors with a checksum, written at once or not at all."""
 
+import glob
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import stat
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,6 +89,14 @@ def is_abandoned(path: Path) -> bool:
     return is_unfinished(path.name) and time.time() - path.lstat().st_mtime > _ABANDONED_AFTER
 
 
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes have left unfinished of the file of this path."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
+        with suppress(OSError):
+            if is_abandoned(other):
+                other.unlink()
+
+
 def digest_of(tensors: Mapping[str, Tensor]) -> bytes:
     """sha256 of the names, dtypes, shapes and content of some tensors, on whatever device they are."""
     names = sorted(tensors)
@@ -103,8 +113,8 @@ def digest_of(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _digest(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content.data).hexdigest()
+    content = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(content.view(torch.uint8).numpy().data if len(content) else b"").hexdigest()
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
