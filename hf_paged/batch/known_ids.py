@@ -47,6 +47,14 @@ class KnownIds:
         fork._ids, fork._rows, fork._first, fork._end = self._ids, self._rows, self._first, self._end
         return fork
 
+    @property
+    def known(self) -> tuple[Tensor, int] | None:
+        """The ids that are known, `(num_rows, num_known)` or one row for all, and their first column; None without."""
+        if self._ids is None:
+            return None
+        ids = self._ids if self._rows is None else self._ids[self._rows]
+        return ids[:, self._first : self._end], self._first
+
     def are_all(self, count: int) -> bool:
         """Whether the first `count` columns are known."""
         return count == 0 or (self._ids is not None and self._first == 0 and self._end >= count)
@@ -122,18 +130,18 @@ class KnownIds:
             columns: of the cache.
 
         Returns:
-            The model that generates, the ids, and its other inputs; None if the cache is empty, or nobody generates.
+            The model that generates, the ids, and its other inputs; None if nobody generates.
 
         Raises:
             ValueError: if a token is another one, or if the prompt would be computed once more behind the cached one.
         """
         call = next((frame for frame in _frames() if _is_generate(frame)), None)
-        if call is None or columns.count == 0:
+        if call is None:
             return None
         local = call.f_locals
         ids, config = local.get("input_ids"), local.get("generation_config")
         inputs: dict[str, Any] = local.get("model_kwargs") or {}
-        if isinstance(ids, Tensor) and ids.ndim == 2 and inputs.get("inputs_embeds") is None:
+        if columns.count and isinstance(ids, Tensor) and ids.ndim == 2 and inputs.get("inputs_embeds") is None:
             self._check_prompt(ids, inputs.get("attention_mask"), config, local.get("decoding_method"), columns)
         return local.get("self"), ids, inputs
 

@@ -1,7 +1,9 @@
 """The Transformers Cache API over pages."""
 
 from collections.abc import Iterator
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, Self
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from hf_paged.cache.layer import PagedLayer, layers_over, owned
 from hf_paged.cache.prompt.known_prefix import commit, goes_on_alike
 from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
 from hf_paged.cache.row_operations import RowOperations
+from hf_paged.cache.saved import load, save
 from hf_paged.pages.pool import PagePool, pool_for
 from hf_paged.pages.stats import MemoryStats
 
@@ -75,6 +78,7 @@ class PagedCache(RowOperations):
         self.pool = pool
         self._sequences = Sequences(pool)
         self._was_given = False
+        self._model: ref[PreTrainedModel] | None = None  # that computes it, as far as is known
         super().__init__(layers=owned(layers_over(self._sequences), self._sequences))
 
     @classmethod
@@ -121,6 +125,7 @@ class PagedCache(RowOperations):
         cache = (PagedEncoderDecoderCache if config.is_encoder_decoder else cls)(config, num_pages, page_size)
         decoder = cache if isinstance(cache, PagedCache) else cache.self_attention_cache
         decoder._sequences.progress.num_layers = num_attention_layers(model, len(decoder.layers))
+        decoder._model = ref(model)
         return cache
 
     def __repr__(self) -> str:
@@ -146,8 +151,8 @@ class PagedCache(RowOperations):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "A PagedCache can't be pickled or saved: its pages belong to a pool of this process, which other caches "
-            "may share. Save the tokens and compute them again, or save what cache.gather(layer) returns."
+            "A PagedCache can't be pickled: its pages belong to a pool of this process, which other caches may share. "
+            "Write it to a file by cache.save(path), and read that by PagedCache.load(path, model)."
         )
 
     @property
@@ -186,6 +191,8 @@ class PagedCache(RowOperations):
         self._sequences.commit_first()
         rows = self._sequences.rows
         generating = rows.known_ids.check(rows.columns)
+        if generating is not None:
+            self._model = ref(generating[0])
         if rows.origin is not None and generating is not None and not goes_on_alike(self._sequences, *generating):
             rows.origin = None
         self._was_given = value
@@ -226,6 +233,7 @@ class PagedCache(RowOperations):
                 that has an encoder, other layers than the cache, or columns that are no tokens of `input_ids`.
         """
         prefill(model, self, input_ids, attention_mask, max_tokens, kwargs)
+        self._model = ref(model)
 
     def _prefill_prepared(self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any]) -> None:
         """Compute a prompt within a loop that `generate()` calls, as far as the prefix index helps with it."""
@@ -286,7 +294,59 @@ class PagedCache(RowOperations):
         """Return a cache of its own that holds the same tokens and shares every page until one of them writes."""
         fork = PagedCache._of_decoder(None, None, None, self.pool)
         fork._sequences.become_fork_of(self._sequences)
+        fork._model = self._model
         return fork
+
+    # Files
+
+    def save(self, path: str | PathLike[str], model: PreTrainedModel | None = None) -> None:
+        """Write all rows to a file, in place of one that may be there, which stays until this is done.
+
+        It has the tokens of each row without padding, those of shared pages once, and the ids, if they are known.
+
+        Args:
+            path: of the file, a safetensors file.
+            model: that has computed the rows, as it is now. None: the one that the cache was made for, prefilled by or
+                given to last.
+
+        Raises:
+            OSError: if it can't be written.
+            ValueError: if the model isn't known, isn't all in memory or keeps positions of images to itself, or if the
+                cache is that of an encoder-decoder.
+        """
+        save(self._sequences, path, model if model is not None or self._model is None else self._model())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: PreTrainedModel,
+        num_pages: int | None = None,
+        page_size: int | None = None,
+        *,
+        pool: PagePool | None = None,
+        salt: str | None = None,
+    ) -> "PagedCache":
+        """Make a cache of a file that `save` has written, in this process or another.
+
+        Args:
+            path: of the file.
+            model: that goes on: with the weights, configuration and active adapters of the one that it was saved for.
+            num_pages: as for the class.
+            page_size: as for the class; may be another than that of the cache that was saved.
+            pool: as for the class.
+            salt: as for the class.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            OutOfPagesError: if it doesn't fit into the pool; nothing has changed.
+            ValueError: if the file is damaged, is none that `save` has written, or is of another model; or as for the
+                class. Nothing has changed.
+        """
+        cache = cls(model.config if pool is None else None, num_pages, page_size, pool=pool, salt=salt)
+        load(cache._sequences, path, model)
+        cache._model = ref(model)
+        return cache
 
     # Looking in
 
