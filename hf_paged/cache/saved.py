@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_paged._transformers import layer_devices, layer_specs, num_attention_layers
 from hf_paged.batch.padding import Columns, Counts
 from hf_paged.batch.sequences import Sequences
-from hf_paged.cache.prompt.fingerprint import fingerprint
+from hf_paged.cache.prompt.origin import origin_of
 from hf_paged.cache.weights_digest import ModelDigest, model_digest
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage
@@ -57,7 +57,7 @@ def save(sequences: Sequences, path: str | os.PathLike[str], model: PreTrainedMo
         )
     sequences.end_step()
     tensors, numbers = _described(sequences)
-    numbers["is_plain"] = sequences.rows.origin == _origin(sequences, model)
+    numbers["is_plain"] = sequences.rows.origin == origin_of(model, sequences)
     metadata = {
         "format": _FORMAT,
         "model": json.dumps({"class": type(model).__name__, **asdict(model_digest(model))}),
@@ -99,11 +99,7 @@ def load(sequences: Sequences, path: str | os.PathLike[str], model: PreTrainedMo
         raise
     sequences.progress.num_layers = num_attention_layers(model, len(sequences.pool.layers))
     if content.numbers["is_plain"]:
-        sequences.rows.origin = _origin(sequences, model)
-
-
-def _origin(sequences: Sequences, model: PreTrainedModel) -> tuple[bytes, str | None]:
-    return fingerprint(model), sequences.salt
+        sequences.rows.origin = origin_of(model, sequences)
 
 
 def _numbers(metadata: dict[str, str], model: PreTrainedModel) -> dict[str, Any]:

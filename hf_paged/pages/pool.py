@@ -24,6 +24,8 @@ from hf_paged.pages.tiers.write_behind import WriteBehind
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
 
+_STORED = 32  # pages whose content is on the host at once while it is stored
+
 
 class PagePool:
     """Key and value storage of every layer in pages of one size, allocated when the first key shows its device.
@@ -275,6 +277,30 @@ class PagePool:
             self.prefix_index.clear()
         if self.host is not None:
             self.host.clear()
+
+    def store_prefixes(self) -> None:
+        """Write all prefixes that can be found to the store, unless it has them, so that processes to come find them.
+
+        Raises:
+            ValueError: if there is no store.
+        """
+        index = self.prefix_index
+        if self.store is None or index is None or index.tiers is None:
+            raise ValueError(
+                "store_prefixes() was called on a pool without a store. Make it by PagePool.from_model(model, "
+                "num_pages=..., prefix_cache=True, store=PrefixStore(folder, max_bytes))."
+            )
+        if self.host is not None:
+            for key, content in self.host.contents():
+                self.store.put(key, content)
+        for place, group in enumerate(self.groups):
+            pages, rows = index.found(place)
+            try:
+                for first in range(0, len(pages), _STORED):
+                    some = slice(first, first + _STORED)
+                    index.tiers.copy(place, pages[some], rows[some], self.store)
+            finally:
+                group.allocator.release(pages[::-1])  # to be evicted in the same order as before
 
 
 def check_config(config: PreTrainedConfig | None) -> PreTrainedConfig:

@@ -149,6 +149,18 @@ class PrefixIndex:
                         self._nodes[index][page] = node
                         group.allocator.index([page])
 
+    def found(self, group: int) -> tuple[list[int], list[tuple[Hashable, bytes]]]:
+        """All pages of a group that can be found, those first that would be evicted first; the caller holds them.
+
+        Returns:
+            The pages, and for each of them what made it, and the tokens of its row up to its end.
+        """
+        with self._lock:
+            nodes, allocator = self._nodes[group], self._groups[group].allocator
+            pages = list(dict.fromkeys([*allocator.oldest_cached(len(nodes)), *nodes]))
+            allocator.retain(pages)
+            return pages, [(nodes[page].origin, _row(nodes[page])) for page in pages]
+
     def count(self, num_looked_up: int, num_hits: int) -> None:
         """Count tokens of a row that were looked for, and those of them that need not be computed."""
         with self._lock:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
 import hf_paged
-from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged import OutOfPagesError, PagedCache, PagePool, PrefixStore
 from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.pages.tiers.host import HostTier
 from hf_paged.pages.tiers.speeds import Speeds
@@ -206,6 +206,117 @@ def test_rows_that_are_swapped_out_come_before_prefixes(llama):
     assert pool.stats().swapped_bytes == 7 * 8192
     assert pool.stats().host_bytes <= 5 * 8192
     assert torch.equal(go_on(llama, cache, ids), expected(llama, ids))
+
+
+# Between processes
+
+
+@pytest.mark.parametrize("host_bytes", [0, 40_000, 8 * MIB])
+def test_another_pool_and_model_find_what_was_stored(model, host_bytes, tmp_path, request):
+    ids = random_ids(1, 150)
+    pool = pool_for(model, host_bytes=host_bytes, store=PrefixStore(tmp_path, 64 * MIB))
+    first = answer(model, pool, ids)
+    answer(model, pool, random_ids(1, 200, seed=1))
+    pool.store_prefixes()
+    other = paged(MODELS[request.node.callspec.params["model"]]())
+    pool = pool_for(other, store=PrefixStore(tmp_path, 64 * MIB))
+    assert torch.equal(answer(other, pool, ids), first)
+    stats = pool.stats()
+    assert stats.num_hit_tokens == 144
+    assert 0 < stats.num_promoted_pages == stats.num_active_pages + stats.num_cached_pages
+
+
+def test_pages_that_were_evicted_are_stored_behind_the_scenes(llama, tmp_path):
+    store = PrefixStore(tmp_path, 64 * MIB)
+    pool = pool_for(llama, host_bytes=0, store=store)
+    ids = random_ids(1, 150)
+    first = answer(llama, pool, ids)
+    answer(llama, pool, random_ids(1, 370, seed=1))
+    pool.prefix_index.tiers.tiers["store"].flush()
+    assert pool.stats().store_bytes == store.num_bytes > 9 * 8192
+    assert torch.equal(answer(llama, pool, ids), first)
+    assert pool.stats().num_promoted_pages == 9
+
+
+def unlike(change):
+    model = paged(tiny_llama())
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+CHANGES = {
+    "a weight": lambda model: model.model.layers[1].mlp.up_proj.weight[3].mul_(1.01),
+    "a setting of a module": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.3),
+    "the configuration": lambda model: setattr(model.config, "rms_norm_eps", 1e-3),
+    "another class of module": lambda model: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_finds_nothing_in_a_store_that_another_has_computed(llama, change, tmp_path):
+    ids = random_ids(1, 150)
+    pool = pool_for(llama, store=PrefixStore(tmp_path, 64 * MIB))
+    answer(llama, pool, ids)
+    pool.store_prefixes()
+    other = unlike(change)
+    pool = pool_for(other, store=PrefixStore(tmp_path, 64 * MIB))
+    assert torch.equal(answer(other, pool, ids), expected(other, ids))
+    assert pool.stats().num_promoted_pages == 0
+
+
+def test_tenants_share_no_store_and_their_salts_are_not_in_it(llama, tmp_path):
+    ids = random_ids(1, 150)
+    pool = pool_for(llama, store=PrefixStore(tmp_path, 64 * MIB))
+    answer(llama, pool, ids, salt="a secret of one")
+    pool.store_prefixes()
+    for salt, num_brought in (("another", 0), (None, 0), ("a secret of one", 9)):
+        pool = pool_for(llama, store=PrefixStore(tmp_path, 64 * MIB))
+        answer(llama, pool, ids, salt=salt)
+        assert pool.stats().num_promoted_pages == num_brought
+    assert not any(b"secret" in path.read_bytes() for path in tmp_path.rglob("*.safetensors"))
+
+
+def test_passes_under_autocast_find_only_their_own(llama, tmp_path):
+    ids = random_ids(1, 150)
+    for dtype, num_brought in ((None, 0), (torch.bfloat16, 0), (torch.bfloat16, 9), (None, 9)):
+        pool = pool_for(llama, store=PrefixStore(tmp_path, 64 * MIB))
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None), PagedCache(pool=pool) as cache:
+            cache.prefill(llama, ids)
+            assert pool.stats().num_promoted_pages == num_brought
+        pool.store_prefixes()
+
+
+def test_a_damaged_store_is_computed_anew(llama, tmp_path):
+    ids = random_ids(1, 150)
+    pool = pool_for(llama, store=PrefixStore(tmp_path, 64 * MIB))
+    first = answer(llama, pool, ids)
+    pool.store_prefixes()
+    for number, path in enumerate(sorted(tmp_path.rglob("*.safetensors"))):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[: len(content) - number % 2])
+    pool = pool_for(llama, store=PrefixStore(tmp_path, 64 * MIB))
+    assert torch.equal(answer(llama, pool, ids), first)
+    assert pool.stats().num_promoted_pages == 0
+
+
+def test_storing_leaves_the_order_in_which_prefixes_are_evicted(llama, tmp_path):
+    pool = pool_for(llama, store=PrefixStore(tmp_path, 64 * MIB))
+    for seed in range(3):
+        answer(llama, pool, random_ids(1, 60, seed=seed))
+    answer(llama, pool, random_ids(1, 60))
+    allocator = pool.groups[0].allocator
+    order = allocator.oldest_cached(24)
+    assert len(order) == 9
+    pool.store_prefixes()
+    assert allocator.oldest_cached(24) == order
+    pool.check_integrity()
+
+
+def test_a_pool_without_a_store_says_how_to_get_one(llama):
+    with pytest.raises(ValueError, match=r"store=PrefixStore\(folder, max_bytes\)"):
+        pool_for(llama).store_prefixes()
 
 
 @pytest.mark.parametrize("host_bytes", [0, MIB])

@@ -25,8 +25,8 @@ from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.packed import Chunk
 from hf_paged.cache.layer import layers_over
-from hf_paged.cache.prompt.fingerprint import fingerprint
 from hf_paged.cache.prompt.known_prefix import ends_in_padding
+from hf_paged.cache.prompt.origin import origin_of_prompt
 from hf_paged.cache.prompt.packable import check_model, check_prompt
 from hf_paged.compile.api import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.errors import NotPackable, OutOfPagesError
@@ -204,8 +204,7 @@ def _compute_packed(
     num_cached, num_columns = sequences.rows.columns.count, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
     attention_mask = inputs.get("attention_mask")
-    is_indexed = sequences.pool.prefix_index is not None and not model.training  # dropout makes no two passes alike
-    origin = (fingerprint(model), sequences.salt) if is_indexed else None
+    origin = origin_of_prompt(model, sequences)
     filled.clear()  # or else its pages would be copied, as shared ones
     mask = None if attention_mask is None else attention_mask[:, :-1]
     packed = PackedPrompt(sequences, input_ids[:, :-1], mask, max_tokens, origin)

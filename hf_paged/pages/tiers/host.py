@@ -102,6 +102,11 @@ class HostTier(PageTier):
     def __contains__(self, key: PageKey) -> bool:
         return key in self._contents
 
+    def contents(self) -> list[tuple[PageKey, Tensor]]:
+        """All pages."""
+        with self._lock:
+            return list(self._contents.items())
+
     def clear(self) -> None:
         """Drop all pages."""
         with self._lock:

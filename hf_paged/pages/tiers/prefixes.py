@@ -59,24 +59,32 @@ class PrefixTiers:
             pages: that nobody writes or takes meanwhile.
             rows: for each of them what made it, and the tokens of its row up to its end.
         """
-        tier, storages = next(iter(self.tiers.values())), self.groups[group].storages()
+        try:
+            num_copied = self.copy(group, pages, rows, next(iter(self.tiers.values())))
+        except (MemoryError, RuntimeError) as error:
+            _say(str(error))
+        else:
+            with self._lock:
+                self.num_demoted_pages += num_copied
+
+    def copy(self, group: int, pages: Sequence[int], rows: Sequence[tuple[Hashable, bytes]], tier: PageTier) -> int:
+        """Give the content of full pages to a tier, unless it has it; arguments as for `demote`.
+
+        Returns:
+            How many pages it was given.
+        """
+        storages = self.groups[group].storages()
         if len(storages) < len(self.groups[group].layers):
-            return
-        wanted = {}
+            return 0
+        wanted: dict[int, PageKey] = {}
         for page, (origin, tokens) in zip(pages, rows, strict=True):
             parent = parent_of(origin, self.groups[group])
             key = PageKey(sha256(parent + tokens).digest(), parent, tokens)
             if key not in tier:
                 wanted[page] = key
-        try:
-            contents = read_pages(storages, list(wanted))
-        except (MemoryError, RuntimeError) as error:
-            _say(str(error))
-            return
-        for key, content in zip(wanted.values(), contents, strict=True):
+        for key, content in zip(wanted.values(), read_pages(storages, list(wanted)), strict=True):
             tier.put(key, content)
-        with self._lock:
-            self.num_demoted_pages += len(wanted)
+        return len(wanted)
 
     def extend(
         self, origin: Hashable, tokens: bytes, prefix: Prefix, ahead: Sequence[dict[int, int]], arrivals: Arrivals
