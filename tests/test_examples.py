@@ -1,0 +1,88 @@
+"""Examples run as they are, and what they print is so."""
+
+import importlib.util
+import io
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.real_model
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Load an example, to be run as with these arguments."""
+
+    def load(name: str, *arguments: str) -> ModuleType:
+        torch.manual_seed(0)
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def numbers(pattern: str, text: str) -> list[tuple[float, ...]]:
+    """What stands in place of each # of a pattern, wherever it is found."""
+    found = re.findall(re.escape(pattern).replace(r"\#", r"([\d.]+)"), text)
+    return [tuple(map(float, row if isinstance(row, tuple) else (row,))) for row in found]
+
+
+def test_a_chat_from_a_pipe_finds_its_history_when_it_goes_on_back_and_in_a_fork(example, monkeypatch, capsys):
+    lines = (
+        "Name a colour.",
+        "Another one.",
+        "/fork",
+        "A third?",
+        "/back",
+        "A fourth?",
+        "/switch 0",
+        "And now?",
+        "/no",
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    example("chat", "--max-new-tokens", "8").main()
+    printed = capsys.readouterr().out
+    turns = numbers("[# of # tokens found]", printed)
+    assert len(turns) == 5
+    assert turns[0][0] == 0
+    histories = (0, 1, 1, 1)  # the turn before each of the others
+    for (num_found, num_tokens), history in zip(turns[1:], histories, strict=True):
+        assert turns[history][1] // 16 * 16 <= num_found < num_tokens
+    assert "/back, /fork, or /switch and a number below 2" in printed
+
+
+def test_requests_behind_a_system_prompt_find_it(example, monkeypatch, capsys):
+    module = example("shared_prefix")
+    monkeypatch.setattr(module, "QUESTIONS", module.QUESTIONS[:2])
+    monkeypatch.setattr(module, "SYSTEM", module.SYSTEM[:800])
+    module.main()
+    ((num_found, num_tokens),) = numbers("# of # tokens were found, not computed", capsys.readouterr().out)
+    assert 0.4 * num_tokens < num_found < 0.5 * num_tokens
+
+
+def test_threads_that_share_a_pool_answer_as_one_thread_does_and_leave_no_page_held(example, monkeypatch, capsys):
+    module = example("threads")
+    monkeypatch.setattr(module, "QUESTIONS", module.QUESTIONS[:4])
+    module.main()
+    printed = capsys.readouterr().out
+    assert "the answers that one thread gives: yes" in printed
+    assert numbers("# pages are held", printed) == [(0,)]
+
+
+def test_the_leaves_of_a_tree_hold_a_fraction_of_copies(example, monkeypatch, capsys):
+    module = example("tree")
+    monkeypatch.setattr(module, "NUM_EXPANSIONS", 3)
+    module.main()
+    sizes = numbers("# leaves: # MiB, as copies # MiB", capsys.readouterr().out)
+    assert [num_leaves for num_leaves, _, _ in sizes] == [3, 5, 6]
+    assert sizes[-1][1] < sizes[-1][2] / 4
