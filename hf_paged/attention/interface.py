@@ -65,7 +65,7 @@ def paged_flex_attention(
     if type(key) is HandedOnTensor and type(value) is HandedOnTensor:
         step = attention_mask.metadata.step if isinstance(attention_mask, PagedMask) else None
         key, value = key.states.for_attention(step)
-    if dropout > 0:
+    if dropout > 0 and (isinstance(attention_mask, PagedMask) or softcap is not None or s_aux is not None):
         raise _refused(
             attention_mask,
             f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before "
@@ -95,7 +95,7 @@ def paged_flex_attention(
             )
         mask = getattr(attention_mask, ALLOWED, attention_mask)
         params = AttentionParams(scale, softcap, s_aux is not None)
-        return _attend_to_columns(query, key, value, mask, is_causal, params, s_aux), None
+        return _attend_to_columns(query, key, value, mask, is_causal, params, s_aux, dropout), None
     is_traced = torch.compiler.is_dynamo_compiling()
     if not is_traced and getattr(module, "training", False) and attention_mask.metadata.is_unwritten:
         raise ValueError(
@@ -199,6 +199,7 @@ def _attend_to_columns(
     is_causal: bool,
     params: AttentionParams,
     sinks: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     scale, softcap, _ = params
     # Without a mask SDPA takes the queries for the first ones, not the last.
@@ -206,7 +207,8 @@ def _attend_to_columns(
     if softcap is not None or sinks is not None or is_last:
         return blockwise_attention(query, key, value, mask, is_causal, scale, softcap, sinks)
     heads: Any = _Heads(query.shape[1] // key.shape[1])
-    output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, scaling=scale, is_causal=is_causal)[0]
+    options = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
+    output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, **options)[0]
     return output
 
 
