@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_paged._transformers import num_attention_layers, obstacle
+from hf_paged._transformers import model_in, num_attention_layers, obstacle
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.layer import PagedLayer, layers_over, owned
 from hf_paged.cache.prompt.known_prefix import commit, goes_on_alike
 from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
 from hf_paged.cache.row_operations import RowOperations
-from hf_paged.pages.memory_map import draw
 from hf_paged.pages.pool import PagePool, pool_for
 from hf_paged.pages.stats import MemoryStats
+from hf_paged.pages.views.memory_map import MemoryMap
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 
 
@@ -94,7 +96,7 @@ class PagedCache(RowOperations):
         """Make a cache for a model.
 
         Args:
-            model: a decoder, or a model that has one.
+            model: a decoder, or a model that has one; wrapped by DistributedDataParallel or the like, or not.
             num_pages: at most so many pages, reserved at once. None: the pool grows as needed.
             page_size: tokens per page, one of those that the class takes.
 
@@ -107,12 +109,8 @@ class PagedCache(RowOperations):
         # Made of this class's module, and so imported after it.
         from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 
-        config = getattr(model, "config", None)
-        if not isinstance(config, PreTrainedConfig):
-            raise ValueError(
-                f"from_model() was given a {type(model).__name__}, but it takes a model of Transformers. With a "
-                "configuration alone, use PagedCache(config)."
-            )
+        model = model_in(model, "PagedCache.from_model()")
+        config = model.config
         reason = config.get_text_config(decoder=True)._attn_implementation == NAME and obstacle(model)
         if reason:
             raise ValueError(
@@ -184,7 +182,7 @@ class PagedCache(RowOperations):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         # `generate()` sets this on a cache that it was given, once, before it computes anything.
-        self._sequences.commit_first()
+        self._sequences.end_step()
         rows = self._sequences.rows
         generating = rows.known_ids.check(rows.columns)
         if rows.origin is not None and generating is not None and not goes_on_alike(self._sequences, *generating):
@@ -298,7 +296,11 @@ class PagedCache(RowOperations):
             Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
             with a sliding window begin at the first column that the next query sees. Changes of them have no effect,
             see `set`.
+
+        Raises:
+            ValueError: if there is no such layer, or it stores nothing.
         """
+        self._check_stores(layer_idx)
         self._sequences.apply_edits()
         return self._sequences.rows.copied(layer_idx)
 
@@ -318,22 +320,39 @@ class PagedCache(RowOperations):
             OutOfPagesError: if there are too few pages; nothing has changed.
             ValueError: if the layer can't hold these, or a forward pass is under way; nothing has changed.
         """
+        self._check_stores(layer_idx)
+        self._sequences.edits.set(self._sequences, layer_idx, keys, values)
+
+    def _check_stores(self, layer_idx: int) -> None:
         if layer_idx not in self.pool.group_of_layer:
             raise ValueError(
                 f"Layer {layer_idx} stores no keys and values; those that do: {sorted(self.pool.group_of_layer)}."
             )
-        self._sequences.edits.set(self._sequences, layer_idx, keys, values)
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
         self._sequences.drop_past()
         return self.pool.account([[table] for table in self._sequences.rows.tables])
 
-    def memory_map(self, width: int = 64) -> str:
+    def memory_map(self, width: int = 64) -> MemoryMap:
         """Draw the pages of each group of layers, and list the pages of each row.
 
         Args:
-            width: pages to a line.
+            width: pages to a line of text.
+
+        Returns:
+            What `print` shows as text and a notebook as a picture.
         """
         self._sequences.commit_first()
-        return draw(self._sequences.rows.tables, width)
+        return MemoryMap.of(self._sequences.rows.tables, width)
+
+    def plot(self) -> "Figure":
+        """Draw each row as a bar of its pages, with matplotlib.
+
+        Returns:
+            A figure, with axes for each group of layers.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib isn't installed.
+        """
+        return self.memory_map().plot()

@@ -1,6 +1,7 @@
 """What is done to the rows of a cache between two passes."""
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 import torch
@@ -34,11 +35,12 @@ class RowOperations(Cache):
             tokens_to_remove: 0 or negative, minus the number of columns.
 
         Raises:
+            TypeError: for what is no whole number; nothing has changed.
             ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
                 have left a sliding window; nothing has changed.
         """
         self._sequences.end_step()
-        held = self._sequences.rows.columns.count
+        held, tokens_to_remove = self._sequences.rows.columns.count, index(tokens_to_remove)
         if tokens_to_remove > 0 or held + tokens_to_remove < 0:
             raise ValueError(
                 f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "

@@ -19,7 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged._torch.dynamo import let_vary
 from hf_paged._torch.host_memory import give_back_freed
-from hf_paged._transformers import CACHE, layer_specs
+from hf_paged._transformers import CACHE, layer_specs, model_in
 from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.packed import Chunk
@@ -70,7 +70,13 @@ def prefill(
         OutOfPagesError: if the pool has too few pages.
         ValueError: for arguments that don't fit the cache, or a model that can't be prefilled.
     """
+    model = model_in(model, "prefill()")
     sequences = cache._sequences
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"prefill() was given a {type(input_ids).__name__} as input_ids, but it takes a tensor of token ids. Pass "
+            'cache.prefill(model, **tokenizer(text, return_tensors="pt")).'
+        )
     if max_tokens is None:
         max_tokens = usual_chunk(input_ids.device)
     _check_fits(model, sequences)
