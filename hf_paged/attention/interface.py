@@ -65,12 +65,8 @@ def paged_flex_attention(
     if type(key) is HandedOnTensor and type(value) is HandedOnTensor:
         step = attention_mask.metadata.step if isinstance(attention_mask, PagedMask) else None
         key, value = key.states.for_attention(step)
-    if dropout > 0 and (isinstance(attention_mask, PagedMask) or softcap is not None or s_aux is not None):
-        raise _refused(
-            attention_mask,
-            f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before "
-            "generating.",
-        )
+    if dropout > 0 and isinstance(attention_mask, PagedMask):
+        raise _refused(attention_mask, _NO_DROPOUT.format(dropout))
     if kwargs.get("output_attentions"):
         raise _refused(
             attention_mask,
@@ -205,13 +201,19 @@ def _attend_to_columns(
     # Without a mask SDPA takes the queries for the first ones, not the last.
     is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
     if softcap is not None or sinks is not None or is_last:
+        if dropout > 0:
+            raise ValueError(_NO_DROPOUT.format(dropout))
         return blockwise_attention(query, key, value, mask, is_causal, scale, softcap, sinks)
     heads: Any = _Heads(query.shape[1] // key.shape[1])
-    options = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
+    options: Any = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
     output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, **options)[0]
     return output
 
 
+_NO_DROPOUT = (
+    f"Attention dropout is {{}}, but {NAME!r} computes no dropout over pages, nor with softcap or sinks. Call "
+    "model.eval() before generating."
+)
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _attend_between_graphs = outside_of_graphs(attend)
 
