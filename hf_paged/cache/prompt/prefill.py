@@ -74,8 +74,8 @@ def prefill(
     sequences = cache._sequences
     if not isinstance(input_ids, Tensor):
         raise ValueError(
-            f"prefill() was given a {type(input_ids).__name__} as input_ids, but it takes a tensor of token ids. Pass "
-            'cache.prefill(model, **tokenizer(text, return_tensors="pt")).'
+            f"prefill() was given a {type(input_ids).__name__} as input_ids, but it takes a tensor of token ids: "
+            "cache.prefill(model, **tokenizer(text, return_tensors='pt'))."
         )
     if max_tokens is None:
         max_tokens = usual_chunk(input_ids.device)
@@ -366,10 +366,7 @@ def _check_ids(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} was asked for; a chunk needs at least one token.")
     if input_ids.ndim != 2:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}, but prefill() needs (num_rows, num_columns), as "
-            "generate() does."
-        )
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, but prefill() needs (num_rows, num_columns).")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}. Pass "
