@@ -84,9 +84,9 @@ def check(words: list[str]) -> None:
     match words:
         case ["hf-paged", name] | ["hf-paged", name, "--help"]:
             with pytest.raises(SystemExit, match="0"):
-                make_parser().parse_args([name, "--help"])
+                make_parser([name]).parse_args([name, "--help"])
         case ["hf-paged", *arguments]:
-            make_parser().parse_args(arguments)
+            make_parser(arguments).parse_args(arguments)
         case ["accelerate", "launch", *arguments]:
             launch = launch_command_parser().parse_args(arguments)
             assert launch.module

@@ -4,8 +4,8 @@ import inspect
 import logging
 import re
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ def _entered(context: Callable[[], Any]) -> None:
         pass
 
 
+_ON_DISK_S = 5  # in which inductor finds what it has compiled before, its own imports included
 _MAX_GRAPHS = 64  # of one kernel, which torch.compile makes one by one where it isn't told which sizes change
 
 COMPILE_FX = Private("torch._inductor.compile_fx:compile_fx", check=callable)
@@ -187,7 +188,7 @@ def compiled_kernel(
         with _lock:
             kernel = _kernels.get(key)
             if kernel is None:
-                logger.info("Compiling attention for %s; this takes 5 to 30 seconds, once.", key)
+                logger.info("Compiling attention for %s.", key)
                 kernel = _kernels[key] = _compile(build(), arguments, dynamic_sizes)
     return kernel
 
@@ -250,7 +251,8 @@ def _compile_without_guards(attend: Callable[..., Tensor], arguments: Sequence[T
             return compile_fx(graph, inputs, inner_compile=compile_inner, config_patches=unchecked)
 
     def compile_inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-        compiled.append(compile_fx_inner(graph, inputs, **options))
+        with _told_if_slow():
+            compiled.append(compile_fx_inner(graph, inputs, **options))
         return compiled[-1]
 
     expected = _call(torch.compile(with_own_code(attend), backend=backend, fullgraph=True, dynamic=False), arguments)
@@ -267,6 +269,18 @@ def _compile_without_guards(attend: Callable[..., Tensor], arguments: Sequence[T
     if not torch.allclose(output, expected, rtol=0.01, atol=0.01, equal_nan=True):
         raise RuntimeError("without guards, inductor's function gives something else")
     return kernel
+
+
+@contextmanager
+def _told_if_slow() -> Iterator[None]:
+    """Tell once, while the first kernel is compiled, what takes so long; not where it is found on disk."""
+    message = "Compiling attention: about 15 s, once. Later processes find it on disk."
+    timer = threading.Timer(_ON_DISK_S, _tell_once, [message])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @outside_of_graphs  # where the stance can't be changed

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.generation import utils as generation
 
 from hf_paged.batch.padding import Columns
@@ -50,6 +51,14 @@ class KnownIds:
         fork = KnownIds()
         fork._ids, fork._rows, fork._first, fork._end = self._ids, self._rows, self._first, self._end
         return fork
+
+    @property
+    def known(self) -> tuple[Tensor, int] | None:
+        """The ids that are known, `(num_rows, num_known)` or one row for all, and their first column; None without."""
+        if self._ids is None:
+            return None
+        ids = self._ids if self._rows is None else self._ids[self._rows]
+        return ids[:, self._first : self._end], self._first
 
     def are_all(self, count: int) -> bool:
         """Whether the first `count` columns are known."""
@@ -131,6 +140,32 @@ class KnownIds:
         self._end = min(self._end, count)
         if self._end <= self._first:
             self._ids = None
+
+    def without_first(self, count: int) -> None:
+        """Let the first `count` columns be no more."""
+        if self._ids is not None:
+            self._ids = self._ids[:, count:]
+        self._first, self._end = max(0, self._first - count), self._end - count
+        if self._end <= self._first:
+            self._ids = None
+
+    def join(self, parts: Sequence[tuple["KnownIds", Columns, int]]) -> None:
+        """Know what is known of all of several batches, one below the other, the shorter ones padded on the left.
+
+        Args:
+            parts: for each what is known of it, its columns, and its number of rows.
+        """
+        count = max(columns.count for _, columns, _ in parts)
+        first, tensors = 0, []
+        for known, columns, num_rows in parts:
+            if known.known is None or known._end < columns.count:
+                return
+            ids, begin = known.known
+            padding = count - columns.count + begin
+            first = max(first, padding if begin else 0)
+            tensors.append(pad(ids.expand(num_rows, -1), (padding, 0)))
+        device = tensors[0].device
+        self.note(torch.cat([tensor.to(device) for tensor in tensors]), first, count)
 
     def check(self, columns: Columns) -> tuple[Any, Any, dict[str, Any]] | None:
         """Compare what is known with what `generate()` is about to go on from, which is further up in the stack.

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
@@ -11,6 +11,10 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.prompt.prefill import encoder_refused
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
+from hf_paged.pages.views.memory_map import MemoryMap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class PagedEncoderDecoderCache(EncoderDecoderCache):
@@ -108,9 +112,13 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         """Account for the pages and bytes of the decoder; what is kept of the encoder is not counted."""
         return self.self_attention_cache.stats()
 
-    def memory_map(self, width: int = 64) -> str:
+    def memory_map(self, width: int = 64) -> MemoryMap:
         """Draw the decoder's pages; see `PagedCache.memory_map`."""
         return self.self_attention_cache.memory_map(width)
+
+    def plot(self) -> "Figure":
+        """Draw the decoder's pages with matplotlib; see `PagedCache.plot`."""
+        return self.self_attention_cache.plot()
 
     def gather(self, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy the decoder's keys and values of a layer; see `PagedCache.gather`."""

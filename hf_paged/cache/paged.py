@@ -14,11 +14,13 @@ from hf_paged.cache.layer import PagedLayer, layers_over, owned
 from hf_paged.cache.prompt.known_prefix import commit, goes_on_alike
 from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
 from hf_paged.cache.row_operations import RowOperations
-from hf_paged.pages.memory_map import draw
 from hf_paged.pages.pool import PagePool, pool_for
 from hf_paged.pages.stats import MemoryStats
+from hf_paged.pages.views.memory_map import MemoryMap
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 
 
@@ -332,11 +334,25 @@ class PagedCache(RowOperations):
         self._sequences.drop_past()
         return self.pool.account([[table] for table in self._sequences.rows.tables])
 
-    def memory_map(self, width: int = 64) -> str:
+    def memory_map(self, width: int = 64) -> MemoryMap:
         """Draw the pages of each group of layers, and list the pages of each row.
 
         Args:
-            width: pages to a line.
+            width: pages to a line of text.
+
+        Returns:
+            What `print` shows as text and a notebook as a picture.
         """
         self._sequences.commit_first()
-        return draw(self._sequences.rows.tables, width)
+        return MemoryMap.of(self._sequences.rows.tables, width)
+
+    def plot(self) -> "Figure":
+        """Draw each row as a bar of its pages, with matplotlib.
+
+        Returns:
+            A figure, with axes for each group of layers.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib isn't installed.
+        """
+        return self.memory_map().plot()

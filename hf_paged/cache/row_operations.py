@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from operator import index
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 from transformers import Cache
 
 from hf_paged.batch.sequences import Sequences
+from hf_paged.cache.joining import join, take_apart
+
+if TYPE_CHECKING:
+    from hf_paged.cache.paged import PagedCache
 
 
 class RowOperations(Cache):
-    """A cache whose rows can be shortened, chosen, reordered, repeated and released; no token is copied."""
+    """A cache whose rows can be shortened, chosen, repeated, released, joined and split; no token is copied."""
 
     _sequences: Sequences
 
@@ -99,6 +104,31 @@ class RowOperations(Cache):
         Assisted decoding calls this by itself.
         """
         self._sequences.records_past = True
+
+    @classmethod
+    def concatenate(cls, caches: Sequence["PagedCache"]) -> "PagedCache":
+        """Return a cache of the rows of others, which keep them, and with which it shares every page.
+
+        Caches with fewer columns are padded on the left: what they hold ends in the last column.
+
+        Args:
+            caches: forks of each other, or caches of one pool; those without rows add none.
+
+        Raises:
+            UnclearPassError: if one of them is in the middle of a forward pass.
+            ValueError: if there are none, or they are of different pools, salts or layers.
+        """
+        return join(caches)
+
+    def split(self) -> list["PagedCache"]:
+        """Return a cache for each row, which shares its pages; this one keeps them, too.
+
+        Columns of padding before the first token of a row are left out. A row that was released makes an empty cache.
+
+        Raises:
+            UnclearPassError: if the cache is in the middle of a forward pass.
+        """
+        return take_apart(self)  # type: ignore[arg-type]
 
     def _indices(self, rows: Sequence[int] | Tensor) -> list[int]:
         given = torch.as_tensor(rows)

@@ -111,13 +111,13 @@ class BlockTable:
         self._rows.open(num_rows)
 
     def adopt(self, row: int, pages: Sequence[int], start: int, length: int) -> None:
-        """Let an empty row begin with full pages that the caller holds, who hands them over.
+        """Let an empty row begin with pages that the caller holds, who hands them over.
 
         Args:
             row: index of the row.
             pages: the last ones of its first `length` tokens.
             start: tokens at the beginning that nobody will read; `pages` begin with that of the next one.
-            length: a multiple of the page size.
+            length: tokens of the row from now on.
         """
         rows = self._rows
         first = start // self.group.page_size
@@ -125,6 +125,7 @@ class BlockTable:
         rows.block_table[row, first : first + len(pages)] = pages
         rows.num_pages[row] = first + len(pages)
         rows.lengths[row], rows.starts[row] = length, start
+        self._tails_may_be_shared |= length % self.group.page_size > 0
         self.version += 1
 
     def reserve(self, counts: Counts, starts: Counts | None = None, originals: Counts | None = None) -> None:

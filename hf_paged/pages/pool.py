@@ -196,14 +196,17 @@ class PagePool:
 
     def account(self, holders: Sequence[Sequence[PageHolder]]) -> MemoryStats:
         """Account for what `holders`, given for each group, hold."""
-        num_active = num_shared = active_bytes = live_bytes = shared_bytes = num_unique = 0
+        num_active = num_shared = active_bytes = live_bytes = shared_bytes = padded_bytes = num_unique = 0
         for group, members in zip(self.groups, holders, strict=True):
             used: dict[int, int] = {}
-            num_stored = 0
+            num_stored = num_padded = 0
             for holder in members:
                 for page, _, num_tokens in holder.held_pages():
                     used[page] = max(num_tokens, used.get(page, 0))
                     num_stored += num_tokens
+                widest = int(holder.lengths.max(initial=0))
+                # A contiguous cache keeps one token less than a window, before the next one is added.
+                num_padded += len(holder.lengths) * (widest if group.window is None else min(widest, group.window - 1))
             num_distinct = sum(used.values())
             num_active += len(used)
             num_shared += sum(group.allocator.num_holders(page) > 1 for page in used)
@@ -211,6 +214,7 @@ class PagePool:
             active_bytes += len(used) * self.page_size * group.token_bytes
             live_bytes += num_distinct * group.token_bytes
             shared_bytes += (num_stored - num_distinct) * group.token_bytes
+            padded_bytes += num_padded * group.token_bytes
         index = self.prefix_index
         return MemoryStats(
             num_pages=self.num_pages,
@@ -227,6 +231,7 @@ class PagePool:
             live_bytes=live_bytes,
             shared_bytes=shared_bytes,
             reserved_bytes=sum(group.reserved_bytes for group in self.groups),
+            padded_bytes=padded_bytes,
             num_looked_up_tokens=0 if index is None else index.num_looked_up_tokens,
             num_hit_tokens=0 if index is None else index.num_hit_tokens,
             num_evicted_pages=0 if index is None else index.num_evicted_pages,

@@ -182,7 +182,7 @@ MISTAKES = {
     ),
     "num_pages=10**7 of a configuration in words of its own": (
         lambda: PagedCache(transformers.GPT2Config(**GPT2), num_pages=10**7).update(*gpt2_keys(), 0),
-        "GiB of memory on cpu. Ask for fewer, or for a part of the memory: PagePool.from_model(",
+        "GiB of memory on cpu. Ask for fewer, or for a part of the memory: PagePool.from_model(model, ",
     ),
     "memory_fraction=90": (
         lambda: PagePool.from_model(llama(), memory_fraction=90),
