@@ -33,10 +33,10 @@ bench-gpu: $(STAMP) ## measure a GPU at the shapes of real models, into docs/res
 	@$(BIN)/python examples/bench_gpu.py --json docs/results/bench/gpu-shapes.json $(ARGS)
 
 bench-llama: $(STAMP) ## measure the contiguous cache alone: latency and a mixed batch (ARGS goes to hf-paged bench)
-	@$(BIN)/hf-paged bench latency mixed --baselines dynamic $(ARGS)
+	@$(BIN)/hf-paged bench latency mixed --caches dynamic $(ARGS)
 
 bench-llama-paged: $(STAMP) ## measure the paged cache beside the contiguous one (ARGS goes to hf-paged bench)
-	@$(BIN)/hf-paged bench latency mixed --baselines dynamic,paged,paged-compiled $(ARGS)
+	@$(BIN)/hf-paged bench latency mixed --caches dynamic,paged,paged-compiled $(ARGS)
 
 reproduce: $(STAMP) ## run the paper's evaluation and write docs/reproduction.md (half an hour; ARGS="--full" for hours)
 	@$(BIN)/hf-paged reproduce --folder docs $(ARGS)

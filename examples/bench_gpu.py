@@ -63,7 +63,7 @@ class Case:
                 for name in asked.keys() & {"contexts", "prompt_lengths"}
             }
         if self.shape:
-            more["baselines"] = tuple(name for name in self.baselines if name in WHOLE)
+            more["caches"] = tuple(name for name in self.baselines if name in WHOLE)
             more["shape"] = arguments.shape or self.shape
         return Settings(dtype=arguments.dtype, device=arguments.device, whole=True, **more)
 

@@ -80,7 +80,7 @@ def write_gguf(path: Path) -> None:
     """Write the packaged model with its matrices in float16, and all the rest in float32."""
     import gguf
 
-    reader = gguf.GGUFReader(find_gguf())
+    reader = gguf.GGUFReader(find_gguf(path.parent))
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
         # The format's own fields, and those that the writer has put there.

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -79,6 +80,46 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
     ]
 
 
+def model_in(given: Any, asker: str) -> PreTrainedModel:
+    """Return the model of Transformers that was given, out of what it is wrapped in, as by DistributedDataParallel.
+
+    Args:
+        given: by a caller.
+        asker: who wants it, as in "PagePool.from_model()".
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    model = given
+    while not _has_config(model) and isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
+    if not isinstance(model, torch.nn.Module) or not _has_config(model):
+        raise not_a_model(given, asker)
+    return model  # type: ignore[return-value]  # or one that hands on what is asked of it, as PEFT's
+
+
+def not_a_model(given: Any, asker: str) -> ValueError:
+    """Say that a model was wanted, and how to get it from what was given."""
+    match given:
+        case PreTrainedConfig():
+            remedy = "With a configuration alone, use PagedCache(config) or PagePool(config)."
+        case str() | os.PathLike():
+            remedy = (
+                f"Load it: AutoModelForCausalLM.from_pretrained({str(given)!r}, attn_implementation='paged_flex')."
+            )
+        case torch.nn.Module():
+            remedy = "Pass the part of it that has a configuration of Transformers (model.config)."
+        case _ if isinstance(getattr(given, "model", None), torch.nn.Module):
+            remedy = "Pass the model that it has, its .model."
+        case _:
+            remedy = "Pass what AutoModelForCausalLM.from_pretrained() returns."
+    return ValueError(f"{asker} was given a {type(given).__name__}, but it takes a model of Transformers. {remedy}")
+
+
+def _has_config(model: Any) -> bool:
+    return isinstance(getattr(model, "config", None), PreTrainedConfig)
+
+
 def obstacle(model: PreTrainedModel) -> str | None:
     """Say why the steps of a model, or of its decoder, can't be reserved before a pass; None if they can."""
     parts = (model, model.get_decoder())  # type: ignore[no-untyped-call]
@@ -107,6 +148,22 @@ def num_decoder_layers(config: PreTrainedConfig) -> int | None:
 def num_unlisted_layers(config: PreTrainedConfig) -> int:
     """Layers at the end of a decoder that read the keys of others, where `layer_specs` leaves these out."""
     return 0 if _LISTS_SHARED_LAYERS else getattr(config, "num_kv_shared_layers", None) or 0
+
+
+def least_token_bytes(config: PreTrainedConfig) -> int:
+    """Bytes of one token's keys and values in a layer, in 16 bits, as the configuration has it in its usual words.
+
+    Those of one head of size 1 where it has other words for it, or latent attention, of which models cache this or
+    that.
+    """
+    decoder = _of_decoder(config)
+    names = "num_key_value_heads", "head_dim", "hidden_size", "num_attention_heads"
+    num_kv_heads, head_dim, hidden_size, num_heads = (getattr(decoder, name, None) for name in names)
+    if head_dim is None and isinstance(hidden_size, int) and isinstance(num_heads, int):
+        head_dim = hidden_size // num_heads
+    if getattr(decoder, "kv_lora_rank", None) or not (isinstance(num_kv_heads, int) and isinstance(head_dim, int)):
+        num_kv_heads = head_dim = 1
+    return 2 * num_kv_heads * head_dim * torch.float16.itemsize
 
 
 def token_bytes_by_device(model: PreTrainedModel) -> dict[torch.device, int]:

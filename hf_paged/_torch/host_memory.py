@@ -55,6 +55,28 @@ def give_back_freed() -> None:
         trim(0)
 
 
+def memory_for_pages(device: torch.device | None) -> int | None:
+    """Bytes that pages may be promised at once: all of a CPU, which gives what is touched, and what is free of a GPU.
+
+    Args:
+        device: where the first layer is; None if it is not known yet: then the most that there may be anywhere. The
+            other layers may be on other GPUs.
+
+    Returns:
+        The bytes; None where they can't be told.
+    """
+    gpus = {index: torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())}
+    if device is not None and device.type == "cuda":
+        return free_bytes(device) + sum(gpus.values()) - gpus[device.index]
+    if device is not None and device.type != "cpu":
+        return None
+    try:
+        of_host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        return None  # not on this system
+    return of_host if device is not None else max(of_host, sum(gpus.values()))
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes of a device's memory that nobody uses; what torch only keeps for later counts as free.
 

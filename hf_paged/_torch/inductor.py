@@ -4,8 +4,8 @@ import inspect
 import logging
 import re
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ def _entered(context: Callable[[], Any]) -> None:
         pass
 
 
+_ON_DISK_S = 5  # in which inductor finds what it has compiled before, its own imports included
 _MAX_GRAPHS = 64  # of one kernel, which torch.compile makes one by one where it isn't told which sizes change
 
 COMPILE_FX = Private("torch._inductor.compile_fx:compile_fx", check=callable)
@@ -40,6 +41,7 @@ COMPILE_FX_INNER = Private("torch._inductor.compile_fx:compile_fx_inner", check=
 AUTOGRAD_CONFIG = Private("torch._functorch.config", check=lambda config: config.patch(enable_autograd_cache=False))
 _EVAL_FRAME = Private("torch._dynamo.eval_frame", check=lambda module: (module._stance.stance, module._stance.backend))
 _WITHOUT_MODES = Private("torch.utils._python_dispatch:_disable_current_modes", check=_entered)
+_CPP_COMPILER = Private("torch._inductor.cpp_builder:get_cpp_compiler", check=callable)
 _COMPILE_LOCK = Private("torch._dynamo.convert_frame:compile_lock", check=lambda lock: _entered(lambda: lock))
 
 UNGUARDED_KERNELS = Trick(
@@ -131,12 +133,33 @@ def num_specializations() -> int:
     return len(_kernels)
 
 
-def can_compile() -> bool:
-    """Whether kernels can be compiled; tells once in a log message if not."""
-    reason = switched_off()
+def can_compile(device: torch.device | None) -> bool:
+    """Whether kernels can be compiled for a device, None: for some; tells once in a log message if not."""
+    reason = hindrance(device)
     if reason is not None:
-        _tell_once(f"{reason}, so attention is handed a copy of what is cached in each layer, which is slow.")
+        _tell_once(
+            f"{reason}, so attention is handed a copy of what is cached in each layer: steps are up to a third slower "
+            "than with DynamicCache."
+        )
     return reason is None
+
+
+def hindrance(device: torch.device | None) -> str | None:
+    """Say why nothing can be compiled for a device, None: for any; None if it can."""
+    reason = switched_off()
+    if reason is None and device is not None and device.type == "cpu" and not _has_cpp_compiler():
+        return "torch finds no C++ compiler (g++ on the PATH, or what the environment variable CXX names)"
+    return reason
+
+
+@cache
+def _has_cpp_compiler() -> bool:
+    """Whether inductor finds a compiler; it wants one even for kernels on disk, which it finds by its version."""
+    find = _CPP_COMPILER.value_or(None, "Whether there is a C++ compiler is found out when a kernel is compiled")
+    try:
+        return find is None or bool(find())
+    except RuntimeError:
+        return False
 
 
 @cache
@@ -165,7 +188,7 @@ def compiled_kernel(
         with _lock:
             kernel = _kernels.get(key)
             if kernel is None:
-                logger.info("Compiling attention for %s; this takes 5 to 30 seconds, once.", key)
+                logger.info("Compiling attention for %s.", key)
                 kernel = _kernels[key] = _compile(build(), arguments, dynamic_sizes)
     return kernel
 
@@ -182,10 +205,10 @@ def _compile(
     would find out is in the key of `compiled_kernel`, so the kernel is called without them. If that can't be done with
     this torch, it is called with them.
     """
-    reason = switched_off()
+    reason = hindrance(next(tensor.device for tensor in arguments if tensor is not None))
     if reason is not None:
         raise ValueError(
-            f"{reason}, but attention over pages needs to be compiled. Switch it on, or load the model with "
+            f"{reason}, but attention over pages needs to be compiled here. Change that, or load the model with "
             'attn_implementation="sdpa": PagedCache works with it.'
         )
     for name, tensor in zip(inspect.signature(attend).parameters, arguments, strict=True):
@@ -228,7 +251,8 @@ def _compile_without_guards(attend: Callable[..., Tensor], arguments: Sequence[T
             return compile_fx(graph, inputs, inner_compile=compile_inner, config_patches=unchecked)
 
     def compile_inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-        compiled.append(compile_fx_inner(graph, inputs, **options))
+        with _told_if_slow():
+            compiled.append(compile_fx_inner(graph, inputs, **options))
         return compiled[-1]
 
     expected = _call(torch.compile(with_own_code(attend), backend=backend, fullgraph=True, dynamic=False), arguments)
@@ -245,6 +269,18 @@ def _compile_without_guards(attend: Callable[..., Tensor], arguments: Sequence[T
     if not torch.allclose(output, expected, rtol=0.01, atol=0.01, equal_nan=True):
         raise RuntimeError("without guards, inductor's function gives something else")
     return kernel
+
+
+@contextmanager
+def _told_if_slow() -> Iterator[None]:
+    """Tell once, while the first kernel is compiled, what takes so long; not where it is found on disk."""
+    message = "Compiling attention: about 15 s, once. Later processes find it on disk."
+    timer = threading.Timer(_ON_DISK_S, _tell_once, [message])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @outside_of_graphs  # where the stance can't be changed

@@ -50,9 +50,9 @@ class Backend(enum.Enum):
 
 def reads_pages(pool: PagePool, num_new: int) -> bool:
     """Whether a pass over `num_new` new columns reads pages in place; else SDPA is handed a copy, layer by layer."""
-    if not can_compile():
-        return False
     storage = pool.any_storage()
+    if not can_compile(None if storage is None else storage.device):
+        return False
     if storage is None:
         return True
     # Where tiles must be small, many queries are SDPA's.

@@ -10,15 +10,18 @@ ids, they are unknown, and nothing is checked.
 
 import sys
 from collections.abc import Iterator, Sequence
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.generation import utils as generation
 
 from hf_paged.batch.padding import Columns
+from hf_paged.batch.steps.progress import another_thread
 from hf_paged.batch.told import ToldPass
 
 _GLOBALS = vars(generation)  # by which its functions are told from others of the same name
@@ -40,6 +43,8 @@ class KnownIds:
         self._rows: list[int] | None = None  # for each row of the cache, which of `_ids` it is; None: the same
         self._first, self._end = 0, 0  # columns that are known
         self._pass: tuple[Tensor, int, int] | None = None  # what the pass under way will make known
+        self._marking: int | None = None  # the thread whose generate() was the last one to be given the cache
+        self._generating: int | None = None  # and the last one that made a pass
 
     def fork(self) -> "KnownIds":
         """Return a record of its own that says the same."""
@@ -78,9 +83,13 @@ class KnownIds:
             begin: columns before the pass.
             num_new: new columns.
             told: what the loop has said that makes it; None if it says nothing.
+
+        Raises:
+            UnclearPassError: if it is a pass of a `generate()` of one thread, and another one has begun to generate.
         """
         end, self._pass = begin + num_new, None
         if told is not None:
+            self._check_thread()
             if told.ids.shape[1] == end:
                 self._pass = told.ids, begin, end
             return
@@ -91,6 +100,7 @@ class KnownIds:
             local = frame.f_locals
             if not _is_given(sequences, local.get("model_kwargs")):
                 return
+            self._check_thread()
             ids, is_prompt = local.get(name), frame.f_code.co_name == "_prefill"
             if not isinstance(ids, Tensor) or ids.ndim != 2:
                 return
@@ -101,6 +111,14 @@ class KnownIds:
             elif ids.shape[1] == end:
                 self._pass = ids, begin, end
             return
+
+    def _check_thread(self) -> None:
+        """Let the thread generate that calls this, if it has begun to, or nobody else has since."""
+        thread = get_ident()
+        if thread == self._marking:
+            self._marking, self._generating = None, thread
+        elif self._generating not in (None, thread):
+            raise another_thread()
 
     def end_pass(self) -> None:
         """Take note that the pass under way was made."""
@@ -123,6 +141,32 @@ class KnownIds:
         if self._end <= self._first:
             self._ids = None
 
+    def without_first(self, count: int) -> None:
+        """Let the first `count` columns be no more."""
+        if self._ids is not None:
+            self._ids = self._ids[:, count:]
+        self._first, self._end = max(0, self._first - count), self._end - count
+        if self._end <= self._first:
+            self._ids = None
+
+    def join(self, parts: Sequence[tuple["KnownIds", Columns, int]]) -> None:
+        """Know what is known of all of several batches, one below the other, the shorter ones padded on the left.
+
+        Args:
+            parts: for each what is known of it, its columns, and its number of rows.
+        """
+        count = max(columns.count for _, columns, _ in parts)
+        first, tensors = 0, []
+        for known, columns, num_rows in parts:
+            if known.known is None or known._end < columns.count:
+                return
+            ids, begin = known.known
+            padding = count - columns.count + begin
+            first = max(first, padding if begin else 0)
+            tensors.append(pad(ids.expand(num_rows, -1), (padding, 0)))
+        device = tensors[0].device
+        self.note(torch.cat([tensor.to(device) for tensor in tensors]), first, count)
+
     def check(self, columns: Columns) -> tuple[Any, Any, dict[str, Any]] | None:
         """Compare what is known with what `generate()` is about to go on from, which is further up in the stack.
 
@@ -133,11 +177,14 @@ class KnownIds:
             The model that generates, the ids, and its other inputs; None if nobody generates.
 
         Raises:
-            ValueError: if a token is another one, or if the prompt would be computed once more behind the cached one.
+            ValueError: if a token is another one, if the prompt would be computed once more behind the cached one, or
+                if the layers of the model won't be given the cache.
         """
         call = next((frame for frame in _frames() if _is_generate(frame)), None)
         if call is None:
             return None
+        self._marking = get_ident()
+        _check_checkpointing(call.f_locals.get("self"))
         local = call.f_locals
         ids, config = local.get("input_ids"), local.get("generation_config")
         inputs: dict[str, Any] = local.get("model_kwargs") or {}
@@ -181,6 +228,16 @@ class KnownIds:
             f"The cache holds another prompt: row {row} has token {held} in column {self._first + column}, but "
             f"input_ids has {int(ids[row, self._first + column])}. Use a new cache for each prompt; or call "
             f"{remedy if common else ''}cache.reset() to start over, or cache.fork() before prompts part."
+        )
+
+
+def _check_checkpointing(model: Any) -> None:
+    """Refuse layers from which Transformers takes the cache away, with a warning that says less."""
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"generate() was called on a {type(model).__name__} in training mode with gradient checkpointing, where "
+            "Transformers takes the cache away from the layers: every token would be computed without those before "
+            "it. Call model.eval() before generating, and model.train() after it."
         )
 
 

@@ -122,6 +122,25 @@ class Columns:
         real, released = (None if array is None else array[list(indices)] for array in (self.real, self.released))
         return Columns(self.count, real, released)
 
+    def without_first(self, count: int) -> "Columns":
+        """Return the record without its first `count` columns."""
+        return Columns(self.count - count, None if self.real is None else self.real[:, count:], self.released)
+
+    @staticmethod
+    def joined(parts: Sequence[tuple["Columns", int]]) -> "Columns":
+        """Return the record of several batches, one below the other, the shorter ones padded on the left.
+
+        Args:
+            parts: for each its record, and its number of rows.
+        """
+        count = max(columns.count for columns, _ in parts)
+        real, released = [], []
+        for columns, num_rows in parts:
+            part = np.ones((num_rows, columns.count), dtype=bool) if columns.real is None else columns.real
+            real.append(np.pad(part, ((0, 0), (count - columns.count, 0))))
+            released.append(columns._is_released(num_rows))
+        return Columns(count, np.concatenate(real), np.concatenate(released))
+
     def without(self, rows: Sequence[int], num_rows: int) -> "Columns":
         """Return the record where `rows` are released."""
         released = self._is_released(num_rows).copy()

@@ -10,10 +10,10 @@ from hf_paged.batch.known_ids import KnownIds
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
 from hf_paged.batch.swapped import IdleRows, SwappedRows
 from hf_paged.pages.block_table import BlockTable
-from hf_paged.pages.memory_map import draw
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.tiers.host import HostTier
+from hf_paged.pages.views.memory_map import MemoryMap
 
 
 class Rows:
@@ -280,10 +280,10 @@ class Rows:
             num_bytes = 0 if self._swapped is None else self._swapped.num_bytes
             return self.pool.account([[table] for table in self._tables], num_bytes)
 
-    def memory_map(self, width: int) -> str:
+    def memory_map(self, width: int) -> MemoryMap:
         """Draw the pages that the rows hold, `width` on a line."""
         with self._awake():
-            return draw(self._tables, width)
+            return MemoryMap.of(self._tables, width)
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
@@ -320,6 +320,35 @@ class Rows:
         other.is_fanned_out = False
         other.origin = self.origin
         return other
+
+    def join(self, parts: Sequence["Rows"]) -> None:
+        """Hold the rows of forks, one after another, sharing the pages; the shorter ones are padded on the left.
+
+        Args:
+            parts: that hold rows, of this pool; at least one.
+        """
+        for table, *others in zip(self.tables, *(part.tables for part in parts), strict=True):
+            table.open_rows(sum(other.num_rows for other in others))
+            row = 0
+            for other in others:
+                for index in range(other.num_rows):
+                    pages = other.row_pages(index)
+                    table.group.allocator.retain(pages)
+                    table.adopt(row, pages, int(other.starts[index]), int(other.lengths[index]))
+                    row += 1
+        self.columns = Columns.joined([(part.columns, part.count) for part in parts])
+        self.known_ids.join([(part.known_ids, part.columns, part.count) for part in parts])
+        self.absent = parts[0].absent
+        origins = {part.origin for part in parts}
+        self.origin = origins.pop() if len(origins) == 1 else None
+
+    def drop_padding(self) -> None:
+        """Leave out the columns at the beginning in which no row has a token."""
+        real = self.columns.real
+        if real is not None:
+            count = int((~np.logical_or.accumulate(real.any(axis=0))).sum())
+            self.columns = self.columns.without_first(count)
+            self.known_ids.without_first(count)
 
     def supersede(self, other: "Rows") -> None:
         """Write behind the tokens of `other` in the pages that both hold, as `other` won't do any more."""

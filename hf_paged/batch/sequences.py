@@ -12,7 +12,7 @@ from hf_paged.batch.padding import BoolMatrix, Counts
 from hf_paged.batch.rows import Rows
 from hf_paged.batch.steps.decode_writer import DecodeWriter, decode_writers
 from hf_paged.batch.steps.padded import PaddedStep
-from hf_paged.batch.steps.progress import Progress
+from hf_paged.batch.steps.progress import Progress, in_turn, too_deep
 from hf_paged.batch.steps.step import Step
 from hf_paged.batch.told import ToldPass, mask_on_host
 from hf_paged.errors import NotPackable, UnclearPassError
@@ -25,9 +25,8 @@ class Sequences:
     """Rows, and the step under way: it is reserved, then committed or rolled back.
 
     A step is reserved before the first layer and committed when the last layer was written. Layers that the model
-    passes over, as it has been cut or changed, hold nothing. A pass that stops before the last layer has failed, or
-    belongs to a model without the layers behind: nothing here can tell, so the next pass is refused until `roll_back`
-    says that it failed. What fails in here is rolled back at once.
+    passes over hold nothing. A pass that stops before the last layer has failed, or belongs to a model without those
+    behind: nothing here can tell, so the next one is refused until `roll_back`. What fails in here is rolled back.
 
     Args:
         pool: where the pages are.
@@ -75,18 +74,21 @@ class Sequences:
 
     # A step is reserved
 
+    @in_turn
     def begin_pass(self, layer: int, num_new: int) -> None:
         """Note that a forward pass begins, if it is a new one, as `num_new` columns are announced to a layer.
 
         Raises:
-            UnclearPassError: if it can't be told whether the pass before has failed; nothing has changed.
+            UnclearPassError: if the pass before may have failed, or another thread is in one; nothing has changed.
         """
         self.apply_edits()
-        self._is_reserved_by_mask = False
-        if self.step is not None and layer <= self.progress.last:
+        if self.step is not None and (layer <= self.progress.last or self.progress.is_of_another_thread):
             self._close_step()
+        self._is_reserved_by_mask = False
+        self.progress.own(begins=True)
         self.rows.known_ids.begin_pass(self, self.rows.columns.count, num_new, self.told)
 
+    @in_turn
     def reserve(
         self,
         num_rows: int,
@@ -115,10 +117,8 @@ class Sequences:
         check_surroundings()
         self.apply_edits()
         if num_layers is not None and num_layers > len(self.pool.layers):
-            raise ValueError(
-                f"A model of {num_layers} layers was given a PagedCache that was made for a model of "
-                f"{len(self.pool.layers)} layers. Make a PagedCache for this model."
-            )
+            raise too_deep(num_layers, len(self.pool.layers))
+        self.progress.own()
         _, new, past_is_visible = self.rows.split(num_rows, num_new, mask_on_host(attention_mask, self.told))
         self._is_reserved_by_mask = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
@@ -239,6 +239,7 @@ class Sequences:
         """Whether the attention function of a compiled graph is going to call `write`, so that `update` need not."""
         return self.step is not None and self._is_reserved_by_mask
 
+    @in_turn
     def _step_for(self, layer: int, keys: Tensor, values: Tensor) -> Step:
         """Return the step that new keys of a layer belong to, beginning one if no mask function did."""
         num_rows, _, num_new, _ = keys.shape
@@ -251,6 +252,7 @@ class Sequences:
         if layer in self.rows.absent:
             raise progress.left_out(layer)
         if step is None or not progress.has_begun:
+            progress.own()
             fits = step is not None and (num_rows, num_new) == (step.num_rows, step.num_new)
             if step is None or not fits or not self._is_reserved_by_mask or not step.masks:
                 # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
@@ -281,7 +283,7 @@ class Sequences:
         self._writers.clear()
         self.rows.commit(self.step.counts, self.step.next_columns, is_plain=self.step.is_plain)
         self.edits.copies.clear()  # they are out of date
-        self.progress.missing.clear()
+        self.progress.end()
         self.step = None
 
     def roll_back(self, step: Step | None = None) -> None:
@@ -299,7 +301,7 @@ class Sequences:
         self.handed_on.unshare()
         if self.step is not None:
             self.step.is_cancelled = True
-            self.progress.missing.clear()
+            self.progress.end()
             self._writers.clear()
             self.rows.roll_back()
             self.step = None
@@ -325,10 +327,9 @@ class Sequences:
     def _close_step(self) -> None:
         """Forget the step under way if it wrote nothing, since another one begins."""
         self.commit_first()
-        if self.step is None or not self.progress.has_begun:
-            self._roll_back()
-        else:
+        if self.step is not None and self.progress.is_unclear(self.step.masks):
             raise self.progress.unclear(len(self.pool.layers))
+        self._roll_back()
 
     # Between two steps
 

@@ -2,15 +2,19 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged.cache.paged import PagedCache
-from hf_paged.cache.prompt.prefill import encoder_refused
+from hf_paged.cache.prompt.checks import encoder_refused
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
+from hf_paged.pages.views.memory_map import MemoryMap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class PagedEncoderDecoderCache(EncoderDecoderCache):
@@ -63,6 +67,14 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
             "the cache to a model with an encoder, as it is: it needs no EncoderDecoderCache around it."
         )
 
+    @property
+    def _is_user_defined(self) -> bool:
+        return self.self_attention_cache._is_user_defined
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        self.self_attention_cache._is_user_defined = value
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the decoder before the forward pass under way, padding included."""
         length = self.self_attention_cache.get_seq_length(layer_idx)
@@ -100,9 +112,13 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         """Account for the pages and bytes of the decoder; what is kept of the encoder is not counted."""
         return self.self_attention_cache.stats()
 
-    def memory_map(self, width: int = 64) -> str:
+    def memory_map(self, width: int = 64) -> MemoryMap:
         """Draw the decoder's pages; see `PagedCache.memory_map`."""
         return self.self_attention_cache.memory_map(width)
+
+    def plot(self) -> "Figure":
+        """Draw the decoder's pages with matplotlib; see `PagedCache.plot`."""
+        return self.self_attention_cache.plot()
 
     def gather(self, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
         """Copy the decoder's keys and values of a layer; see `PagedCache.gather`."""

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_paged._transformers import num_attention_layers, obstacle
+from hf_paged._transformers import model_in, num_attention_layers, obstacle
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.sequences import Sequences
+from hf_paged.cache.contents import Contents
 from hf_paged.cache.layer import PagedLayer, layers_over, owned
 from hf_paged.cache.prompt.known_prefix import commit, goes_on_alike
 from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
 from hf_paged.cache.row_operations import RowOperations
 from hf_paged.cache.saved import load, save
 from hf_paged.pages.pool import PagePool, pool_for
-from hf_paged.pages.stats import MemoryStats
 
 if TYPE_CHECKING:
     from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 
 
-class PagedCache(RowOperations):
+class PagedCache(RowOperations, Contents):
     """A Transformers cache whose keys and values live in fixed-size pages of one pool.
 
     Pass it to `model.generate(past_key_values=...)` or to a forward pass. With `attn_implementation="paged_flex"`
@@ -97,7 +97,7 @@ class PagedCache(RowOperations):
         """Make a cache for a model.
 
         Args:
-            model: a decoder, or a model that has one.
+            model: a decoder, or a model that has one; wrapped by DistributedDataParallel or the like, or not.
             num_pages: at most so many pages, reserved at once. None: the pool grows as needed.
             page_size: tokens per page, one of those that the class takes.
 
@@ -110,12 +110,8 @@ class PagedCache(RowOperations):
         # Made of this class's module, and so imported after it.
         from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 
-        config = getattr(model, "config", None)
-        if not isinstance(config, PreTrainedConfig):
-            raise ValueError(
-                f"from_model() was given a {type(model).__name__}, but it takes a model of Transformers. With a "
-                "configuration alone, use PagedCache(config)."
-            )
+        model = model_in(model, "PagedCache.from_model()")
+        config = model.config
         reason = config.get_text_config(decoder=True)._attn_implementation == NAME and obstacle(model)
         if reason:
             raise ValueError(
@@ -188,7 +184,7 @@ class PagedCache(RowOperations):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         # `generate()` sets this on a cache that it was given, once, before it computes anything.
-        self._sequences.commit_first()
+        self._sequences.end_step()
         rows = self._sequences.rows
         generating = rows.known_ids.check(rows.columns)
         if generating is not None:
@@ -347,53 +343,3 @@ class PagedCache(RowOperations):
         load(cache._sequences, path, model)
         cache._model = ref(model)
         return cache
-
-    # Looking in
-
-    def gather(self, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
-        """Copy a layer into the layout of DynamicCache; `(None, None)` when empty.
-
-        Returns:
-            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
-            with a sliding window begin at the first column that the next query sees. Changes of them have no effect,
-            see `set`.
-        """
-        self._sequences.apply_edits()
-        return self._sequences.rows.copied(layer_idx)
-
-    def set(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
-        """Put other keys and values into a layer.
-
-        Pages that other caches or rows hold too are copied first. Keys and values with other rows or columns than the
-        cache has take effect once all layers have been given these, see `PagedLayer.keys`.
-
-        Args:
-            layer_idx: a layer that stores keys and values.
-            keys: `(num_rows, num_kv_heads, num_columns, head_dim)`, rotary embedding applied, laid out as `gather`
-                returns them. What stands in columns of padding is left out.
-            values: like `keys`; the head size may differ.
-
-        Raises:
-            OutOfPagesError: if there are too few pages; nothing has changed.
-            ValueError: if the layer can't hold these, or a forward pass is under way; nothing has changed.
-        """
-        if layer_idx not in self.pool.group_of_layer:
-            raise ValueError(
-                f"Layer {layer_idx} stores no keys and values; those that do: {sorted(self.pool.group_of_layer)}."
-            )
-        self._sequences.edits.set(self._sequences, layer_idx, keys, values)
-
-    def stats(self) -> MemoryStats:
-        """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
-        if not self._sequences.rows.are_out:
-            self._sequences.drop_past()
-        return self._sequences.rows.stats()
-
-    def memory_map(self, width: int = 64) -> str:
-        """Draw the pages of each group of layers, and list the pages of each row.
-
-        Args:
-            width: pages to a line.
-        """
-        self._sequences.commit_first()
-        return self._sequences.rows.memory_map(width)

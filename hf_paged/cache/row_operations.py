@@ -1,6 +1,8 @@
 """What is done to the rows of a cache between two passes."""
 
 from collections.abc import Sequence
+from operator import index
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -8,10 +10,14 @@ from torch import Tensor
 from transformers import Cache
 
 from hf_paged.batch.sequences import Sequences
+from hf_paged.cache.joining import join, take_apart
+
+if TYPE_CHECKING:
+    from hf_paged.cache.paged import PagedCache
 
 
 class RowOperations(Cache):
-    """A cache whose rows can be shortened, chosen, reordered, repeated, released and swapped out."""
+    """A cache whose rows can be shortened, chosen, repeated, released, joined, split and swapped out."""
 
     _sequences: Sequences
 
@@ -34,11 +40,12 @@ class RowOperations(Cache):
             tokens_to_remove: 0 or negative, minus the number of columns.
 
         Raises:
+            TypeError: for what is no whole number; nothing has changed.
             ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
                 have left a sliding window; nothing has changed.
         """
         self._sequences.end_step()
-        held = self._sequences.rows.columns.count
+        held, tokens_to_remove = self._sequences.rows.columns.count, index(tokens_to_remove)
         if tokens_to_remove > 0 or held + tokens_to_remove < 0:
             raise ValueError(
                 f"crop({tokens_to_remove}) was called on a cache of {held} tokens. Give 0 or a negative number, not "
@@ -97,6 +104,31 @@ class RowOperations(Cache):
         Assisted decoding calls this by itself.
         """
         self._sequences.records_past = True
+
+    @classmethod
+    def concatenate(cls, caches: Sequence["PagedCache"]) -> "PagedCache":
+        """Return a cache of the rows of others, which keep them, and with which it shares every page.
+
+        Caches with fewer columns are padded on the left: what they hold ends in the last column.
+
+        Args:
+            caches: forks of each other, or caches of one pool; those without rows add none.
+
+        Raises:
+            UnclearPassError: if one of them is in the middle of a forward pass.
+            ValueError: if there are none, or they are of different pools, salts or layers.
+        """
+        return join(caches)
+
+    def split(self) -> list["PagedCache"]:
+        """Return a cache for each row, which shares its pages; this one keeps them, too.
+
+        Columns of padding before the first token of a row are left out. A row that was released makes an empty cache.
+
+        Raises:
+            UnclearPassError: if the cache is in the middle of a forward pass.
+        """
+        return take_apart(self)  # type: ignore[arg-type]
 
     def swap_out(self) -> None:
         """Move the content of all pages to memory of the host, so that others may have the pages.

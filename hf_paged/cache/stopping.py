@@ -24,7 +24,7 @@ class ReleaseFinished(ActingCriterion):
         criteria: further criteria that end a row, those that are given to `generate()`.
 
     Raises:
-        ValueError: if neither a token nor a criterion says when a row is finished.
+        ValueError: if neither a token nor a criterion says when a row is finished, or it is given no cache over pages.
     """
 
     def __init__(
@@ -33,6 +33,10 @@ class ReleaseFinished(ActingCriterion):
         eos_token_id: int | list[int] | None = None,
         criteria: list[StoppingCriteria] | None = None,
     ) -> None:
+        if not isinstance(cache, PagedCache | PagedEncoderDecoderCache):
+            raise ValueError(
+                f"ReleaseFinished was given a {type(cache).__name__}, but it takes the cache that generate() is given."
+            )
         if eos_token_id is None and not criteria:
             raise ValueError(
                 "ReleaseFinished was given neither eos_token_id nor criteria, so no row would ever be finished. Pass "

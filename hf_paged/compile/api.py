@@ -20,12 +20,13 @@ from hf_paged._torch.dynamo import (
     HOOK_GUARDS,
     guard_hooks,
     is_from_dynamo,
-    switched_off,
     with_own_code,
 )
 from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
+from hf_paged._torch.inductor import hindrance
 from hf_paged._torch.opaque import OPAQUE_INPUTS
+from hf_paged._transformers import model_in
 from hf_paged.compile.cpu_replay import StepReplay
 from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
 from hf_paged.compile.linear import MANY_ROWS, choose_linear_layers
@@ -99,7 +100,8 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     enter and leave them in any order: the model is as it was when the last one is left. On a GPU each step is also
     recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
 
-    Where torch's own switches turn `torch.compile` off, the model runs uncompiled; a log message tells.
+    Where torch's own switches turn `torch.compile` off, or there is no C++ compiler for a CPU, the model runs
+    uncompiled; a log message tells.
 
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
@@ -116,8 +118,9 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
 
 @contextmanager
 def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    model = model_in(model, "compiled()")
     _check(model)
-    reason = switched_off()
+    reason = hindrance(model.device)
     if reason is not None:
         logger.warning("%s, so %s runs uncompiled within compiled().", reason, type(model).__name__)
     if reason is not None or not (OPAQUE_INPUTS.is_on and HOOK_GUARDS.is_on):
@@ -135,14 +138,14 @@ def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             _end(decoder, settings)
 
 
-def _check(model: Any) -> None:
+def _check(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.training:
         raise ValueError("A model in training mode was given, but compiled() is for inference. Call model.eval().")
     if getattr(model, "generation_config", None) is None:
         raise ValueError(
             f"compiled() was given a {name}, which has no generate(). Pass a model for generation, such as one of "
-            "AutoModelForCausalLM; of one that is wrapped, as by DistributedDataParallel, the model inside."
+            "AutoModelForCausalLM."
         )
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(

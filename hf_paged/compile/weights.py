@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_paged._torch.host_memory import untouched_memory
+from hf_paged._transformers import not_a_model
 
 _ALIGNMENT = 64  # bytes: a line of the processor's caches, and its widest vectors
 
@@ -57,7 +58,12 @@ def gather_weights(model: torch.nn.Module) -> None:
 
     Args:
         model: that no other thread is running meanwhile.
+
+    Raises:
+        ValueError: if it is no model.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise not_a_model(model, "gather_weights()")
     with _lock, torch.no_grad():
         pieces = [piece for piece in _pieces(model) if not piece.is_moved]
         if not pieces:

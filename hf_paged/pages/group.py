@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_paged._torch.host_memory import free_bytes
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.allocator import PageAllocator
-from hf_paged.pages.storage import LayerStorage
+from hf_paged.pages.storage import LayerStorage, check_room
 
 _FIRST_PAGES = 16  # a group that grows starts with as many
 # On CPU the system backs only what was touched. Elsewhere what is reserved is taken, so a pool grows in small steps;
@@ -127,6 +127,9 @@ class PageGroup:
         with self._lock:
             storage = self._storages.get(layer)
             if storage is None:
+                if self._first_pages and not self._storages:
+                    token_bytes = sum(each.shape[1] * each.shape[3] * each.itemsize for each in (keys, values))
+                    check_room(self._first_pages, self.page_size, len(self.layers) * token_bytes, keys.device)
                 self._make_room(keys.device)
                 storage = self._prepared.pop(layer, None)
                 if storage is None or storage.num_pages != max(1, self.num_pages) or not storage.fits(keys, values):

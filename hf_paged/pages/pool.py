@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged._torch.host_memory import free_bytes
 from hf_paged._torch.surroundings import check_dense, check_surroundings
-from hf_paged._transformers import layer_specs, token_bytes_by_device
+from hf_paged._transformers import layer_specs, least_token_bytes, model_in, token_bytes_by_device
 from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.prefix_index import PrefixIndex
 from hf_paged.pages.stats import MemoryStats
-from hf_paged.pages.storage import LayerStorage, disagreement
+from hf_paged.pages.storage import LayerStorage, check_room, disagreement
 from hf_paged.pages.tiers.base import PageTier
 from hf_paged.pages.tiers.host import HostTier
 from hf_paged.pages.tiers.prefixes import PrefixTiers
@@ -53,8 +53,9 @@ class PagePool:
         store: as given.
 
     Raises:
-        ValueError: for a page size that the kernel can't take, a model whose layers keep another state, a prefix cache
-            for a model with an encoder, or a store without a prefix cache.
+        ValueError: for a page size that the kernel can't take, a model whose layers keep another state, a prefix
+            cache for a model with an encoder, a store without a prefix cache, or more pages than there is memory for:
+            as far as the configuration says how large they are, else by the first key.
     """
 
     def __init__(
@@ -75,6 +76,9 @@ class PagePool:
         """Whether the decoder also attends to an encoder, whose keys and values are not in these pages."""
         self.page_size = check_page_size(page_size)
         self.layers = layer_specs(config)
+        if num_pages is not None:
+            num_reserving = sum(spec.stores and spec.window is None for spec in self.layers)
+            check_room(num_pages, page_size, num_reserving * least_token_bytes(config), None)
         self.max_pages = num_pages
         host_bytes = check_count("host_bytes", host_bytes, least=0)
         self.store = store
@@ -144,7 +148,8 @@ class PagePool:
             ValueError: for arguments that exclude each other or are out of range, a model with an encoder, or if not
                 one page fits.
         """
-        config = check_config(getattr(model, "config", None))
+        model = model_in(model, "PagePool.from_model()")
+        config = model.config
         make = partial(cls, config, prefix_cache=prefix_cache, host_bytes=host_bytes, store=store)
         if memory_fraction is None:
             return make(num_pages, page_size, watermark)
@@ -169,6 +174,14 @@ class PagePool:
                 "Free some, or ask for more of it."
             )
         return make(min(fitting), page_size, watermark)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"A PagePool was asked for its {name!r}, which it does not have. Where a cache is wanted, as by "
+                "generate(), make one that holds pages of it: PagedCache(pool=pool)."
+            )
 
     @property
     def num_pages(self) -> int:
@@ -229,14 +242,17 @@ class PagePool:
 
     def account(self, holders: Sequence[Sequence[PageHolder]], swapped_bytes: int = 0) -> MemoryStats:
         """Account for what `holders`, given for each group, hold, beside what they have on the host."""
-        num_active = num_shared = active_bytes = live_bytes = shared_bytes = num_unique = 0
+        num_active = num_shared = active_bytes = live_bytes = shared_bytes = padded_bytes = num_unique = 0
         for group, members in zip(self.groups, holders, strict=True):
             used: dict[int, int] = {}
-            num_stored = 0
+            num_stored = num_padded = 0
             for holder in members:
                 for page, _, num_tokens in holder.held_pages():
                     used[page] = max(num_tokens, used.get(page, 0))
                     num_stored += num_tokens
+                widest = int(holder.lengths.max(initial=0))
+                # A contiguous cache keeps one token less than a window, before the next one is added.
+                num_padded += len(holder.lengths) * (widest if group.window is None else min(widest, group.window - 1))
             num_distinct = sum(used.values())
             num_active += len(used)
             num_shared += sum(group.allocator.num_holders(page) > 1 for page in used)
@@ -244,6 +260,7 @@ class PagePool:
             active_bytes += len(used) * self.page_size * group.token_bytes
             live_bytes += num_distinct * group.token_bytes
             shared_bytes += (num_stored - num_distinct) * group.token_bytes
+            padded_bytes += num_padded * group.token_bytes
         index = self.prefix_index
         return MemoryStats(
             num_pages=self.num_pages,
@@ -260,6 +277,7 @@ class PagePool:
             live_bytes=live_bytes,
             shared_bytes=shared_bytes,
             reserved_bytes=sum(group.reserved_bytes for group in self.groups),
+            padded_bytes=padded_bytes,
             num_looked_up_tokens=0 if index is None else index.num_looked_up_tokens,
             num_hit_tokens=0 if index is None else index.num_hit_tokens,
             num_evicted_pages=0 if index is None else index.num_evicted_pages,

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from hf_paged.pages.views.report import report
+
 
 @dataclass(frozen=True)
 class MemoryStats:
-    """Pages and bytes of a cache or of a pool, over all layers.
+    """Pages and bytes of a cache or of a pool, over all layers; `print` lays them out.
 
     Where a model has layers with a sliding window beside others, each kind has pages of its own; pages and bytes count
     both.
@@ -25,6 +27,8 @@ class MemoryStats:
         live_bytes: bytes of the slots in use.
         shared_bytes: what sharing saves: what the same rows would hold more without it.
         reserved_bytes: storage of the whole pool. On CPU the operating system backs only what was touched.
+        padded_bytes: what the same caches would hold without pages: every row of one as wide as its longest, and
+            nothing shared.
         num_looked_up_tokens: tokens that `prefill` has looked for in the pool's prefix index, ever.
         num_hit_tokens: of these, tokens that were found, and so were not computed.
         num_evicted_pages: cached pages of the pool that were taken for other tokens, ever.
@@ -49,6 +53,7 @@ class MemoryStats:
     live_bytes: int
     shared_bytes: int
     reserved_bytes: int
+    padded_bytes: int
     num_looked_up_tokens: int = 0
     num_hit_tokens: int = 0
     num_evicted_pages: int = 0
@@ -57,6 +62,9 @@ class MemoryStats:
     store_bytes: int = 0
     num_demoted_pages: int = 0
     num_promoted_pages: int = 0
+
+    def __str__(self) -> str:
+        return report(self)
 
     @property
     def minimum_bytes(self) -> int:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hf_paged._torch.host_memory import untouched_memory
+from hf_paged._torch.host_memory import memory_for_pages, untouched_memory
 
 Slots = npt.NDArray[np.int64]
 
@@ -25,6 +25,26 @@ def disagreement(keys: Tensor, values: Tensor) -> str | None:
     if keys.dtype not in _DTYPES:
         return f"keys and values in {keys.dtype}, but pages hold float16, bfloat16, float32 or float64"
     return None
+
+
+def check_room(num_pages: int, page_size: int, token_bytes: int, device: torch.device | None) -> None:
+    """Raise ValueError if there is less memory than so many pages take.
+
+    Args:
+        num_pages: that are to be reserved at once.
+        page_size: tokens per page.
+        token_bytes: of one token's keys and values in all layers, at least.
+        device: where they are to be; None if that is not known yet.
+    """
+    page_bytes = page_size * token_bytes
+    room = memory_for_pages(device)
+    if room is not None and num_pages * page_bytes > room:
+        raise ValueError(
+            f"num_pages={num_pages} was asked for, which takes at least {num_pages * page_bytes / 2**30:,.1f} GiB in "
+            f"pages of {page_size} tokens, but there are {room / 2**30:,.1f} GiB of memory"
+            f"{'' if device is None else f' on {device}'}. Ask for fewer, or for a part of the memory: "
+            "PagePool.from_model(model, memory_fraction=0.9). Without num_pages the pool grows as it is needed."
+        )
 
 
 def holds_pages(tensor: Tensor) -> bool:

@@ -138,11 +138,26 @@ assert not inductor._kernels
 """
 
 
-@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
-def test_the_environment_may_switch_it_off(name):
+OFF, MISSING = "switches torch.compile off", "torch finds no C++ compiler"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TORCHDYNAMO_DISABLE", "1", OFF),
+        ("TORCH_COMPILE_DISABLE", "1", OFF),
+        ("CXX", "/nowhere/g++", MISSING),
+        ("PATH", "/nowhere", MISSING),
+    ],
+)
+def test_the_environment_may_leave_nothing_to_compile_with(name, value, message):
+    environment = {key: kept for key, kept in os.environ.items() if key != "CXX"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=os.environ | {name: "1"}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT], env=environment | {name: value}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "switches torch.compile off, so attention is handed a copy" in done.stderr
-    assert "switches torch.compile off, so LlamaForCausalLM runs uncompiled within compiled()" in done.stderr
+    told = [line for line in done.stderr.splitlines() if message in line]
+    assert len(told) == 2
+    assert "so attention is handed a copy of what is cached in each layer" in told[0] + told[1]
+    assert "so LlamaForCausalLM runs uncompiled within compiled()" in told[0] + told[1]
+    assert "Traceback" not in done.stderr

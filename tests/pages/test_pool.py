@@ -342,6 +342,7 @@ def test_stats_agree_with_an_independent_count():
     assert stats.live_bytes == stats.minimum_bytes == num_unique * TOKEN_BYTES
     assert stats.wasted_bytes == (7 * 16 - num_unique) * TOKEN_BYTES
     assert stats.shared_bytes == (num_tokens - num_unique) * TOKEN_BYTES
+    assert stats.padded_bytes == (2 * 33 + 3 * 34 + 2 * 16) * TOKEN_BYTES
     assert stats.overhead == pytest.approx(7 * 16 / num_unique - 1)
 
 

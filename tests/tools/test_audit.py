@@ -307,7 +307,7 @@ def test_a_batch_that_makes_no_sense_is_refused(changes, message):
 
 def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     path, folder = tmp_path / "audit.json", tmp_path / "plots"
-    arguments = ["audit", "--random-llama", "--page-sizes", "16,32", "--prompt-lengths", "5,40", "--max-new-tokens"]
+    arguments = ["audit", "--random-llama", "--page-size", "16,32", "--prompt-lengths", "5,40", "--max-new-tokens"]
     arguments += ["3", "--json", str(path), "--plot", str(folder)]
     assert main(arguments) == 0
     results = json.loads(path.read_text())
@@ -326,7 +326,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--page-sizes", "16,17"], "page_size=17 was asked for"),
+        (["--page-size", "16,17"], "page_size=17 was asked for"),
         (["gpt2"], "model='gpt2' was asked for beside random_llama"),
         (["--prompt-lengths", "9", "--max-length", "10"], "there is room for 10"),
     ],

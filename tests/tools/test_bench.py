@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import types
 from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ from hf_paged.compile import api
 from hf_paged.tools.bench import race, report, worker
 from hf_paged.tools.bench.bandwidth import Bandwidth
 from hf_paged.tools.bench.race import Lap, Race, race_once, summarize
+from hf_paged.tools.bench.scenario import notes
 from hf_paged.tools.bench.scenarios import SCENARIOS, latency, mixed
 from hf_paged.tools.bench.scenarios.growing import reaching
 from hf_paged.tools.bench.scenarios.inside import ablation, compile, host, profile
@@ -27,7 +29,8 @@ from hf_paged.tools.lab.table import table
 from tests.models import random_ids, tiny_llama
 
 TINY = Settings(random_llama=True, page_size=16, rounds=2, max_new_tokens=4)
-LAP = {"baseline", "first_token_s", "ms_per_step", "kv_bytes", "ratio", "paired_ratio", "same_tokens"}
+LAP = {"baseline", "first_token_s", "ms_per_step", "kv_bytes", "same_tokens"}
+LAP |= {"ratio", "paired_ratio", "ratio_interval"}
 BOUNDED = LAP | {"context", "minimum_bytes"}
 
 
@@ -71,7 +74,7 @@ def settings(**changes):
     ],
 )
 def test_a_scenario_gives_a_row_for_each_context_and_baseline(scenario, changes, keys):
-    results = measure(scenario, baselines=("dynamic", "paged"), **changes)
+    results = measure(scenario, caches=("dynamic", "paged"), **changes)
     assert json.loads(json.dumps(results)) == results
     assert [(row["context"], row["baseline"]) for row in results["rows"]] == [
         (context, name) for context in changes["contexts"] for name in ("dynamic", "paged")
@@ -107,7 +110,7 @@ def test_beyond_the_positions_of_the_model_a_random_one_goes_on():
 
 def test_mixed_accounts_for_padding_speed_and_memory(in_this_process):
     names = ("dynamic", "paged", "paged-ragged", "generate_batch")
-    results = measure("mixed", prompt_lengths=(5, 18, 40), baselines=names)
+    results = measure("mixed", prompt_lengths=(5, 18, 40), caches=names)
     bytes_per_token = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, head size, float32
     assert results["minimum_bytes"] == (63 + 3 * 3) * bytes_per_token
     by_name = {row["baseline"]: row for row in results["rows"]}
@@ -115,6 +118,7 @@ def test_mixed_accounts_for_padding_speed_and_memory(in_this_process):
     for row in results["rows"]:
         assert {"total_s", "tokens_per_s", "last_tokens_per_s", "first_token_s", "peak_bytes"} <= set(row)
         assert row["least_peak_bytes"] <= row["peak_bytes"] <= row["most_peak_bytes"]
+        assert row["peak_noise_bytes"] >= row["most_peak_bytes"] - row["least_peak_bytes"]
         assert row["same_tokens"]
     assert by_name["dynamic"]["overhead"] == pytest.approx(3 * 43 / 72 - 1)
     assert by_name["paged"]["overhead"] == pytest.approx((1 + 2 + 3) * 16 / 72 - 1)
@@ -162,7 +166,7 @@ def test_each_trick_is_compared_with_everything_in_turns(monkeypatch):
     monkeypatch.setattr(ablation, "_process", process)
     names = ["decode_writer", "split_kv_cpu"]
     monkeypatch.setattr(ablation, "TRICKS", {name: ablation.TRICKS[name] for name in names})
-    figures = measure("ablation", baselines=("paged",), contexts=(20,), rounds=2)["rows"]
+    figures = measure("ablation", caches=("paged",), contexts=(20,), rounds=2)["rows"]
     assert asked == ["", *names]
     assert [(row["without"], row["num_rows"]) for row in figures] == [
         (name, rows) for name in names for rows in (1, 8)
@@ -178,7 +182,7 @@ def test_a_process_starts_twice_on_one_cache_of_compiled_code(monkeypatch):
         return {"first_token_s": 1.0, "two_tokens_s": 2.0, "ms_per_step": 3.0}
 
     monkeypatch.setattr(compile, "in_new_process", start)
-    rows = measure("compile", baselines=("dynamic", "paged"))["rows"]
+    rows = measure("compile", caches=("dynamic", "paged"))["rows"]
     assert [(row["baseline"], row["start"]) for row in rows] == [
         (name, start) for name in ("dynamic", "paged") for start in ("cold", "warm")
     ]
@@ -194,13 +198,13 @@ def test_a_start_has_its_first_two_tokens_apart_from_the_others(monkeypatch, tmp
 
 def test_a_new_process_gives_figures_or_says_why_not():
     figures = worker.in_new_process(mixed.peak, settings(prompt_lengths=(5, 18)), "dynamic")
-    assert set(figures) == {"peak_bytes"}
+    assert set(figures) == {"peak_bytes", "kept_bytes"}
     failed = worker.in_new_process(mixed.peak, settings(), "page")
-    assert failed["error"].startswith("ValueError: Baselines ['page'] were asked for")
+    assert failed["error"].startswith("ValueError: caches=['page'] were asked for")
 
 
 def test_a_step_is_taken_apart_into_what_it_is_spent_on():
-    rows = measure("profile", contexts=(24,), prompt_lengths=(5, 18), baselines=("dynamic", "paged"))["rows"]
+    rows = measure("profile", contexts=(24,), prompt_lengths=(5, 18), caches=("dynamic", "paged"))["rows"]
     assert [(row["context"], row["baseline"]) for row in rows] == [
         (context, name) for context in ("24", "2 rows", "2 prompts") for name in ("dynamic", "paged")
     ]
@@ -288,7 +292,7 @@ def test_a_baseline_that_fails_is_reported_and_the_others_go_on(model, monkeypat
         raise RuntimeError("no pages today")
 
     monkeypatch.setattr(Paged, "new_cache", fail)
-    rows = measure("latency", contexts=(20,), baselines=("dynamic", "paged"))["rows"]
+    rows = measure("latency", contexts=(20,), caches=("dynamic", "paged"))["rows"]
     assert rows[1] == {"context": 20, "baseline": "paged", "error": "RuntimeError: no pages today"}
     assert rows[0]["ratio"] == 1.0
     searched = measure("beam", contexts=(20,), rounds=1)["rows"]
@@ -303,7 +307,7 @@ def test_without_the_reference_nothing_is_compared(model):
 
 def test_an_unknown_baseline_is_an_error(model):
     with (
-        pytest.raises(ValueError, match=r"Baselines \['page'\] were asked for; there are dynamic, "),
+        pytest.raises(ValueError, match=r"caches=\['page'\] were asked for; there are dynamic, "),
         line_up(model.model, ("dynamic", "page"), 16),
     ):
         pass
@@ -356,7 +360,36 @@ def test_medians_and_ratios_leave_the_first_two_steps_out():
     reference, row = summarize([laps])
     assert (row["first_token_s"], row["ms_per_step"], reference["ms_per_step"]) == (4, 4000, 4000)
     assert (row["ratio"], row["paired_ratio"]) == (1.0, 0.75)
+    assert row["ratio_interval"] == [0.5, 1.0]
     assert laps["paged"].total_s == 17
+
+
+@pytest.mark.parametrize(
+    ("count", "interval"), [(1, [0, 0]), (2, [0, 1]), (5, [0, 4]), (9, [1, 7]), (10, [1, 8]), (100, [39, 60])]
+)
+def test_the_median_is_between_the_two_that_the_binomial_distribution_gives(count, interval):
+    assert race._interval_of_median(range(count)) == interval
+    below = [math.comb(count, k) / 2**count for k in range(count + 1)]
+    assert sum(below[interval[0] + 1 : interval[1] + 1]) >= 0.95 or interval == [0, count - 1]
+
+
+def test_notes_name_what_differs_by_less_than_it_scatters():
+    def row(name, low, high, **more):
+        return {"baseline": name, "ratio_interval": [low, high]} | more
+
+    reference = row("dynamic", 1, 1, kv_bytes=2**20)
+    assert notes([reference, row("paged", 0.8, 0.9, kv_bytes=2**19), {"baseline": "flex", "error": "no"}]) == []
+    assert notes([row("paged", 0.9, 1.1), row("flex", 1.1, 1.2), row("static", 1.0, 1.2)]) == [
+        "ms per step: no difference from the reference beyond the noise: paged, static."
+    ]
+    assert notes([row("paged", 0.9, 1.1, context=8), row("paged", 0.9, 1.1, context=16)]) == [
+        "ms per step: no difference from the reference beyond the noise: paged (8, 16)."
+    ]
+    assert notes([reference, {"baseline": "paged", "kv_bytes": 2**19, "peak_noise_bytes": 2**20}]) == []
+    assert notes([reference, {"baseline": "paged", "kv_bytes": 2**19, "peak_noise_bytes": 2**21}]) == [
+        "peak over the model: below the noise. The caches hold 1.0 MiB at most; what a process keeps of its warm-up, "
+        "and scatters by, is up to 2.0 MiB. Take longer prompts."
+    ]
 
 
 # Arithmetic

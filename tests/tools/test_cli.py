@@ -39,8 +39,8 @@ def test_several_scenarios_go_into_one_file(tmp_path, monkeypatch):
 
 
 def test_a_mistake_is_said_without_a_traceback(capsys):
-    assert main(["bench", "latency", *TINY, "--baselines", "page"]) == 2
-    assert "hf-paged: Baselines ['page'] were asked for" in capsys.readouterr().err
+    assert main(["bench", "latency", *TINY, "--caches", "page"]) == 2
+    assert "hf-paged: caches=['page'] were asked for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "pandas"])

@@ -271,17 +271,17 @@ def text_of(model, tokens):
 
 
 @pytest.mark.parametrize(
-    ("page_size", "batch_size", "prefill_chunk_size"),
+    ("page_size", "batch_size", "chunk_size"),
     [(16, 1, None), (128, 1, 100), (16, 2, 100), (128, 2, None), (16, 4, None)],
 )
-def test_every_cache_gives_the_answers_of_the_plain_path(model, page_size, batch_size, prefill_chunk_size):
+def test_every_cache_gives_the_answers_of_the_plain_path(model, page_size, batch_size, chunk_size):
     asked = settings(
         contexts=(511, 512, 513),
         limit=3,
         caches=("dynamic", "paged", "static"),
         page_size=page_size,
         batch_size=batch_size,
-        prefill_chunk_size=prefill_chunk_size,
+        chunk_size=chunk_size,
         max_new_tokens=6,
     )
     results = evaluate_long_context(model, asked)
@@ -358,7 +358,7 @@ def test_longbench_is_answered_too(model, second_version):
     ("changes", "message"),
     [
         ({"limit": 0}, "limit=0 was asked for"),
-        ({"batch_size": 0, "prefill_chunk_size": -1}, "batch_size=0 and prefill_chunk_size=-1 was asked for"),
+        ({"batch_size": 0, "chunk_size": -1}, "batch_size=0 and chunk_size=-1 was asked for"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 was asked for"),
         ({"caches": ()}, r"caches=\(\) was asked for"),
         ({"tasks": ("passkeys",)}, r"Tasks \['passkeys'\] were asked for; there are passkey, documents, copy, longb"),
@@ -375,7 +375,7 @@ def test_a_context_that_leaves_no_room_for_the_answer_is_an_error(model):
 
 
 def test_an_unknown_cache_is_an_error(model):
-    with pytest.raises(ValueError, match=r"Baselines \['page'\] were asked for"):
+    with pytest.raises(ValueError, match=r"caches=\['page'\] were asked for"):
         evaluate_long_context(model, settings(caches=("page",)))
 
 

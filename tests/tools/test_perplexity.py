@@ -278,7 +278,7 @@ def test_the_model_stays_as_it_is():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"caches": ("dynamic", "pages")}, r"Baselines \['pages'\] were asked for; there are dynamic, paged, static"),
+        ({"caches": ("dynamic", "pages")}, r"caches=\['pages'\] were asked for; there are dynamic, paged, static"),
         ({"caches": ()}, r"caches=\[\] were asked for; name at least one"),
         ({"caches": ("paged", "paged")}, "none twice"),
         ({"page_size": 17}, "page_size=17 was asked for"),

@@ -29,7 +29,7 @@ def once(self, *batch):
     raise KeyboardInterrupt
 
 Journal.append = once
-main()
+raise SystemExit(main())
 """
 
 
@@ -134,9 +134,9 @@ def test_a_table_and_a_sentence_are_printed_and_figures_written(asked, path, cap
 def test_an_interrupted_run_goes_on_only_if_it_is_told_to(asked, expected, path, capsys):
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_after(monkeypatch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            run_alone([*asked, "--json", str(path)])
+        assert run_alone([*asked, "--json", str(path)]) == 130
     journal = journal_of(path)
+    assert f"hf-paged: Interrupted. What was done is in {journal}; the same" in capsys.readouterr().err
     assert num_finished(journal) == 2
     assert run_alone([*asked, "--json", str(path)]) == 2
     assert f"{journal} was left by a run that did not get to its end" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_resuming_what_never_began_begins(asked, expected, path):
             "--json no/such/folder/figures.json was asked for, but there is no folder",
         ),
         (["--dataset", "missing.txt"], "[Errno 2] No such file or directory: 'missing.txt'"),
-        (["--caches", "pages"], r"Baselines ['pages'] were asked for"),
+        (["--caches", "pages"], r"caches=['pages'] were asked for"),
         (["--dtype", "float31"], "dtype='float31' was asked for"),
     ],
 )

@@ -141,10 +141,10 @@ def test_the_page_is_that_of_the_results():
 
 
 def test_stages_that_are_asked_for_run_and_one_that_fails_is_named(monkeypatch, tmp_path, capfd):
-    tiny = "bench latency --baselines dynamic,no-cache --random-llama --contexts 20,40 --rounds 1 --max-new-tokens 3"
+    tiny = "bench latency --caches dynamic,no-cache --random-llama --contexts 20,40 --rounds 1 --max-new-tokens 3"
     own = (
         Stage("no-cache", tiny, "", "", "Without a cache"),
-        Stage("latency", "bench latency --baselines none", "", "", "Time"),
+        Stage("latency", "bench latency --caches none", "", "", "Time"),
     )
     monkeypatch.setattr(stages, "STAGES", own)
     monkeypatch.setattr("hf_paged.tools.commands.reproduce.STAGES", own)

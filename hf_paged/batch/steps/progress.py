@@ -1,8 +1,42 @@
 """Which layers a step has written, and whether it is over."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Collection, Iterable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from hf_paged.errors import UnclearPassError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_turn(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Let one thread at a time begin a pass, by a method of what has a `progress`."""
+
+    @wraps(method)
+    def run(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.progress.lock:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+def too_deep(num_layers: int, num_held: int) -> ValueError:
+    """Say that a model has more layers than the one that a cache was made for."""
+    return ValueError(
+        f"A model of {num_layers} layers was given a PagedCache that was made for a model of {num_held} layers. Make "
+        "a PagedCache for this model."
+    )
+
+
+def another_thread() -> UnclearPassError:
+    """Say that a cache is used by two threads at once."""
+    return UnclearPassError(
+        "Another thread is in a pass over this cache, or generates with it, but a cache serves one thread at a time. "
+        "Give each thread a cache of its own (PagedCache(pool=cache.pool) shares the memory), or let this one wait. "
+        "If the other one has failed in mid-pass, call cache.roll_back()."
+    )
 
 
 class Progress:
@@ -24,6 +58,8 @@ class Progress:
         self.last = -1
         """The last layer that was written; -1 for none."""
         self._last_awaited = -1
+        self.lock = threading.RLock()
+        self._thread: int | None = None  # that makes the pass under way
 
     def begin(self, absent: frozenset[int], num_layers: int | None) -> None:
         """Begin a step.
@@ -36,6 +72,37 @@ class Progress:
         end = self.num_layers if num_layers is None else min(num_layers, self.num_layers)
         self._last_awaited = max((layer for layer in self.missing if layer < end), default=self._layers[-1])
         self.last = -1
+
+    def end(self) -> None:
+        """Take note that the step is over."""
+        self.missing.clear()
+        self._thread = None
+
+    def own(self, *, begins: bool = False) -> None:
+        """Let the pass under way be that of this thread.
+
+        Args:
+            begins: whether it begins, so that another one which no layer has written is over.
+
+        Raises:
+            UnclearPassError: if it is another thread's.
+        """
+        thread = threading.get_ident()
+        if self._thread not in (None, thread) and not begins:
+            raise another_thread()
+        self._thread = thread
+
+    @property
+    def is_of_another_thread(self) -> bool:
+        """Whether another thread, which has not come to its end, has begun the pass."""
+        thread = self._thread
+        if thread is None or thread == threading.get_ident():
+            return False
+        return any(other.ident == thread for other in threading.enumerate())
+
+    def is_unclear(self, masks: Collection[object]) -> bool:
+        """Whether it can't be told that a step is over: one with these masks (`Step.masks`) that is not complete."""
+        return self.has_begun or (bool(masks) and self.is_of_another_thread)
 
     @property
     def has_begun(self) -> bool:
@@ -53,6 +120,8 @@ class Progress:
         Args:
             num_layers: layers that the cache was made for.
         """
+        if self.is_of_another_thread:
+            return another_thread()
         if self.has_reached_the_end:
             return UnclearPassError(
                 f"The forward pass before left out layers {sorted(self.missing)}, which hold the tokens before it. "

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_paged.cache.prompt.prefill import usual_chunk
 from hf_paged.tools.bench.settings import Settings
@@ -18,6 +18,7 @@ from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.baselines import WithoutCudnn
 from hf_paged.tools.lab.memory import kv_bytes
 from hf_paged.tools.lab.model import MeasuredModel
+from hf_paged.tools.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def laps_of(
     laps: list[dict[str, Lap]] = []
     failed: dict[str, Lap] = {}
     max_length = ids.shape[1] + settings.max_new_tokens + settings.whole * _NUM_PROFILED
-    for number in tqdm(range(settings.whole + settings.rounds), f"{len(ids)} rows", disable=None):
+    for number in progress(range(settings.whole + settings.rounds), f"{len(ids)} rows"):
         racing = [baseline for baseline in baselines if baseline.name not in failed]
         race = Race(racing, max_length, mask, after)
         own = race.lap(ids, settings.max_new_tokens)
@@ -195,8 +196,8 @@ def summarize(laps: Sequence[dict[str, Lap]]) -> list[dict[str, Any]]:
     Returns:
         For each baseline its name and either `error`, or `first_token_s`, `ms_per_step`, `kv_bytes` where there is
         a cache to look into, what the baseline has measured by itself, and if the first of `REFERENCES` ran: `ratio`
-        (of the median of the steps to its median), `paired_ratio` (the median of the ratios step by step) and
-        `same_tokens`.
+        (of the median of the steps to its median), `paired_ratio` (the median of the ratios step by step),
+        `ratio_interval` (where that median is with a probability of 95 %) and `same_tokens`.
     """
     name = next((name for name in REFERENCES if name in laps[0]), "")
     reference = [lap[name] for lap in laps if name in lap and lap[name].error is None]
@@ -215,6 +216,18 @@ def _summarize(name: str, own: Sequence[Lap], reference: Sequence[Lap]) -> dict[
     row |= own[-1].figures
     if len(reference) == len(own):
         row["ratio"] = statistics.median(steps) / statistics.median(theirs)
-        row["paired_ratio"] = statistics.median(ours / other for ours, other in zip(steps, theirs, strict=True))
+        ratios = sorted(ours / other for ours, other in zip(steps, theirs, strict=True))
+        row["paired_ratio"] = statistics.median(ratios)
+        row["ratio_interval"] = _interval_of_median(ratios)
         row["same_tokens"] = all(torch.equal(a.tokens, b.tokens) for a, b in zip(own, reference, strict=True))
     return row
+
+
+def _interval_of_median(ordered: Sequence[float]) -> list[float]:
+    """Of a sample in order: the two of it between which the median is in 95 of 100 cases, or all lie.
+
+    Of 100 values it is the 40th to the 61st: how many lie below the median is binomial.
+    """
+    last = len(ordered) - 1
+    reach = 0.98 * len(ordered) ** 0.5
+    return [ordered[max(0, math.floor(last / 2 - reach))], ordered[min(last, math.ceil(last / 2 + reach))]]

@@ -27,7 +27,7 @@ class Scenario:
     Attributes:
         name: for the command line.
         description: one line.
-        measure: gives the figures, `rows` among them.
+        take: adds rows of figures to a list as they come, and returns the figures that are no rows.
         columns: keys of the rows that a table shows, if they are there.
         drawn: those of which there are pictures.
         by: key that names a line of a picture.
@@ -35,10 +35,23 @@ class Scenario:
 
     name: str
     description: str
-    measure: Callable[[Settings], dict[str, Any]]
+    take: Callable[[Settings, list[dict[str, Any]]], dict[str, Any]]
     columns: tuple[str, ...]
     drawn: tuple[str, ...] = ()
     by: str = "baseline"
+
+    def measure(self, settings: Settings, rows: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Take the figures.
+
+        Args:
+            settings: of which model, and how.
+            rows: where to put rows of figures, so that a caller who is interrupted has those so far.
+
+        Returns:
+            The figures, `rows` among them.
+        """
+        rows = [] if rows is None else rows
+        return self.take(settings, rows) | {"rows": rows}
 
     def draw(self, rows: Sequence[Row], folder: Path, prefix: str) -> None:
         """Draw figures as `PREFIX-FIGURE.svg`, or where there are several models as `PREFIX-FIGURE-MODEL.svg`."""
@@ -65,3 +78,22 @@ def with_speed(rows: Sequence[Row]) -> list[Row]:
 
 def _case(row: Row) -> Any:
     return row.get("model"), row.get("context")
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Say which figures can't tell the caches apart, since they differ by less than they scatter."""
+    equal: dict[str, list[str]] = {}
+    for row in rows:
+        low, high = row.get("ratio_interval", (0, 0))
+        if low <= 1 <= high and row["baseline"] not in REFERENCES:
+            equal.setdefault(row["baseline"], []).append(str(row.get("context", "")))
+    cases = [f"{name} ({', '.join(own)})" if any(own) else name for name, own in equal.items()]
+    found = [f"ms per step: no difference from the reference beyond the noise: {', '.join(cases)}."] if cases else []
+    held = max((row.get("kv_bytes", 0) for row in rows), default=0)
+    noise = max((row.get("peak_noise_bytes", 0) for row in rows), default=0)
+    if held < noise:
+        found.append(
+            f"peak over the model: below the noise. The caches hold {held / 2**20:.1f} MiB at most; what a process "
+            f"keeps of its warm-up, and scatters by, is up to {noise / 2**20:.1f} MiB. Take longer prompts."
+        )
+    return found

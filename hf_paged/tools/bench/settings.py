@@ -13,26 +13,30 @@ from hf_paged.tools.bench.whole import WHOLE
 from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.baselines import BASELINES, line_up
 from hf_paged.tools.lab.model import SHAPES, MeasuredModel, load_model, random_llama
-from hf_paged.tools.lab.options import names, numbers, option
+from hf_paged.tools.lab.options import count, counts, names, option
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the command line says; None leaves the choice to the scenario."""
 
-    model: str | None = option(None, "a causal LM (default: the packaged SmolLM2-135M)", metavar="NAME_OR_PATH")
+    model: str | None = None
     random_llama: bool = option(False, "a tiny random model of 131,072 positions instead")
     shape: str | None = option(None, f"random weights in the shape of {', '.join(SHAPES)}", metavar="SHAPE")
-    dtype: str = option("float32", "of the weights")
-    device: str = option("cpu", "where the model runs")
-    num_threads: int | None = option(None, "CPU threads (default: torch's choice)", int, "N")
-    page_size: int = option(128, "tokens per page", int)
-    rounds: int = option(3, "times that each figure is taken", int)
-    max_new_tokens: int = option(32, "of each row, that of the prompt included", int)
-    contexts: tuple[int, ...] | None = option(None, "tokens (default: the scenario's own)", numbers, "N,N,...")
-    prompt_lengths: tuple[int, ...] | None = option(None, "of mixed (default: 16 to 1024)", numbers, "N,N,...")
-    baselines: tuple[str, ...] | None = option(None, "see below (default: the scenario's own)", names, "NAME,...")
-    chunk_size: int = option(1024, "tokens of a long prompt that are run at once", int)
+    dtype: str = "float32"
+    device: str = "cpu"
+    num_threads: int | None = None
+    page_size: int = option(128, "tokens per page", count)
+    rounds: int = option(3, "times that each figure is taken", count)
+    max_new_tokens: int = option(32, "of each row, that of the prompt included", count)
+    contexts: tuple[int, ...] | None = option(None, "prompt tokens (default: the scenario's own)", counts)
+    prompt_lengths: tuple[int, ...] | None = option(
+        None, "tokens, of mixed (default: 16 prompts of 16 to 1024)", counts
+    )
+    caches: tuple[str, ...] | None = option(
+        None, "see below (default: the scenario's own)", names, old_name="--baselines"
+    )
+    chunk_size: int = option(1024, "tokens of a prompt run at once", count)
     whole: bool = option(False, "let calls of generate() take turns instead of steps, on a GPU with their profile")
 
     def __post_init__(self) -> None:
@@ -80,4 +84,4 @@ def line_up_for(
 ) -> AbstractContextManager[list[Baseline]]:
     """Make the baselines that are asked for, or the default ones; an unknown name raises ValueError."""
     kinds = WHOLE if settings.whole else BASELINES
-    return line_up(model.model, settings.baselines or default, settings.page_size, kinds)
+    return line_up(model.model, settings.caches or default, settings.page_size, kinds)

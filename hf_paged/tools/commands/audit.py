@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hf_paged.pages.pool import check_page_size
 from hf_paged.tools.bench.scenarios.mixed import prompt_lengths
 from hf_paged.tools.bench.settings import Settings, load
-from hf_paged.tools.commands.arguments import add_command, add_model, add_plot, prepare
+from hf_paged.tools.commands.arguments import add_model, add_plot, keep, prepare
 from hf_paged.tools.evaluation.audit import PASS, AuditStep, MemoryAudit, agreement, overhead_rows
 from hf_paged.tools.evaluation.audited_batch import audit_batch
 from hf_paged.tools.lab.chart import draw
-from hf_paged.tools.lab.options import add_options, numbers, option
-from hf_paged.tools.lab.provenance import provenance, write_results
+from hf_paged.tools.lab.options import add_options, count, counts, option
 from hf_paged.tools.lab.table import table
+from hf_paged.tools.progress import progress
 
 _LINES = {"live": "live", "active": "active", "reserved": "reserved", "padded": "contiguous, padded"}
 _BYTES = ("minimum", "live", "active", "wasted", "shared", "reserved", "resident", "padded", "static")
@@ -28,22 +26,16 @@ class Options:
     """What is audited."""
 
     random_llama: bool = option(False, "a tiny random model of 131,072 positions instead")
-    page_sizes: tuple[int, ...] = option((16, 64, 128), "tokens per page", numbers, "N,N,...")
-    prompt_lengths: tuple[int, ...] | None = option(None, "(default: 16 of 16 to 1024 tokens)", numbers, "N,N,...")
-    max_new_tokens: int = option(32, "of each row", int)
-    num_beams: int = option(1, "of each prompt", int)
-    max_length: int | None = option(None, "of a static cache (default: the columns that are used)", int)
+    page_size: tuple[int, ...] = option((16, 64, 128), "tokens per page", counts, old_name="--page-sizes")
+    prompt_lengths: tuple[int, ...] | None = option(None, "tokens (default: 16 prompts of 16 to 1024)", counts)
+    max_new_tokens: int = option(32, "of each row", count)
+    num_beams: int = option(1, "of each prompt", count)
+    max_length: int | None = option(None, "columns of a static cache (default: those that are used)", count)
 
 
-def add(subcommands: Any) -> None:
-    """Add `audit`."""
-    parser = add_command(
-        subcommands,
-        "audit",
-        run,
-        "account for the memory of a batch of prompts, step by step",
-        " Beside it stands what contiguous caches would\nhold, and what the system says is resident.",
-    )
+def add(parser: Any) -> None:
+    """Add what is audited."""
+    parser.description += " Beside it stands what contiguous caches would\nhold, and what the system says is resident."
     add_model(parser)
     add_options(parser, Options)
     add_plot(parser)
@@ -52,27 +44,25 @@ def add(subcommands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Audit the batch with each page size, printing what comes of it; then write."""
     prepare(arguments)
-    page_sizes = [check_page_size(page_size) for page_size in dict.fromkeys(arguments.page_sizes)]
+    page_sizes = [check_page_size(page_size) for page_size in dict.fromkeys(arguments.page_size)]
     about = {name: getattr(arguments, name) for name in ("dtype", "device")}
     model = load(Settings(arguments.model, arguments.random_llama, num_threads=arguments.num_threads, **about))
     lengths = prompt_lengths(arguments.prompt_lengths)
     how = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams", "max_length")}
-    results: dict[str, Any] = provenance() | {
-        "command": arguments.command,
-        "model": model.name,
-        "settings": about | {"prompt_lengths": lengths} | how,
-        "audit": [],
-    }
-    audits = {}
-    for page_size in tqdm(page_sizes, "audit", disable=None):
-        audits[page_size] = audit = audit_batch(model, lengths, page_size=page_size, **how)
-        steps = [step.row() for step in audit.steps]
-        results["audit"].append({"page_size": page_size, "summary": audit.summary(), "steps": steps})
-        if arguments.json:
-            write_results(arguments.json, results)  # after each, so that what is measured is not lost
-        if arguments.plot:
-            _draw(steps, page_size, model.name, arguments.plot)
-    _print(audits)
+    settings = about | {"prompt_lengths": lengths} | how
+    results: dict[str, Any] = {"model": model.name, "settings": settings, "audit": []}
+    audits: dict[int, MemoryAudit] = {}
+    try:
+        for page_size in progress(page_sizes, "audit"):
+            audits[page_size] = audit = audit_batch(model, lengths, page_size=page_size, **how)
+            steps = [step.row() for step in audit.steps]
+            results["audit"].append({"page_size": page_size, "summary": audit.summary(), "steps": steps})
+            keep(arguments, results)
+            if arguments.plot:
+                _draw(steps, page_size, model.name, arguments.plot)
+    finally:
+        if audits:
+            _print(audits)
 
 
 def _print(audits: dict[int, MemoryAudit]) -> None:

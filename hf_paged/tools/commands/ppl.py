@@ -7,12 +7,11 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_paged.tools.commands.arguments import add_command, add_model, prepare
+from hf_paged.tools.commands.arguments import add_model, keep, prepare
 from hf_paged.tools.evaluation.perplexity import Perplexity, perplexity
 from hf_paged.tools.evaluation.texts import load_texts
 from hf_paged.tools.lab.model import load_model
-from hf_paged.tools.lab.options import add_options, names, option, read_options
-from hf_paged.tools.lab.provenance import provenance, write_results
+from hf_paged.tools.lab.options import add_options, count, names, option, read_options
 from hf_paged.tools.lab.table import table
 
 COLUMNS = (
@@ -41,24 +40,20 @@ class Texts:
 class Settings:
     """How."""
 
-    caches: tuple[str, ...] = option(("dynamic", "paged"), "the first is the reference", names, "NAME,...")
-    page_size: int = option(128, "tokens per page", int)
-    max_length: int | None = option(None, "tokens in a window (default: all positions)", int, "N")
-    stride: int | None = option(None, "from window to window (default: the window's length)", int, "N")
-    chunk_size: int = option(256, "tokens run at once", int)
-    batch_size: int = option(1, "windows run at once", int)
-    max_tokens: int | None = option(None, "tokens to score (default: all)", int, "N")
+    caches: tuple[str, ...] = option(("dynamic", "paged"), "the first is the reference", names)
+    page_size: int = option(128, "tokens per page", count)
+    max_length: int | None = option(None, "tokens in a window (default: all positions)", count)
+    stride: int | None = option(None, "from window to window (default: the window's length)", count)
+    chunk_size: int = option(256, "tokens run at once", count)
+    batch_size: int = option(1, "windows run at once", count)
+    max_tokens: int | None = option(None, "tokens to score (default: all)", count)
 
 
-def add(subcommands: Any) -> None:
-    """Add `ppl`."""
-    parser = add_command(
-        subcommands,
-        "ppl",
-        run,
-        "compute the perplexity of texts through several caches in one run",
-        " All predictions are compared with\nthose of the first cache.",
-        "Several processes share the work: accelerate launch --multi_gpu --num_processes 2 -m hf_paged ppl ...",
+def add(parser: Any) -> None:
+    """Add the model, the texts, and how they are run."""
+    parser.description += " All predictions are compared with\nthose of the first cache."
+    parser.epilog = (
+        "Several processes share the work: accelerate launch --multi_gpu --num_processes 2 -m hf_paged ppl ..."
     )
     add_model(parser)
     add_options(parser, Texts)
@@ -69,10 +64,10 @@ def add(subcommands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compute and print; then write, and delete the journal."""
+    prepare(arguments)
     processes = PartialState(cpu=arguments.device == "cpu")
     journal = _journal(arguments)
     processes.wait_for_everyone()  # so that all have looked before one writes
-    prepare(arguments)
     about, settings = read_options(Texts, arguments), read_options(Settings, arguments)
     texts = load_texts(**asdict(about))
     device = processes.device if processes.num_processes > 1 else arguments.device
@@ -84,14 +79,13 @@ def run(arguments: argparse.Namespace) -> None:
     _print(model.name, figures)
     if journal is not None:
         place = {name: getattr(arguments, name) for name in ("model", "dtype", "device", "num_threads")}
-        results = provenance() | {
-            "command": arguments.command,
+        results = {
             "num_processes": processes.num_processes,
             "model": model.name,
             "settings": asdict(about) | asdict(settings) | place,
             "figures": figures.to_dict(),
         }
-        write_results(arguments.json, results)
+        keep(arguments, results)
         journal.unlink()
 
 
@@ -100,15 +94,15 @@ def _journal(arguments: argparse.Namespace) -> Path | None:
     if arguments.json is None:
         if arguments.resume:
             raise ValueError("--resume was asked for without --json FILE, beside which the journal lies. Give both.")
+        arguments.kept = " Nothing is kept without --json FILE; with it, --resume goes on."
         return None
     path = Path(f"{arguments.json}.journal")
-    if not path.parent.is_dir():
-        raise ValueError(f"--json {arguments.json} was asked for, but there is no folder {path.parent}. Make one.")
     if path.exists() and not arguments.resume:
         raise ValueError(
             f"{path} was left by a run that did not get to its end. Go on from there with --resume, or delete it to "
             "begin anew."
         )
+    arguments.kept = f" What was done is in {path}; the same command with --resume goes on from there."
     return path
 
 

@@ -5,26 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_paged.tools.commands.arguments import add_command
+from hf_paged.tools.commands.arguments import add_num_threads
 from hf_paged.tools.reproduction.page import make_page
 from hf_paged.tools.reproduction.stage import STAGES, Stage
 
 
-def add(subcommands: Any) -> None:
-    """Add `reproduce`."""
-    parser = add_command(
-        subcommands,
-        "reproduce",
-        run,
-        "run the evaluation of the paper again, and write a page about it",
-        " It takes about half an hour on 2 cores.\nFOLDER/reproduction.md is made from FOLDER/results/reproduction.",
-        f"stages: {', '.join(stage.name for stage in STAGES)}",
+def add(parser: Any) -> None:
+    """Add which stages, at which size, and where the page goes."""
+    parser.description += (
+        " It takes about half an hour on 2 cores.\nFOLDER/reproduction.md is made from FOLDER/results/reproduction."
     )
+    parser.epilog = f"stages: {', '.join(stage.name for stage in STAGES)}"
     parser.add_argument("--full", action="store_true", help="at the full size, which takes hours")
     parser.add_argument("--stages", type=_stages, default=STAGES, metavar="NAME,...", help="see below (default: all)")
     parser.add_argument("--page-only", action="store_true", help="run nothing, make the page from what there is")
-    parser.add_argument("--folder", type=Path, default=Path("reproduction"), help="(default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--folder", type=Path, default=Path("reproduction"), help="of the page (default: %(default)s)")
+    add_num_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,8 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
     results.mkdir(parents=True, exist_ok=True)
     page: Path = arguments.folder / "reproduction.md"
     failed = []
-    for number, stage in enumerate(() if arguments.page_only else arguments.stages, 1):
-        print(f"\n[{number}/{len(arguments.stages)}] {stage.name}", flush=True)
+    stages: tuple[Stage, ...] = () if arguments.page_only else arguments.stages
+    for index, stage in enumerate(stages):
+        print(f"\n[{index + 1}/{len(stages)}] {stage.name}", flush=True)
+        left = ",".join(stage.name for stage in stages[index:])
+        arguments.kept = f" The page {page} has what was done before; go on with --stages {left}."
         if stage.run(results, arguments.full, arguments.num_threads):
             failed.append(stage.name)
         page.write_text(make_page(results, arguments.folder), encoding="utf-8")

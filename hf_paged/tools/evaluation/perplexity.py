@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_paged.pages.pool import check_page_size
@@ -18,6 +17,7 @@ from hf_paged.tools.evaluation.windows import Window, windows_of
 from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.baselines import CACHES, line_up
 from hf_paged.tools.lab.memory import token_bytes
+from hf_paged.tools.progress import progress
 
 Batches = list[list[Window]]
 
@@ -203,7 +203,7 @@ def _all_scores(
     new: list[tuple[int, Scores]] = []
     if own:
         score(baselines, [window.first(2 * chunk_size + 2) for window in batches[own[0]]], chunk_size)
-    for number in tqdm(own, "perplexity", disable=None if processes.is_main_process else True):
+    for number in progress(own, "perplexity") if processes.is_main_process else own:
         new.append((number, score(baselines, batches[number], chunk_size)))
         if journal is not None:
             journal.append(*new[-1])

@@ -253,7 +253,7 @@ def line_up(
     """
     unknown = [name for name in names if name not in among]
     if unknown:
-        raise ValueError(f"Baselines {unknown} were asked for; there are {', '.join(among)}.")
+        raise ValueError(f"caches={unknown} were asked for; there are {', '.join(among)}.")
     baselines = [among[name](model, page_size) for name in names]
     try:
         yield baselines

@@ -1,5 +1,6 @@
 """A model that is measured, and text for it."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,9 @@ class MeasuredModel:
 
     @property
     def max_length(self) -> int:
-        """Positions that the model knows."""
-        positions: int = self.model.config.get_text_config(decoder=True).max_position_embeddings
-        return positions
+        """Positions that the model knows; without a bound the largest number that an index may be."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", sys.maxsize)
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +78,25 @@ class MeasuredModel:
         )
 
     def contexts(self, asked: Sequence[int] | None, default: Sequence[int], max_new_tokens: int) -> list[int]:
-        """The context lengths asked for, or else the default ones, that leave room for the new tokens."""
+        """The context lengths asked for, or else the default ones that leave room for the new tokens.
+
+        Raises:
+            ValueError: if one that is asked for leaves none, or none of the default ones does.
+        """
         chosen = sorted(set(default if asked is None else asked))
-        return [context for context in chosen if context + max_new_tokens <= self.max_length]
+        fitting = [context for context in chosen if context + max_new_tokens <= self.max_length]
+        if asked is not None or not fitting:
+            self.check_room(chosen, max_new_tokens)
+        return fitting
+
+    def check_room(self, lengths: Sequence[int], max_new_tokens: int) -> None:
+        """Raise ValueError unless the model has positions for prompts of these lengths and the new tokens."""
+        room = self.max_length - max_new_tokens
+        if beyond := [length for length in lengths if length > room]:
+            raise ValueError(
+                f"Prompts of {', '.join(map(str, beyond))} tokens and {max_new_tokens} new ones were asked for, but "
+                f"{self.name} has {self.max_length} positions. Ask for {room} tokens at most, or for fewer new ones."
+            )
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device, side: str = "left") -> tuple[Tensor, Tensor]:
@@ -100,14 +117,22 @@ def load_model(name: str | None = None, dtype: str = "float32", device: str | to
         device: where the model goes.
 
     Raises:
-        ValueError: for a dtype that torch doesn't have.
+        ValueError: for a dtype that torch doesn't have, or a model that can't be loaded.
     """
     torch_dtype = _read_dtype(dtype)
     if name is None:
         model, tokenizer = load_packaged_model(torch_dtype)
         return MeasuredModel("SmolLM2-135M-Instruct", _place(model, device), tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
-    return MeasuredModel(Path(name).name, _place(model, device), AutoTokenizer.from_pretrained(name))
+    try:
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype),
+            AutoTokenizer.from_pretrained(name),
+        )
+    except (OSError, ValueError) as error:
+        is_missing = name.startswith((".", "/", "~")) and not Path(name).exists()
+        reason = "there is no such folder." if is_missing else str(error).partition("\n")[0]
+        raise ValueError(f"The model {name!r} can't be loaded: {reason}") from error
+    return MeasuredModel(Path(name).name, _place(model, device), tokenizer)
 
 
 def random_llama(dtype: str = "float32", device: str | torch.device = "cpu", shape: str = "tiny") -> MeasuredModel:

@@ -31,8 +31,11 @@ def provenance() -> dict[str, Any]:
 
 
 def write_results(path: str | Path, results: dict[str, Any]) -> None:
-    """Write figures as JSON that shows in a diff what has changed."""
-    Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    """Write figures as JSON that shows in a diff what has changed; the file is replaced by a whole one."""
+    path = Path(path).resolve()
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _processor() -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_paged._transformers import CACHE
@@ -14,10 +13,11 @@ from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.baselines import CACHES, line_up
 from hf_paged.tools.lab.memory import kv_bytes
 from hf_paged.tools.lab.model import MeasuredModel, padded
-from hf_paged.tools.lab.options import names, numbers, option
+from hf_paged.tools.lab.options import count, counts, names, option
 from hf_paged.tools.long_context.example import Example, Task
 from hf_paged.tools.long_context.longbench import LONGBENCH_V2
 from hf_paged.tools.long_context.tasks import OFFLINE
+from hf_paged.tools.progress import progress
 
 TASKS = {task.name: task for task in (*OFFLINE, LONGBENCH_V2)}
 """By name."""
@@ -34,24 +34,26 @@ class Settings:
         caches: names out of dynamic, paged and static; the others' answers are compared with those of the first.
         page_size: tokens per page of the paged caches.
         batch_size: examples that are answered at once, padded on the left.
-        prefill_chunk_size: tokens of a prompt that are computed at once, which bounds the memory of the activations;
+        chunk_size: tokens of a prompt that are computed at once, which bounds the memory of the activations;
             None: all.
         max_new_tokens: of each answer; None: the task's own.
         seed: of the tasks that are made here.
     """
 
-    tasks: tuple[str, ...] = option(tuple(task.name for task in OFFLINE), "see above", names, "NAME,...")
-    contexts: tuple[int, ...] = option((1000, 4000), "prompt tokens", numbers, "N,N,...")
-    limit: int = option(2, "examples of each", int)
-    caches: tuple[str, ...] = option(("dynamic", "paged"), "the first is the reference", names, "NAME,...")
-    page_size: int = option(128, "tokens per page", int)
-    batch_size: int = option(1, "examples at once", int)
-    prefill_chunk_size: int | None = option(None, "of long prompts (default: all at once)", int, "N")
-    max_new_tokens: int | None = option(None, "of an answer (default: the task's own)", int, "N")
+    tasks: tuple[str, ...] = option(tuple(task.name for task in OFFLINE), "see above", names)
+    contexts: tuple[int, ...] = option((1000, 4000), "prompt tokens", counts)
+    limit: int = option(2, "examples of each", count)
+    caches: tuple[str, ...] = option(("dynamic", "paged"), "the first is the reference", names)
+    page_size: int = option(128, "tokens per page", count)
+    batch_size: int = option(1, "examples at once", count)
+    chunk_size: int | None = option(
+        None, "tokens of a prompt run at once (default: all)", count, old_name="--prefill-chunk-size"
+    )
+    max_new_tokens: int | None = option(None, "of an answer (default: the task's own)", count)
     seed: int = option(0, "of the examples", int)
 
     def __post_init__(self) -> None:
-        counts = ("limit", "batch_size", "prefill_chunk_size", "max_new_tokens")
+        counts = ("limit", "batch_size", "chunk_size", "max_new_tokens")
         found = {name: getattr(self, name) for name in counts}
         low = {name: count for name, count in found.items() if count is not None and count < 1}
         low |= {name: () for name in ("tasks", "contexts", "caches") if not getattr(self, name)}
@@ -81,15 +83,23 @@ class _Answers:
     kv_bytes: int
 
 
+Results = dict[str, list[dict[str, Any]]]
+"""Rows of figures, and answers."""
+
 _Lap = tuple[_Batch, dict[str, _Answers]]
 """A batch, and the answers from each cache."""
 
 
-def evaluate_long_context(model: MeasuredModel, settings: Settings) -> dict[str, list[dict[str, Any]]]:
+def evaluate_long_context(model: MeasuredModel, settings: Settings, results: Results | None = None) -> Results:
     """Let a model do tasks with each cache, greedily, and compare.
 
     The caches take turns, batch by batch. Before, each generates two tokens for the first batch of each size, so that
     the kernels for decoding are compiled when it counts.
+
+    Args:
+        model: that is asked.
+        settings: what, and how.
+        results: where to put the results, so that a caller who is interrupted has those of the batches before.
 
     Returns:
         Under `rows`, for each task, context and cache: the number of `examples`, the `prompt_tokens` of the longest
@@ -105,26 +115,36 @@ def evaluate_long_context(model: MeasuredModel, settings: Settings) -> dict[str,
     if tokenizer is None:
         raise ValueError(f"{model.name} has no tokenizer, and can't be asked anything. Choose another model.")
     laps: dict[tuple[str, int], list[_Lap]] = {}
+    results = {} if results is None else results
     with line_up(model.model, settings.caches, settings.page_size, CACHES) as baselines:
         for baseline in baselines:
             baseline.prepare()
         batches = _batches(model, tokenizer, settings)
         for batch in {len(batch.examples): batch for batch in reversed(batches)}.values():
             for baseline in baselines:
-                _generate(baseline, batch, min(2, batch.max_new_tokens), settings.prefill_chunk_size)
-        for batch in tqdm(batches, "long context", disable=None):
-            answers = {
-                baseline.name: _generate(baseline, batch, batch.max_new_tokens, settings.prefill_chunk_size)
-                for baseline in baselines
-            }
-            laps.setdefault((batch.task.name, batch.context), []).append((batch, answers))
+                _generate(baseline, batch, min(2, batch.max_new_tokens), settings.chunk_size)
+        try:
+            for batch in progress(batches, "long context"):
+                answers = {
+                    baseline.name: _generate(baseline, batch, batch.max_new_tokens, settings.chunk_size)
+                    for baseline in baselines
+                }
+                laps.setdefault((batch.task.name, batch.context), []).append((batch, answers))
+        finally:
+            results |= _results(tokenizer, laps, settings.caches)
+    return results
+
+
+def _results(
+    tokenizer: PreTrainedTokenizerBase, laps: dict[tuple[str, int], list[_Lap]], caches: Sequence[str]
+) -> Results:
     rows, texts = [], []
     for (task, context), own in laps.items():
-        for cache in settings.caches:
+        for cache in caches:
             place: dict[str, Any] = {"task": task, "context": context, "cache": cache}
             scored = [place | answer for answer in _scored(tokenizer, own, cache)]
             score = fmean(answer["score"] for answer in scored)
-            rows.append(place | _figures(own, cache, settings.caches[0]) | {"score": score})
+            rows.append(place | _figures(own, cache, caches[0]) | {"score": score})
             texts += scored
     return {"rows": rows, "answers": texts}
 
@@ -148,7 +168,7 @@ def _batches(model: MeasuredModel, tokenizer: PreTrainedTokenizerBase, settings:
     return batches
 
 
-def _generate(baseline: Baseline, batch: _Batch, max_new_tokens: int, prefill_chunk_size: int | None) -> _Answers:
+def _generate(baseline: Baseline, batch: _Batch, max_new_tokens: int, chunk_size: int | None) -> _Answers:
     model: Any = baseline.model
     ids, mask = padded([example.prompt.input_ids for example in batch.examples], model.device)
     cache = baseline.new_cache(ids.shape[1] + max_new_tokens)
@@ -159,7 +179,7 @@ def _generate(baseline: Baseline, batch: _Batch, max_new_tokens: int, prefill_ch
         **{CACHE: cache},
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        prefill_chunk_size=prefill_chunk_size,
+        prefill_chunk_size=chunk_size,
     )
     tokens = output[:, ids.shape[1] :].tolist()
     total_s = time.perf_counter() - start

@@ -69,7 +69,7 @@ STAGES = (
     Stage("perplexity-1-bf16", f"{_BF16} --chunk-size 1", "--max-tokens 100", "--max-tokens 2000"),
     Stage(
         "latency",
-        "bench latency --baselines dynamic,paged,paged-compiled",
+        "bench latency --caches dynamic,paged,paged-compiled",
         "--contexts 128,256,512,1024,2048 --rounds 1 --max-new-tokens 24",
         "--contexts 128,256,512,1024,2048,4096,8000 --max-new-tokens 64",
         "Time against length",
@@ -77,7 +77,7 @@ STAGES = (
     ),
     Stage(
         "no-cache",
-        "bench latency --baselines dynamic,no-cache",
+        "bench latency --caches dynamic,no-cache",
         "--contexts 128,256,512,1024,2048 --rounds 1 --max-new-tokens 4",
         "--contexts 128,256,512,1024,2048,4096 --max-new-tokens 6",
         "Without a cache",
@@ -95,7 +95,7 @@ STAGES = (
     Stage(
         "mixed",
         "bench mixed",
-        "--baselines dynamic,paged-ragged,paged-compiled --rounds 1 --max-new-tokens 24",
+        "--caches dynamic,paged-ragged,paged-compiled --rounds 1 --max-new-tokens 24",
         "",
         "A mixed batch of 16",
         "Prompts of 16 to 1024 tokens, from nothing to the last new token.",
@@ -118,7 +118,7 @@ STAGES = (
     ),
     Stage(
         "audit",
-        "audit --page-sizes 16,32,64,128,256",
+        "audit --page-size 16,32,64,128,256",
         "--random-llama",
         "",
         "Memory, step by step",

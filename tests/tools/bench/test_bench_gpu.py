@@ -43,7 +43,7 @@ def test_every_case_can_be_asked_for(script):
         assert case.scenario in SCENARIOS
         assert settings.whole
         assert (settings.shape or "") == case.shape
-        assert set(settings.baselines or ()) <= WHOLE.keys()
+        assert set(settings.caches or ()) <= WHOLE.keys()
 
 
 def test_a_case_that_does_not_fit_is_a_row_that_says_so(run):

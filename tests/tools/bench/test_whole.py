@@ -84,7 +84,7 @@ def test_another_loop_is_given_to_generate(model):
 @pytest.mark.parametrize("scenario", ["latency", "mixed", "single"])
 def test_rows_of_whole_runs_have_their_memory_beside_the_least(model, scenario):
     settings = dataclasses.replace(
-        TINY, contexts=(40,), prompt_lengths=(5, 40), baselines=("dynamic-no-cudnn", "static-compiled", "paged")
+        TINY, contexts=(40,), prompt_lengths=(5, 40), caches=("dynamic-no-cudnn", "static-compiled", "paged")
     )
     rows = {row["baseline"]: row for row in SCENARIOS[scenario].measure(settings)["rows"]}
     num_tokens = 45 + 2 * 4 if scenario == "mixed" else 40 + 4

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
@@ -20,6 +19,7 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.tools.bench.bandwidth import Bandwidth, seconds
 from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.settings import Settings
+from hf_paged.tools.progress import progress
 
 _SEED = 0
 _CHUNK = 512  # columns that are stored at once
@@ -44,18 +44,18 @@ CASES = {
 
 
 @torch.no_grad()
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Measure each case, or the rows that `prompt_lengths` asks for.
 
-    Returns:
-        `rows` for each case: the median `us` of a layer, `limit_us` to read the keys and values of all tokens once,
-        and `bandwidth_share`, the second by the first.
+    Args:
+        settings: as given.
+        rows: gets one for each case: the median `us` of a layer, `limit_us` to read the keys and values of all tokens
+            once, and `bandwidth_share`, the second by the first.
     """
     device = torch.device(settings.device)
     bandwidth, flush = Bandwidth(device), torch.empty(_CACHED_BYTES, dtype=torch.uint8, device=device)
     cases = CASES if settings.prompt_lengths is None else {"as asked": settings.prompt_lengths}
-    rows = []
-    for name, lengths in tqdm(cases.items(), "attention", disable=None):
+    for name, lengths in progress(cases.items(), "attention"):
         attend, num_bytes = decoding(lengths, settings.page_size, device, getattr(torch, settings.dtype))
         run = _captured(attend) if device.type == "cuda" else attend
         times = []
@@ -65,7 +65,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             times.append(seconds(run, device))
         us, limit_us = 1e6 * statistics.median(times), 1e6 * num_bytes / bandwidth.take_median()
         rows.append({"context": name, "us": us, "limit_us": limit_us, "bandwidth_share": limit_us / us})
-    return {"rows": rows}
+    return {}
 
 
 def decoding(

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import Cache, StoppingCriteria
 
 from hf_paged._transformers import CACHE
@@ -16,6 +15,7 @@ from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.baseline import Baseline, synchronize
 from hf_paged.tools.lab.baselines import line_up
 from hf_paged.tools.lab.memory import kv_bytes
+from hf_paged.tools.progress import progress
 
 CONTEXTS = (1000, 4000)
 BASELINES = ("dynamic", "paged")
@@ -42,25 +42,29 @@ class Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Run the same beam search with each baseline in turn.
 
+    Args:
+        settings: as given.
+        rows: gets one for each context and baseline, with `ms_per_step`, `peak_kv_bytes`, and if the reference ran
+            `ratio` and `same_tokens`.
+
     Returns:
-        `num_beams`; `rows` for each context and baseline, with `ms_per_step`, `peak_kv_bytes`, and if the reference
-        ran `ratio` and `same_tokens`.
+        `num_beams`.
     """
-    model, rows = load(settings), []
-    with line_up(model.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+    model = load(settings)
+    contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
+    with line_up(model.model, settings.caches or BASELINES, settings.page_size) as baselines:
         warm_up(baselines, model, NUM_BEAMS)
-        contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
-        for context in tqdm(contexts, "beam", disable=None):
+        for context in progress(contexts, "beam"):
             ids = model.prompt(context)
             runs = [
                 {baseline.name: search(baseline, ids, settings.max_new_tokens) for baseline in baselines}
                 for _ in range(settings.rounds)
             ]
             rows += [{"context": context} | _row(name, runs) for name in runs[0]]
-    return {"num_beams": NUM_BEAMS, "rows": rows}
+    return {"num_beams": NUM_BEAMS}
 
 
 def search(baseline: Baseline, ids: Tensor, num_new_tokens: int) -> dict[str, Any]:

@@ -3,37 +3,38 @@
 import statistics
 from typing import Any
 
-from tqdm import tqdm
-
 from hf_paged.tools.bench.bandwidth import Bandwidth
 from hf_paged.tools.bench.race import laps_of, summarize, warm_up
 from hf_paged.tools.bench.scenario import LAP, WHOLE, Scenario
 from hf_paged.tools.bench.settings import Settings, line_up_for, load
 from hf_paged.tools.lab.memory import token_bytes, weight_bytes
+from hf_paged.tools.progress import progress
 
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
 BASELINES = ("dynamic", "static", "flex", "paged")
 _GROWN_TO = 2048
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Measure one row at each context.
 
+    Args:
+        settings: as given.
+        rows: gets one for each context and baseline, with `bandwidth_gb_s`, measured in turns with the steps, and
+            `bandwidth_share`: the bytes that a step must read (weights, and the keys and values of the context) per
+            second, as a part of it; `minimum_bytes`, keys and values of all tokens that are stored.
+
     Returns:
-        `weight_bytes`, which a step reads; `rows` for each context and baseline, with `bandwidth_gb_s`, measured in
-        turns with the steps, and `bandwidth_share`: the bytes that a step must read (weights, and the keys and values
-        of the context) per second, as a part of it; `minimum_bytes`, keys and values of all tokens that are stored;
-        `fits` for each baseline.
+        `weight_bytes`, which a step reads, and `fits` for each baseline.
     """
     model = load(settings)
+    contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
     bandwidth = Bandwidth(model.device)
     weights, bytes_per_token = weight_bytes(model.model), token_bytes(model.model)
-    rows = []
     with line_up_for(settings, model, BASELINES) as baselines:
         if not settings.whole:
             warm_up(baselines, model)
-        contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens)
-        for context in tqdm(contexts, "latency", disable=None):
+        for context in progress(contexts, "latency"):
             ids = model.prompt(context)
             laps = laps_of(settings, baselines, ids, None, bandwidth.measure)
             bytes_per_s = bandwidth.take_median()
@@ -44,7 +45,7 @@ def measure(settings: Settings) -> dict[str, Any]:
                     row["bandwidth_share"] = num_bytes / (row["ms_per_step"] / 1e3) / bytes_per_s
                     row["minimum_bytes"] = (context + settings.max_new_tokens - 1) * bytes_per_token
                 rows.append({"context": context} | row)
-    return {"weight_bytes": weights, "rows": rows, "fits": fits(rows)}
+    return {"weight_bytes": weights, "fits": fits(rows)}
 
 
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

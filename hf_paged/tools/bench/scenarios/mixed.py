@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from tqdm import tqdm
-
 from hf_paged.pages.pool import PAGE_SIZES
 from hf_paged.tools.bench.bandwidth import Bandwidth
 from hf_paged.tools.bench.race import Lap, laps_of, race_once, summarize, warm_up
@@ -17,6 +15,7 @@ from hf_paged.tools.bench.worker import in_new_process
 from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.baselines import PagedRagged, line_up
 from hf_paged.tools.lab.memory import PeakMemory, token_bytes, weight_bytes
+from hf_paged.tools.progress import progress
 
 BASELINES = ("dynamic", "paged", "paged-ragged", "paged-compiled", "generate_batch")
 NUM_PROMPTS = 16
@@ -34,33 +33,44 @@ def prompt_lengths(asked: Sequence[int] | None = None) -> list[int]:
     return [generator.randint(*LENGTHS) for _ in range(NUM_PROMPTS)]
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Measure the batch; the memory of each baseline in a process of its own.
 
+    Args:
+        settings: as given.
+        rows: gets those of `run_batch`, with `peak_bytes`, what a process held beyond the loaded model, at most, in
+            the median of several, `least_peak_bytes` and `most_peak_bytes`, and `peak_noise_bytes`, which is what lies
+            between these, and what the process kept of its warm-up; or `peak_error`.
+
     Returns:
-        What `run_batch` gives, with `peak_bytes`, what a process held beyond the loaded model, at most, in the median
-        of several, `least_peak_bytes` and `most_peak_bytes`, or `peak_error`.
+        What else `run_batch` gives.
     """
     model = load(settings)
     with line_up_for(settings, model, BASELINES) as baselines:
-        results = run_batch(baselines, settings)
+        results = run_batch(baselines, settings, rows)
     num_processes = 1 if model.device.type == "cuda" else _PEAKS_ON_CPU
-    for row in tqdm(results["rows"], "memory", disable=None):
+    for row in progress(rows, "memory"):
         if "error" not in row and not settings.whole:  # whole runs have measured it
             row |= _peaks([in_new_process(peak, settings, row["baseline"]) for _ in range(num_processes)])
     return results
 
 
-def run_batch(baselines: Sequence[Baseline], settings: Settings) -> dict[str, Any]:
+def run_batch(baselines: Sequence[Baseline], settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Run the batch with baselines in turns.
 
+    Args:
+        baselines: that run.
+        settings: as given.
+        rows: gets one for each baseline, with `minimum_bytes`, the keys and values of the real tokens;
+            `bandwidth_gb_s` and `bandwidth_share`, as in `latency`, of a step in the middle; `total_s`;
+            `tokens_per_s`, prompt tokens and new ones over the total; `last_tokens_per_s`, over the last 256 new
+            tokens or all of them; `overhead` of the cache over the minimum.
+
     Returns:
-        `prompt_lengths`; `minimum_bytes`, the keys and values of the real tokens; `rows` for each baseline, with that
-        too; `bandwidth_gb_s` and `bandwidth_share`, as in `latency`, of a step in the middle; `total_s`;
-        `tokens_per_s`, prompt tokens and new ones over the total; `last_tokens_per_s`, over the last 256 new tokens
-        or all of them; `overhead` of the cache over the minimum.
+        `prompt_lengths` and `minimum_bytes`.
     """
     model, lengths, num_new = load(settings), prompt_lengths(settings.prompt_lengths), settings.max_new_tokens
+    model.check_room(lengths, num_new)
     ids, mask = model.padded(lengths)
     bandwidth, bytes_per_token = Bandwidth(model.device), token_bytes(model.model)
     if not settings.whole:
@@ -70,7 +80,7 @@ def run_batch(baselines: Sequence[Baseline], settings: Settings) -> dict[str, An
     num_bytes = weight_bytes(model.model) + (sum(lengths) + len(lengths) * num_new // 2) * bytes_per_token
     # What the last token of a row would store is stored by the step after it.
     minimum = (sum(lengths) + len(lengths) * (num_new - 1)) * bytes_per_token
-    rows = summarize(laps)
+    rows += summarize(laps)
     for row in rows:
         if "error" in row:
             continue
@@ -82,14 +92,18 @@ def run_batch(baselines: Sequence[Baseline], settings: Settings) -> dict[str, An
         row["last_tokens_per_s"] = statistics.median(last_tokens_per_s(lap, len(lengths)) for lap in own)
         if "kv_bytes" in row:
             row["overhead"] = row["kv_bytes"] / minimum - 1
-    return {"prompt_lengths": lengths, "minimum_bytes": minimum, "rows": rows}
+    return {"prompt_lengths": lengths, "minimum_bytes": minimum}
 
 
-def measure_page_sizes(settings: Settings) -> dict[str, Any]:
+def measure_page_sizes(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Measure the batch with pages of each size, and with `DynamicCache`.
 
+    Args:
+        settings: as given.
+        rows: gets those of `run_batch`, with the `page_size` of each, None for the reference.
+
     Returns:
-        What `run_batch` gives, with the `page_size` of each row, None for the reference.
+        What else `run_batch` gives.
     """
     model = load(settings).model
     sizes = {f"paged, {size}": size for size in PAGE_SIZES}
@@ -100,8 +114,8 @@ def measure_page_sizes(settings: Settings) -> dict[str, Any]:
     with ExitStack() as stack:
         for baseline in baselines:
             stack.callback(baseline.close)
-        results = run_batch(baselines, settings)
-    results["rows"] = [{"page_size": sizes.get(row["baseline"])} | row for row in results["rows"]]
+        results = run_batch(baselines, settings, rows)
+    rows[:] = [{"page_size": sizes.get(row["baseline"])} | row for row in rows]
     return results
 
 
@@ -112,7 +126,12 @@ def last_tokens_per_s(lap: Lap, num_rows: int) -> float:
 
 
 def peak(settings: Settings, name: str) -> dict[str, Any]:
-    """Run the batch once with one baseline in this process; return `peak_bytes`, or `error`."""
+    """Run the batch once with one baseline in this process.
+
+    Returns:
+        `peak_bytes` beyond the loaded model, and of these `kept_bytes`, which were held before the batch began: what
+        was imported for the warm-up, and what allocators keep of it. Or `error`.
+    """
     model = load(settings)
     ids, mask = model.padded(prompt_lengths(settings.prompt_lengths))
     token_bytes(model.model)  # a forward pass, which touches weights that were not read from disk yet
@@ -120,16 +139,23 @@ def peak(settings: Settings, name: str) -> dict[str, Any]:
     with line_up(model.model, [name], settings.page_size) as baselines:
         warm_up(baselines, model, len(ids))
         memory.forget_peak()  # compilers take memory too, but are gone by then
+        kept = memory.held_bytes
         lap = race_once(baselines, ids, mask, settings.max_new_tokens)[name]
-        return {"peak_bytes": memory.bytes} if lap.error is None else {"error": lap.error}
+        return {"peak_bytes": memory.bytes, "kept_bytes": kept} if lap.error is None else {"error": lap.error}
 
 
 def _peaks(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     errors = [run["error"] for run in runs if "error" in run]
     if errors:
         return {"peak_error": errors[0]}
-    peaks = [run["peak_bytes"] for run in runs]
-    return {"peak_bytes": statistics.median(peaks), "least_peak_bytes": min(peaks), "most_peak_bytes": max(peaks)}
+    peaks, kept = ([run[name] for run in runs] for name in ("peak_bytes", "kept_bytes"))
+    least, most = min(peaks), max(peaks)
+    return {
+        "peak_bytes": statistics.median(peaks),
+        "least_peak_bytes": least,
+        "most_peak_bytes": most,
+        "peak_noise_bytes": most - least + max(0, statistics.median(kept)),
+    }
 
 
 _TIMES = ("bandwidth_share", "total_s", "total_s_speed", "tokens_per_s", "last_tokens_per_s")

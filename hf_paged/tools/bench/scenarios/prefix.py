@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
@@ -17,6 +16,7 @@ from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.baseline import synchronize
 from hf_paged.tools.lab.model import MeasuredModel
+from hf_paged.tools.progress import progress
 
 SYSTEM_PROMPT, NUM_REQUESTS, QUESTION = 2000, 16, 30
 TURNS, TURN, ANSWER = 8, 105, 32
@@ -125,14 +125,16 @@ class Requests:
         return {"total_s": time.perf_counter() - begin, "score": float(scores)}
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Run requests in pools with an index and without one, in turn.
 
-    Returns:
-        `rows` for each case and kind of pool, with medians of `first_s`, of the first request, `later_s`, of one of
-        the others, or of the last turn, `total_s`, `ratio` to the pool without index, and pages.
+    Args:
+        settings: as given.
+        rows: gets one for each case and kind of pool, with medians of `first_s`, of the first request, `later_s`, of
+            one of the others, or of the last turn, `total_s`, how many times as fast as without an index, and pages.
     """
     measured = load(settings)
+    measured.check_room([SYSTEM_PROMPT + NUM_REQUESTS * QUESTION], 1)
     measured.model.set_attn_implementation(NAME)
     requests = Requests(measured, settings.page_size)
     cases: dict[str, Callable[[PagePool], Times]] = {
@@ -145,8 +147,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         f"{CHOICES} choices behind {CONTEXT} tokens": requests.choices,
     }
     requests.behind_a_system_prompt(requests.pool(True))
-    rows: list[dict[str, Any]] = []
-    for name, case in tqdm(cases.items(), "prefix", disable=None):
+    for name, case in progress(cases.items(), "prefix"):
         runs = {kind: [Times() for _ in range(settings.rounds)] for kind in (PLAIN, INDEXED)}
         for turn in range(settings.rounds):
             for kind in list(runs)[:: 1 if turn % 2 else -1]:
@@ -156,7 +157,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             times = [key for key in ("first_s", "later_s", "total_s") if key in row]
             speed = {f"{key}_speed": medians[PLAIN][key] / row[key] for key in times}
             rows.append({"model": measured.name, "case": name, "baseline": kind} | row | speed)
-    return {"rows": rows}
+    return {}
 
 
 def _medians(runs: list[Times]) -> Times:

@@ -3,30 +3,32 @@
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from hf_paged._torch.tricks import SWITCH, TRICKS
 from hf_paged.tools.bench.race import race_once
 from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.settings import Settings, load
+from hf_paged.tools.bench.worker import new_process
 from hf_paged.tools.lab.baselines import line_up
+from hf_paged.tools.progress import progress
 
 BASELINES = ("paged", "paged-compiled")
 CONTEXTS = (128, 1024)
 _ROWS = (1, 8)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Decode with everything on and with each trick off, round by round in turns.
 
-    Returns:
-        `rows` for each trick, baseline, context and number of rows: `ms_per_step` with everything on and
-        `ms_per_step_without`, and `ratio`, the median over the rounds of the second by the first; or `error`. Tricks
-        that only work elsewhere are left out.
+    Args:
+        settings: as given.
+        rows: gets one for each trick, baseline, context and number of rows: `ms_per_step` with everything on and
+            `ms_per_step_without`, and `ratio`, the median over the rounds of the second by the first; or `error`.
+            Tricks that only work elsewhere are left out.
     """
     here = (None, torch.device(settings.device).type)
     tricks = [
@@ -34,18 +36,17 @@ def measure(settings: Settings) -> dict[str, Any]:
         for name, trick in TRICKS.items()
         if trick.can_be_switched_off and trick.device_type in here and trick.is_on
     ]
-    rows = []
     with _process("") as everything:
-        for trick in tqdm(tricks, "ablation", disable=None):
+        for trick in progress(tricks, "ablation"):
             with _process(trick) as without:
-                for baseline in settings.baselines or BASELINES:
+                for baseline in settings.caches or BASELINES:
                     for context in settings.contexts or CONTEXTS:
                         for num_rows in _ROWS:
                             case = baseline, context, num_rows
                             figures = _compare(everything, without, settings, *case)
                             names = ("baseline", "context", "num_rows")
                             rows.append({"without": trick} | dict(zip(names, case, strict=True)) | figures)
-    return {"rows": rows}
+    return {}
 
 
 def step_ms(settings: Settings, baseline: str, context: int, num_rows: int) -> float:
@@ -58,6 +59,7 @@ def step_ms(settings: Settings, baseline: str, context: int, num_rows: int) -> f
         num_rows: rows of the batch.
     """
     model = load(settings)
+    model.check_room([context], settings.max_new_tokens)
     ids = torch.cat([model.prompt(context).roll(row, dims=1) for row in range(num_rows)])
     with line_up(model.model, [baseline], settings.page_size) as baselines:
         lap = race_once(baselines, ids, None, settings.max_new_tokens)[baseline]
@@ -66,8 +68,8 @@ def step_ms(settings: Settings, baseline: str, context: int, num_rows: int) -> f
     return 1e3 * statistics.median(lap.counted_s)
 
 
-def _process(trick: str) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_switch_off, initargs=(trick,))
+def _process(trick: str) -> AbstractContextManager[ProcessPoolExecutor]:
+    return new_process(_switch_off, trick)
 
 
 def _switch_off(trick: str) -> None:

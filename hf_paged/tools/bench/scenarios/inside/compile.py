@@ -6,34 +6,33 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hf_paged.tools.bench.race import race_once
 from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.bench.worker import in_new_process
 from hf_paged.tools.lab.baselines import line_up
 from hf_paged.tools.lab.memory import token_bytes
+from hf_paged.tools.progress import progress
 
 BASELINES = ("paged", "paged-compiled", "static-compiled")
 PROMPT_LENGTH = 128
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Start each baseline twice, in processes of its own that share a new cache of compiled code.
 
-    Returns:
-        `rows` for each baseline and start, `"cold"` or `"warm"`, as `start_up` gives them, with `compiled_files`
-        that lie in the cache afterwards.
+    Args:
+        settings: as given.
+        rows: gets one for each baseline and start, `"cold"` or `"warm"`, as `start_up` gives them, with
+            `compiled_files` that lie in the cache afterwards.
     """
-    rows = []
-    for name in tqdm(settings.baselines or BASELINES, "compile", disable=None):
+    for name in progress(settings.caches or BASELINES, "compile"):
         with tempfile.TemporaryDirectory(prefix="hf-paged-bench-") as folder:
             for start in ("cold", "warm"):
                 figures = in_new_process(start_up, settings, name, folder)
                 files = sum(path.is_file() for path in Path(folder).rglob("*"))
                 rows.append({"baseline": name, "start": start} | figures | {"compiled_files": files})
-    return {"rows": rows}
+    return {}
 
 
 def start_up(settings: Settings, name: str, folder: str) -> dict[str, Any]:

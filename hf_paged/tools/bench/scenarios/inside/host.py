@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
-from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
 
@@ -17,6 +16,7 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.pages.allocator import PageAllocator
 from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.settings import Settings
+from hf_paged.tools.progress import progress
 
 ALLOCATED_POOLS = (10**3, 10**4, 10**5, 10**6)
 PLANNED_POOLS = (100, 1000, 10**6)
@@ -30,15 +30,15 @@ _NUM_STEPS = 32  # with the prompt 88 tokens, 6 pages a row: 96 of the 100
 _HEAD_DIM = 16
 
 
-def allocate(settings: Settings) -> dict[str, Any]:
+def allocate(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Take pages one by one and give them back one by one.
 
-    Returns:
-        `rows` for each number of pages and threads, with `us_per_page`: time per page to take it and give it back,
-        as all threads together got on.
+    Args:
+        settings: as given.
+        rows: gets one for each number of pages and threads, with `us_per_page`: time per page to take it and give it
+            back, as all threads together got on.
     """
-    rows = []
-    for num_pages in tqdm(ALLOCATED_POOLS, "allocator", disable=None):
+    for num_pages in progress(ALLOCATED_POOLS, "allocator"):
         pool = PageAllocator(num_pages)
         # All pages have been held once, so that they come from the list of the released, as in a pool long in use.
         pool.release(pool.allocate(num_pages))
@@ -49,7 +49,7 @@ def allocate(settings: Settings) -> dict[str, Any]:
                 seconds = timer.timeit(settings.rounds).mean / (num_threads * _PAGES_PER_THREAD * _REPEATS)
             rows.append({"num_pages": num_pages, "num_threads": num_threads, "us_per_page": 1e6 * seconds})
         pool.check_integrity({})
-    return {"rows": rows}
+    return {}
 
 
 def churn(pool: PageAllocator) -> None:
@@ -60,21 +60,21 @@ def churn(pool: PageAllocator) -> None:
             pool.release(pages)
 
 
-def plan(settings: Settings) -> dict[str, Any]:
+def plan(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Plan steps of 16 rows.
 
     What is timed is what Transformers does with the cache before the first layer (its length, and the mask, which
     plans the step) and the list of pages that the first layer makes. Pages have room for one head of one layer, so
     that a pool of a million costs little memory, all of it untouched.
 
-    Returns:
-        `rows` for each number of pages, with the median `us` of a step.
+    Args:
+        settings: as given.
+        rows: gets one for each number of pages, with the median `us` of a step.
     """
-    rows = []
-    for num_pages in tqdm(PLANNED_POOLS, "plan", disable=None):
+    for num_pages in progress(PLANNED_POOLS, "plan"):
         seconds = statistics.median(step for _ in range(settings.rounds) for step in planned_steps(num_pages))
         rows.append({"num_pages": num_pages, "num_rows": NUM_ROWS, "us": 1e6 * seconds})
-    return {"rows": rows}
+    return {}
 
 
 def planned_steps(num_pages: int) -> list[float]:

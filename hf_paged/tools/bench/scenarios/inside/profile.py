@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from hf_paged.tools.bench.race import Race, summarize, warm_up
 from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.scenarios.mixed import prompt_lengths
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.baselines import line_up
+from hf_paged.tools.progress import progress
 
 CONTEXTS = (128, 2048)
 BASELINES = ("dynamic", "paged", "paged-compiled")
@@ -29,26 +29,26 @@ _OTHER = "other_operations_ms"
 _PYTHON = "python_ms"
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Take steps apart: one row at each context, and the batch of `mixed`; and the prompts of that batch.
 
-    Returns:
-        `rows` for each batch and baseline: `ms_per_step` without the profiler, `profiled_ms` with it, and of these
-        `linear_ms` and `attention_ms`; `copies_ms`, of keys and values into the cache; `guards_ms`, dynamo's;
-        `graph_ms`, what inductor compiled, with the linear layers of one token; `other_operations_ms`; and
-        `python_ms`, whatever is left: Python, planning and the dispatch of operations. The prompts, all of them
-        together, have no `ms_per_step`.
+    Args:
+        settings: as given.
+        rows: gets one for each batch and baseline: `ms_per_step` without the profiler, `profiled_ms` with it, and of
+            these `linear_ms` and `attention_ms`; `copies_ms`, of keys and values into the cache; `guards_ms`,
+            dynamo's; `graph_ms`, what inductor compiled, with the linear layers of one token; `other_operations_ms`;
+            and `python_ms`, whatever is left: Python, planning and the dispatch of operations. The prompts, all of
+            them together, have no `ms_per_step`.
     """
     model, lengths = load(settings), prompt_lengths(settings.prompt_lengths)
     contexts = model.contexts(settings.contexts, CONTEXTS, settings.max_new_tokens + _NUM_PROFILED)
     batches: list[tuple[str, Tensor, Tensor | None]] = [(str(n), model.prompt(n), None) for n in contexts]
     batches.append((f"{len(lengths)} rows", *model.padded(lengths)))
-    rows = []
-    with line_up(model.model, settings.baselines or BASELINES, settings.page_size) as baselines:
+    with line_up(model.model, settings.caches or BASELINES, settings.page_size) as baselines:
         by_name = {baseline.name: baseline for baseline in baselines}
         warm_up(baselines, model)
         warm_up(baselines, model, len(lengths))
-        for name, ids, mask in tqdm(batches, "profile", disable=None):
+        for name, ids, mask in progress(batches, "profile"):
             race = Race(baselines, ids.shape[1] + settings.max_new_tokens + _NUM_PROFILED, mask)
             summary = summarize([race.lap(ids, settings.max_new_tokens)])
             for row in summary:
@@ -61,7 +61,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             figures = _taken_apart(partial(baseline.feed, ids, 1), 1)
             rows.append({"context": f"{len(lengths)} prompts", "baseline": baseline.name} | figures)
             baseline.cache = None
-    return {"rows": rows}
+    return {}
 
 
 def _taken_apart(action: Callable[[], float], times: int) -> dict[str, float]:

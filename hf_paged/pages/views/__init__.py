@@ -1,0 +1,1 @@
+"""What a person sees of pages: figures in words, and pictures."""
