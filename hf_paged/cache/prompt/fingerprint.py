@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _NUM_SAMPLES = 4  # of each weight
-_PLAIN = (bool, int, float, str, torch.dtype)
+PLAIN = (bool, int, float, str, torch.dtype)
 OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 """What the layers of PEFT say of their adapters, beside weights."""
 _serial: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
@@ -28,7 +28,7 @@ def fingerprint(model: torch.nn.Module) -> bytes:
     samples: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for module in model.modules():
         held = vars(module)
-        found += (item for item in held.items() if type(item[1]) in _PLAIN)
+        found += (item for item in held.items() if type(item[1]) in PLAIN)
         if type(module).__module__.startswith("peft."):
             found += (held.get(name) for name in OF_ADAPTERS)
         for weight in (*held["_parameters"].values(), *held["_buffers"].values()):
