@@ -41,7 +41,7 @@ COMPILE_FX_INNER = Private("torch._inductor.compile_fx:compile_fx_inner", check=
 AUTOGRAD_CONFIG = Private("torch._functorch.config", check=lambda config: config.patch(enable_autograd_cache=False))
 _EVAL_FRAME = Private("torch._dynamo.eval_frame", check=lambda module: (module._stance.stance, module._stance.backend))
 _WITHOUT_MODES = Private("torch.utils._python_dispatch:_disable_current_modes", check=_entered)
-_CPP_COMPILER = Private("torch._inductor.cpp_builder:get_cpp_compiler", check=callable)
+_CPP_COMPILER = Private("torch._inductor.cpp_builder:get_cpp_compiler", check=lambda find: _finds(find))
 _COMPILE_LOCK = Private("torch._dynamo.convert_frame:compile_lock", check=lambda lock: _entered(lambda: lock))
 
 UNGUARDED_KERNELS = Trick(
@@ -156,9 +156,15 @@ def hindrance(device: torch.device | None) -> str | None:
 def _has_cpp_compiler() -> bool:
     """Whether inductor finds a compiler; it wants one even for kernels on disk, which it finds by its version."""
     find = _CPP_COMPILER.value_or(None, "Whether there is a C++ compiler is found out when a kernel is compiled")
+    return find is None or _finds(find)
+
+
+def _finds(find: Callable[[], str]) -> bool:
     try:
-        return find is None or bool(find())
-    except RuntimeError:
+        return bool(find())
+    except RuntimeError as error:
+        if type(error).__name__ != "InvalidCxxCompiler":
+            raise
         return False
 
 

@@ -1,6 +1,6 @@
 """torch as it might be one day: private names gone, or something else by the same names."""
 
-from hf_paged._torch import private, surroundings, tricks
+from hf_paged._torch import inductor, private, surroundings, tricks
 
 
 class Changed:
@@ -52,3 +52,4 @@ def forget(monkeypatch):
 def forget_caches():
     surroundings._surroundings.cache_clear()
     surroundings._profiler.cache_clear()
+    inductor._has_cpp_compiler.cache_clear()

@@ -37,14 +37,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(num_pages=st.sampled_from([None, 8, 16]))
     def build(self, num_pages):
-        self.pool = PagePool(self.config, num_pages, page_size=16)
-        self.caches = [(PagedCache(pool=self.pool), ReferenceCache(self.windows))]
+        self.start(PagePool(self.config, num_pages, page_size=16))
+
+    def start(self, pool):
+        self.pool = pool
+        self.caches = [(PagedCache(pool=pool), ReferenceCache(self.windows))]
         self.generator = torch.Generator().manual_seed(0)
         self.model = AutoModelForCausalLM.from_config(self.config)
-        self.folder = tempfile.TemporaryDirectory()
-
-    def teardown(self):
-        self.folder.cleanup()
 
     def pick(self, which):
         return self.caches[which % len(self.caches)]
@@ -182,15 +181,16 @@ class CacheMachine(RuleBasedStateMachine):
     def save_and_load(self, which, page_size):
         """Through a file, or two, with pages of another size on the way."""
         cache, reference = self.pick(which)
-        path = Path(self.folder.name, "cache")
-        cache.save(path, self.model)
-        if page_size is not None:
-            PagedCache.load(path, self.model, page_size=page_size).save(path)
-        try:
-            loaded = PagedCache.load(path, self.model, pool=self.pool)
-        except OutOfPagesError:
-            assert self.pool.max_pages is not None
-            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "cache")
+            cache.save(path, self.model)
+            if page_size is not None:
+                PagedCache.load(path, self.model, page_size=page_size).save(path)
+            try:
+                loaded = PagedCache.load(path, self.model, pool=self.pool)
+            except OutOfPagesError:
+                assert self.pool.max_pages is not None
+                return
         self.caches[which % len(self.caches)] = loaded, reference
 
     @precondition(lambda self: len(self.caches) > 1)
