@@ -17,6 +17,7 @@ from hf_paged.enabling.api import disable, enable, explain
 from hf_paged.errors import OutOfPagesError, UnclearPassError
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
+from hf_paged.pages.tiers.store import PrefixStore
 
 __version__ = "0.2.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PagePool",
     "PagedCache",
     "PagedEncoderDecoderCache",
+    "PrefixStore",
     "ReleaseFinished",
     "UnclearPassError",
     "compiled",

@@ -4,7 +4,7 @@ import copy
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -198,10 +198,21 @@ def _counts_encoder(config: PreTrainedConfig) -> bool:
 
 def num_attention_layers(model: torch.nn.Module, num_layers: int) -> int:
     """Layers that a decoder has, of the `num_layers` that its configuration counts: those behind may be cut off."""
-    get_decoder = getattr(model, "get_decoder", None)
-    modules = (model if get_decoder is None else get_decoder()).modules()
-    indices = [index for module in modules if isinstance(index := getattr(module, "layer_idx", None), int)]
+    indices = [index for index, _ in _attention_layers(model)]
     return min(num_layers, max(indices) + 1) if indices else num_layers
+
+
+def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
+    """The device of each attention layer of a decoder, by its index, as far as modules say which they are."""
+    parameters = ((index, next(module.parameters(), None)) for index, module in _attention_layers(model))
+    return {index: parameter.device for index, parameter in parameters if parameter is not None}
+
+
+def _attention_layers(model: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
+    get_decoder = getattr(model, "get_decoder", None)
+    for module in (model if get_decoder is None else get_decoder()).modules():
+        if isinstance(index := getattr(module, "layer_idx", None), int):
+            yield index, module
 
 
 def arguments_of_generate(model: PreTrainedModel) -> dict[str, Any]:

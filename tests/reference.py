@@ -187,8 +187,8 @@ def assert_same(cache: PagedCache, reference: ReferenceCache) -> None:
 
 
 def table_of(cache: PagedCache, group: int = 0) -> BlockTable:
-    """The block tables of a cache for one group of layers."""
-    return cache._sequences.rows.tables[group]
+    """The block tables of a cache for one group of layers, which hold nothing while the cache is swapped out."""
+    return cache._sequences.rows._tables[group]
 
 
 def count_holders(*tables) -> dict[int, int]:

@@ -8,9 +8,10 @@ import torch
 from transformers import DynamicCache
 
 from hf_paged import PagedCache, PagePool, ReleaseFinished, compiled, sample
+from hf_paged.pages.tiers.speeds import Speeds
 from hf_paged.tools.evaluation.audit import MemoryAudit
 from tests.families import FAMILIES
-from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
+from tests.models import generate, left_padded, plain, random_ids, run, tiny_gemma, tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -256,3 +257,20 @@ def test_a_prompt_that_cannot_be_packed_is_computed_as_generate_does():
     assert torch.equal(generate(model, "paged_flex", cache, ids, attention_mask=mask), expected)
     with pytest.raises(ValueError, match="The cache holds another prompt"):
         generate(model, "paged_flex", cache, torch.cat([ids + 1, ids, ids], dim=1))
+
+
+@pytest.mark.parametrize("load", [tiny_llama, lambda: tiny_gemma(24)], ids=["Llama", "Gemma"])
+def test_prefixes_and_caches_come_back_from_the_host(load, monkeypatch):
+    monkeypatch.setattr(Speeds, "seconds_to_compute", lambda speeds, num_tokens: float(num_tokens))
+    model, prompts = load().cuda(), [random_ids(1, 150, seed=seed).cuda() for seed in range(3)]
+    expected = [generate(model, "sdpa", DynamicCache(config=model.config), ids) for ids in prompts]
+    model.set_attn_implementation("paged_flex")
+    pool = PagePool.from_model(model, 24, 16, prefix_cache=True, host_bytes=2**24)
+    for _ in range(3):
+        for ids, tokens in zip(prompts, expected, strict=True):
+            with PagedCache(pool=pool) as cache:
+                cache.prefill(model, ids)
+                cache.swap_out()
+                assert torch.equal(generate(model, "paged_flex", cache, ids), tokens)
+            pool.check_integrity()
+    assert pool.stats().num_promoted_pages > 0

@@ -65,12 +65,8 @@ def paged_flex_attention(
     if type(key) is HandedOnTensor and type(value) is HandedOnTensor:
         step = attention_mask.metadata.step if isinstance(attention_mask, PagedMask) else None
         key, value = key.states.for_attention(step)
-    if dropout > 0:
-        raise _refused(
-            attention_mask,
-            f"Attention dropout is {dropout}, but {NAME!r} is for inference only. Call model.eval() before "
-            "generating.",
-        )
+    if dropout > 0 and isinstance(attention_mask, PagedMask):
+        raise _refused(attention_mask, _NO_DROPOUT.format(dropout))
     if kwargs.get("output_attentions"):
         raise _refused(
             attention_mask,
@@ -95,7 +91,7 @@ def paged_flex_attention(
             )
         mask = getattr(attention_mask, ALLOWED, attention_mask)
         params = AttentionParams(scale, softcap, s_aux is not None)
-        return _attend_to_columns(query, key, value, mask, is_causal, params, s_aux), None
+        return _attend_to_columns(query, key, value, mask, is_causal, params, s_aux, dropout), None
     is_traced = torch.compiler.is_dynamo_compiling()
     if not is_traced and getattr(module, "training", False) and attention_mask.metadata.is_unwritten:
         raise ValueError(
@@ -199,17 +195,25 @@ def _attend_to_columns(
     is_causal: bool,
     params: AttentionParams,
     sinks: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     scale, softcap, _ = params
     # Without a mask SDPA takes the queries for the first ones, not the last.
     is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
     if softcap is not None or sinks is not None or is_last:
+        if dropout > 0:
+            raise ValueError(_NO_DROPOUT.format(dropout))
         return blockwise_attention(query, key, value, mask, is_causal, scale, softcap, sinks)
     heads: Any = _Heads(query.shape[1] // key.shape[1])
-    output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, scaling=scale, is_causal=is_causal)[0]
+    options: Any = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
+    output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, **options)[0]
     return output
 
 
+_NO_DROPOUT = (
+    f"Attention dropout is {{}}, but {NAME!r} computes no dropout over pages, nor with softcap or sinks. Call "
+    "model.eval() before generating."
+)
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _attend_between_graphs = outside_of_graphs(attend)
 

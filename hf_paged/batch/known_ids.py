@@ -174,22 +174,21 @@ class KnownIds:
             columns: of the cache.
 
         Returns:
-            The model that generates, the ids, and its other inputs; None if the cache is empty, or nobody generates.
+            The model that generates, the ids, and its other inputs; None if nobody generates.
 
         Raises:
             ValueError: if a token is another one, if the prompt would be computed once more behind the cached one, or
                 if the layers of the model won't be given the cache.
         """
         call = next((frame for frame in _frames() if _is_generate(frame)), None)
-        if call is not None:
-            self._marking = get_ident()
-            _check_checkpointing(call.f_locals.get("self"))
-        if call is None or columns.count == 0:
+        if call is None:
             return None
+        self._marking = get_ident()
+        _check_checkpointing(call.f_locals.get("self"))
         local = call.f_locals
         ids, config = local.get("input_ids"), local.get("generation_config")
         inputs: dict[str, Any] = local.get("model_kwargs") or {}
-        if isinstance(ids, Tensor) and ids.ndim == 2 and inputs.get("inputs_embeds") is None:
+        if columns.count and isinstance(ids, Tensor) and ids.ndim == 2 and inputs.get("inputs_embeds") is None:
             self._check_prompt(ids, inputs.get("attention_mask"), config, local.get("decoding_method"), columns)
         return local.get("self"), ids, inputs
 

@@ -1,24 +1,31 @@
 """What a cache holds between two forward passes: rows of tokens in pages, and their padded view."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor
 
 from hf_paged.batch.known_ids import KnownIds
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
+from hf_paged.batch.swapped import IdleRows, SwappedRows
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
+from hf_paged.pages.stats import MemoryStats
+from hf_paged.pages.tiers.host import HostTier
+from hf_paged.pages.views.memory_map import MemoryMap
 
 
 class Rows:
     """Rows in the pages of a pool, and while a step is under way the room that it has reserved behind them.
 
+    Rows that were swapped out, or may be, come back as soon as somebody asks for `tables`, which is the only way to
+    their pages.
+
     Args:
         pool: where the pages are.
 
     Attributes:
-        tables: block tables, for each group of layers.
         columns: which columns of the padded view are tokens.
         known_ids: which tokens they are, as far as that is known.
         absent: layers that hold none of the tokens, as the model passes over them.
@@ -29,7 +36,9 @@ class Rows:
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.tables = [BlockTable(group) for group in pool.groups]
+        self._tables = [BlockTable(group) for group in pool.groups]
+        self._swapped: SwappedRows | None = None  # while the tables hold nothing
+        self._idle: IdleRows | None = None  # while others may touch the tables
         self.columns = Columns()
         self.known_ids = KnownIds()
         self.absent: frozenset[int] = frozenset()
@@ -37,9 +46,19 @@ class Rows:
         self.origin: Hashable | None = None
 
     @property
+    def tables(self) -> list[BlockTable]:
+        """Block tables, for each group of layers.
+
+        Raises:
+            OutOfPagesError: if the rows were swapped out, and the pool has too few pages; nothing has changed.
+        """
+        self.swap_in()
+        return self._tables
+
+    @property
     def count(self) -> int:
         """How many rows there are."""
-        return self.tables[0].num_rows
+        return len(self.lengths)
 
     @property
     def num_committed(self) -> int:
@@ -51,7 +70,7 @@ class Rows:
     @property
     def lengths(self) -> Counts:
         """`(count,)` tokens of each row, padding excluded."""
-        return self.tables[0].lengths
+        return (self._idle or self._swapped or self._tables[0]).lengths
 
     @property
     def holding_layers(self) -> list[int]:
@@ -148,7 +167,9 @@ class Rows:
 
     def clear(self) -> None:
         """Release all pages and have no rows."""
-        for table in self.tables:
+        self._wake()
+        self._swapped = None
+        for table in self._tables:
             table.clear()
         self.columns = Columns()
         self.known_ids = KnownIds()
@@ -206,11 +227,93 @@ class Rows:
                     starts = np.minimum(starts, np.maximum(0, table.lengths // page_size * page_size + 1 - window))
                 table.drop(starts)
 
+    @property
+    def are_out(self) -> bool:
+        """Whether they hold no page, as their content is in memory of the host, or may do so at any time."""
+        return self._swapped is not None or self._idle is not None
+
+    def swap_out(self) -> None:
+        """Move the content of all pages to memory of the host.
+
+        Raises:
+            OutOfPagesError: if there is too little; nothing has changed.
+            ValueError: if the pool has none; nothing has changed.
+        """
+        host = self._host()
+        self._wake()
+        if self.columns.count and self._swapped is None:
+            self._swapped = SwappedRows(self._tables, host)
+
+    def set_idle(self) -> None:
+        """Let others do so who run short of pages.
+
+        Raises:
+            ValueError: if the pool has no memory of the host; nothing has changed.
+        """
+        host = self._host()
+        if self.columns.count and not self.are_out:
+            self._idle = IdleRows(self._tables, host)
+
+    def swap_in(self) -> None:
+        """Move the content back into pages.
+
+        Raises:
+            OutOfPagesError: if there are too few; nothing has changed.
+        """
+        self._wake()
+        if self._swapped is not None:
+            self._swapped.restore(self._tables)
+            self._swapped = None
+
+    def give_back(self) -> None:
+        """Release all pages in a finaliser, which may run in the middle of anything."""
+        if self._idle is not None:
+            self._idle.abandon()
+            return
+        self._swapped = None
+        for table in self._tables:
+            table.give_back()
+
+    def stats(self) -> MemoryStats:
+        """Account for the pages and bytes that the rows hold, and for those that they have on the host."""
+        with self._awake():
+            num_bytes = 0 if self._swapped is None else self._swapped.num_bytes
+            return self.pool.account([[table] for table in self._tables], num_bytes)
+
+    def memory_map(self, width: int) -> MemoryMap:
+        """Draw the pages that the rows hold, `width` on a line."""
+        with self._awake():
+            return MemoryMap.of(self._tables, width)
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """A context in which the tables are left alone."""
+        idle = self._idle
+        self._wake()
+        yield
+        if idle is not None and self._swapped is None:
+            self._idle = idle
+            idle.offer()
+
+    def _wake(self) -> None:
+        if self._idle is not None:
+            self._swapped, self._idle = self._idle.withdraw(), None
+
+    def _host(self) -> HostTier:
+        if self.pool.host is None:
+            raise ValueError(
+                "A cache was to be swapped out whose pool may keep nothing in memory of the host. Make the pool with "
+                "host_bytes, as in PagePool.from_model(model, host_bytes=2**30), and the cache by "
+                "PagedCache(pool=pool)."
+            )
+        return self.pool.host
+
     def fork(self) -> "Rows":
         """Return rows that hold the same, sharing the pages."""
         other = Rows.__new__(Rows)
         other.pool = self.pool
-        other.tables = [table.fork() for table in self.tables]
+        other._swapped = other._idle = None
+        other._tables = [table.fork() for table in self.tables]
         other.columns = self.columns
         other.known_ids = self.known_ids.fork()
         other.absent = self.absent

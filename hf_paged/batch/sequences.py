@@ -25,9 +25,8 @@ class Sequences:
     """Rows, and the step under way: it is reserved, then committed or rolled back.
 
     A step is reserved before the first layer and committed when the last layer was written. Layers that the model
-    passes over, as it has been cut or changed, hold nothing. A pass that stops before the last layer has failed, or
-    belongs to a model without the layers behind: nothing here can tell, so the next pass is refused until `roll_back`
-    says that it failed. What fails in here is rolled back at once.
+    passes over hold nothing. A pass that stops before the last layer has failed, or belongs to a model without those
+    behind: nothing here can tell, so the next one is refused until `roll_back`. What fails in here is rolled back.
 
     Args:
         pool: where the pages are.
@@ -80,8 +79,7 @@ class Sequences:
         """Note that a forward pass begins, if it is a new one, as `num_new` columns are announced to a layer.
 
         Raises:
-            UnclearPassError: if it can't be told whether the pass before has failed, or another thread is in one;
-                nothing has changed.
+            UnclearPassError: if the pass before may have failed, or another thread is in one; nothing has changed.
         """
         self.apply_edits()
         if self.step is not None and (layer <= self.progress.last or self.progress.is_of_another_thread):
@@ -195,6 +193,8 @@ class Sequences:
             if result is None:
                 storage = self.pool.open_storage(layer, keys, values)
                 step = self._step_for(layer, keys, values)
+                if step.arrivals is not None:
+                    step.arrivals.wait_for(layer)
                 step.write(group, storage, keys, values)
                 result = step.read(group, storage, keys, values)
         except UnclearPassError:

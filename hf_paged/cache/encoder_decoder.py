@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged.cache.paged import PagedCache
-from hf_paged.cache.prompt.prefill import encoder_refused
+from hf_paged.cache.prompt.checks import encoder_refused
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.views.memory_map import MemoryMap
@@ -127,6 +127,18 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
     def release(self, rows: Sequence[int] | Tensor) -> None:
         """Give back the pages of rows that are finished; see `PagedCache.release`."""
         self.self_attention_cache.release(rows)
+
+    def swap_out(self) -> None:
+        """Move the content of the decoder's pages to the host; see `PagedCache.swap_out`. The encoder's part stays."""
+        self.self_attention_cache.swap_out()
+
+    def swap_in(self) -> None:
+        """Bring back what was swapped out; see `PagedCache.swap_in`."""
+        self.self_attention_cache.swap_in()
+
+    def set_idle(self) -> None:
+        """Let the pool swap the decoder's part out; see `PagedCache.set_idle`."""
+        self.self_attention_cache.set_idle()
 
     def prefill(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: `generate()` computes the encoder's part of a prompt."""

@@ -49,10 +49,8 @@ def owned(layers: list[Any], sequences: Sequences) -> list[Any]:
 
 
 def _give_back(sequences: Sequences) -> None:
-    if sequences.handed_on.is_held:
-        return  # until that is freed, too
-    for table in sequences.rows.tables:
-        table.give_back()
+    if not sequences.handed_on.is_held:  # else until that is freed, too
+        sequences.rows.give_back()
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

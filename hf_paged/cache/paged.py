@@ -1,7 +1,9 @@
 """The Transformers Cache API over pages."""
 
 from collections.abc import Iterator
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, Self
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -10,21 +12,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_paged._transformers import model_in, num_attention_layers, obstacle
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.sequences import Sequences
+from hf_paged.cache.contents import Contents
 from hf_paged.cache.layer import PagedLayer, layers_over, owned
 from hf_paged.cache.prompt.known_prefix import commit, goes_on_alike
 from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
 from hf_paged.cache.row_operations import RowOperations
+from hf_paged.cache.saved import load, save
 from hf_paged.pages.pool import PagePool, pool_for
-from hf_paged.pages.stats import MemoryStats
-from hf_paged.pages.views.memory_map import MemoryMap
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 
 
-class PagedCache(RowOperations):
+class PagedCache(RowOperations, Contents):
     """A Transformers cache whose keys and values live in fixed-size pages of one pool.
 
     Pass it to `model.generate(past_key_values=...)` or to a forward pass. With `attn_implementation="paged_flex"`
@@ -78,6 +78,7 @@ class PagedCache(RowOperations):
         self.pool = pool
         self._sequences = Sequences(pool)
         self._was_given = False
+        self._model: ref[PreTrainedModel] | None = None  # that computes it, as far as is known
         super().__init__(layers=owned(layers_over(self._sequences), self._sequences))
 
     @classmethod
@@ -120,6 +121,7 @@ class PagedCache(RowOperations):
         cache = (PagedEncoderDecoderCache if config.is_encoder_decoder else cls)(config, num_pages, page_size)
         decoder = cache if isinstance(cache, PagedCache) else cache.self_attention_cache
         decoder._sequences.progress.num_layers = num_attention_layers(model, len(decoder.layers))
+        decoder._model = ref(model)
         return cache
 
     def __repr__(self) -> str:
@@ -145,8 +147,8 @@ class PagedCache(RowOperations):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "A PagedCache can't be pickled or saved: its pages belong to a pool of this process, which other caches "
-            "may share. Save the tokens and compute them again, or save what cache.gather(layer) returns."
+            "A PagedCache can't be pickled: its pages belong to a pool of this process, which other caches may share. "
+            "Write it to a file by cache.save(path), and read that by PagedCache.load(path, model)."
         )
 
     @property
@@ -185,6 +187,8 @@ class PagedCache(RowOperations):
         self._sequences.end_step()
         rows = self._sequences.rows
         generating = rows.known_ids.check(rows.columns)
+        if generating is not None:
+            self._model = ref(generating[0])
         if rows.origin is not None and generating is not None and not goes_on_alike(self._sequences, *generating):
             rows.origin = None
         self._was_given = value
@@ -225,6 +229,7 @@ class PagedCache(RowOperations):
                 that has an encoder, other layers than the cache, or columns that are no tokens of `input_ids`.
         """
         prefill(model, self, input_ids, attention_mask, max_tokens, kwargs)
+        self._model = ref(model)
 
     def _prefill_prepared(self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any]) -> None:
         """Compute a prompt within a loop that `generate()` calls, as far as the prefix index helps with it."""
@@ -285,74 +290,56 @@ class PagedCache(RowOperations):
         """Return a cache of its own that holds the same tokens and shares every page until one of them writes."""
         fork = PagedCache._of_decoder(None, None, None, self.pool)
         fork._sequences.become_fork_of(self._sequences)
+        fork._model = self._model
         return fork
 
-    # Looking in
+    # Files
 
-    def gather(self, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
-        """Copy a layer into the layout of DynamicCache; `(None, None)` when empty.
+    def save(self, path: str | PathLike[str], model: PreTrainedModel | None = None) -> None:
+        """Write all rows to a file, in place of one that may be there, which stays until this is done.
 
-        Returns:
-            Keys and values, each `(num_rows, num_kv_heads, num_columns, head_dim)`, 0 where there was padding. Layers
-            with a sliding window begin at the first column that the next query sees. Changes of them have no effect,
-            see `set`.
-
-        Raises:
-            ValueError: if there is no such layer, or it stores nothing.
-        """
-        self._check_stores(layer_idx)
-        self._sequences.apply_edits()
-        return self._sequences.rows.copied(layer_idx)
-
-    def set(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
-        """Put other keys and values into a layer.
-
-        Pages that other caches or rows hold too are copied first. Keys and values with other rows or columns than the
-        cache has take effect once all layers have been given these, see `PagedLayer.keys`.
+        It has the tokens of each row without padding, those of shared pages once, and the ids, if they are known.
 
         Args:
-            layer_idx: a layer that stores keys and values.
-            keys: `(num_rows, num_kv_heads, num_columns, head_dim)`, rotary embedding applied, laid out as `gather`
-                returns them. What stands in columns of padding is left out.
-            values: like `keys`; the head size may differ.
+            path: of the file, a safetensors file.
+            model: that has computed the rows, as it is now. None: the one that the cache was made for, prefilled by or
+                given to last.
 
         Raises:
-            OutOfPagesError: if there are too few pages; nothing has changed.
-            ValueError: if the layer can't hold these, or a forward pass is under way; nothing has changed.
+            OSError: if it can't be written.
+            ValueError: if the model isn't known, isn't all in memory or keeps positions of images to itself, or if the
+                cache is that of an encoder-decoder.
         """
-        self._check_stores(layer_idx)
-        self._sequences.edits.set(self._sequences, layer_idx, keys, values)
+        save(self._sequences, path, model if model is not None or self._model is None else self._model())
 
-    def _check_stores(self, layer_idx: int) -> None:
-        if layer_idx not in self.pool.group_of_layer:
-            raise ValueError(
-                f"Layer {layer_idx} stores no keys and values; those that do: {sorted(self.pool.group_of_layer)}."
-            )
-
-    def stats(self) -> MemoryStats:
-        """Account for the pages and bytes that this cache holds; `cache.pool.stats()` does so for all on the pool."""
-        self._sequences.drop_past()
-        return self.pool.account([[table] for table in self._sequences.rows.tables])
-
-    def memory_map(self, width: int = 64) -> MemoryMap:
-        """Draw the pages of each group of layers, and list the pages of each row.
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: PreTrainedModel,
+        num_pages: int | None = None,
+        page_size: int | None = None,
+        *,
+        pool: PagePool | None = None,
+        salt: str | None = None,
+    ) -> "PagedCache":
+        """Make a cache of a file that `save` has written, in this process or another.
 
         Args:
-            width: pages to a line of text.
-
-        Returns:
-            What `print` shows as text and a notebook as a picture.
-        """
-        self._sequences.commit_first()
-        return MemoryMap.of(self._sequences.rows.tables, width)
-
-    def plot(self) -> "Figure":
-        """Draw each row as a bar of its pages, with matplotlib.
-
-        Returns:
-            A figure, with axes for each group of layers.
+            path: of the file.
+            model: that goes on: with the weights, configuration and active adapters of the one that it was saved for.
+            num_pages: as for the class.
+            page_size: as for the class; may be another than that of the cache that was saved.
+            pool: as for the class.
+            salt: as for the class.
 
         Raises:
-            ModuleNotFoundError: if matplotlib isn't installed.
+            FileNotFoundError: if there is no such file.
+            OutOfPagesError: if it doesn't fit into the pool; nothing has changed.
+            ValueError: if the file is damaged, is none that `save` has written, or is of another model; or as for the
+                class. Nothing has changed.
         """
-        return self.memory_map().plot()
+        cache = cls(model.config if pool is None else None, num_pages, page_size, pool=pool, salt=salt)
+        load(cache._sequences, path, model)
+        cache._model = ref(model)
+        return cache

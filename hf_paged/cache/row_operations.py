@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RowOperations(Cache):
-    """A cache whose rows can be shortened, chosen, repeated, released, joined and split; no token is copied."""
+    """A cache whose rows can be shortened, chosen, repeated, released, joined, split and swapped out."""
 
     _sequences: Sequences
 
@@ -129,6 +129,42 @@ class RowOperations(Cache):
             UnclearPassError: if the cache is in the middle of a forward pass.
         """
         return take_apart(self)  # type: ignore[arg-type]
+
+    def swap_out(self) -> None:
+        """Move the content of all pages to memory of the host, so that others may have the pages.
+
+        The next use brings it back, into other pages; `lengths`, `stats()` and `reset()` do without it. Pages that
+        forks hold too are copied, and stay theirs. The memory of a pool that grows is given back by `pool.trim()`.
+
+        Raises:
+            OutOfPagesError: if the `host_bytes` of the pool have too little room; nothing has changed.
+            ValueError: if it has none, or a forward pass is under way; nothing has changed.
+        """
+        if not self._sequences.rows.are_out:
+            self._sequences.end_step()
+        self._sequences.rows.swap_out()
+
+    def set_idle(self) -> None:
+        """Let the pool swap this cache out once its pages run short, before `OutOfPagesError`.
+
+        Until its next use, that is, which waits if it is being swapped out just then, and brings it back. So it is
+        safe between threads, as nobody can use what is idle. Caches that were idle first are swapped out first, as
+        long as the `host_bytes` of the pool have room.
+
+        Raises:
+            ValueError: if the pool has none, or a forward pass is under way; nothing has changed.
+        """
+        if not self._sequences.rows.are_out:
+            self._sequences.end_step()
+        self._sequences.rows.set_idle()
+
+    def swap_in(self) -> None:
+        """Bring back what was swapped out, ahead of its next use.
+
+        Raises:
+            OutOfPagesError: if the pool has too few pages; nothing has changed.
+        """
+        self._sequences.rows.swap_in()
 
     def _indices(self, rows: Sequence[int] | Tensor) -> list[int]:
         given = torch.as_tensor(rows)

@@ -1,6 +1,5 @@
 """Where the `generate()` of an enabled model goes another way than that of others."""
 
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -86,13 +85,14 @@ class _Generating(_Context):
         config: Any = generation_config
         shows_passes = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
         parent: Any = super()
-        with nullcontext() if state is None else state.decoding(model, generation_config):
-            if state is not None and isinstance(cache, PagedCache) and not shows_passes:
+        if state is not None:
+            state.notes["compiled"] = "no, as generate() compiles no beams"
+            if isinstance(cache, PagedCache) and not shows_passes:
                 inputs = {name: value for name, value in kwargs.items() if name != "synced_gpus"}
                 cache._prefill_prepared(model, input_ids, inputs)
-            return parent._beam_search(
-                input_ids, logits_processor, stopping_criteria, generation_config=generation_config, **kwargs
-            )
+        return parent._beam_search(
+            input_ids, logits_processor, stopping_criteria, generation_config=generation_config, **kwargs
+        )
 
 
 @cache

@@ -280,6 +280,23 @@ class BlockTable:
         self._tails_may_be_shared = copy._tails_may_be_shared = True
         return copy
 
+    def restore(self, lengths: Counts, starts: Counts, pages: Sequence[Sequence[int]]) -> None:
+        """Have rows again that were given up.
+
+        Args:
+            lengths: `(num_rows,)` tokens of each row, dropped ones included.
+            starts: `(num_rows,)` tokens at the beginning of each row that have been dropped.
+            pages: ids of each row's pages, in order; each has one holder so far, even if several rows share it.
+        """
+        self.open_rows(len(pages))
+        self._rows.starts, self._rows.num_pages = starts.copy(), starts // self.group.page_size
+        holders = Counter(page for row in pages for page in row)
+        for times in set(holders.values()) - {1}:
+            self.group.allocator.retain([page for page, count in holders.items() if count == times], times - 1)
+        self._append(np.array([len(row) for row in pages], dtype=np.int64), [page for row in pages for page in row])
+        self._rows.lengths = lengths.copy()
+        self._tails_may_be_shared = True
+
     def supersede(self, other: "BlockTable") -> None:
         """Write behind the tokens of `other` in the pages that both hold, as `other` won't do any more."""
         self._superseded = weakref.ref(other)

@@ -67,6 +67,8 @@ class PageGroup:
         self.allocator = PageAllocator(num_pages, watermark)
         self.evict: Callable[[int], None] | None = None
         """Lets so many of the cached pages be free; None where there are none."""
+        self.move_idle: Callable[[], bool] | None = None
+        """Moves rows to the host that may be; returns whether it did. None without memory of the host."""
         self._first_pages = num_pages
         self._holders: WeakSet[PageHolder] = WeakSet()
         self._storages: dict[int, LayerStorage] = {}
@@ -81,6 +83,11 @@ class PageGroup:
     def num_pages(self) -> int:
         """Pages that exist, held or free."""
         return self.allocator.num_pages
+
+    @property
+    def stays_in_place(self) -> bool:
+        """Whether all pages exist from the beginning, so that nothing ever moves them."""
+        return self._first_pages == self.max_pages
 
     @property
     def token_bytes(self) -> int:
@@ -107,8 +114,9 @@ class PageGroup:
         return self._storages.get(layer)
 
     def storages(self) -> list[LayerStorage]:
-        """Storage of all layers that have one."""
-        return list(self._storages.values())
+        """Storage of all layers that have one, in their order."""
+        storages = self._storages
+        return [storages[layer] for layer in self.layers if layer in storages]
 
     def staying_in_place(self) -> AbstractContextManager[Any]:
         """A context in which no other thread lets the pages grow, or drops some, and so moves them."""
@@ -259,15 +267,17 @@ class PageGroup:
         return by_device
 
     def _allocate(self, count: int, admit: bool) -> list[int]:
-        """Take free pages, evicting cached ones if that makes enough."""
+        """Take free pages, evicting cached ones if that makes enough, and moving idle rows to the host if not."""
         while True:
             try:
                 return self.allocator.allocate(count, admit=admit)
             except OutOfPagesError:
                 missing = count + (self.allocator.watermark if admit else 0) - self.allocator.num_free
-                if self.evict is None or missing > self.allocator.num_cached:
+                # If others take what is freed, there is less the next time.
+                if self.evict is not None and missing <= self.allocator.num_cached:
+                    self.evict(missing)
+                elif self.num_pages != self.max_pages or self.move_idle is None or not self.move_idle():
                     raise
-                self.evict(missing)  # if others take them, there are fewer the next time
 
     def _has_enough_cached(self) -> bool:
         """Whether cached pages take so much memory that they are to be evicted before the group grows."""

@@ -1,6 +1,8 @@
 """The pages of all layers, which several caches may share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,9 +16,15 @@ from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.prefix_index import PrefixIndex
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.storage import LayerStorage, check_room, disagreement
+from hf_paged.pages.tiers.base import PageTier
+from hf_paged.pages.tiers.host import HostTier
+from hf_paged.pages.tiers.prefixes import PrefixTiers
+from hf_paged.pages.tiers.write_behind import WriteBehind
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page. A page is one key/value tile of the FlexAttention kernel, hence a power of two of at least 16."""
+
+_STORED = 32  # pages whose content is on the host at once while it is stored
 
 
 class PagePool:
@@ -34,14 +42,20 @@ class PagePool:
         prefix_cache: whether full pages that `PagedCache.prefill` has computed can be found by their tokens, also once
             nobody holds them, until pages run short. Without a bound they are evicted before the pool grows, once they
             take a quarter of the memory that would be free without them.
+        host_bytes: memory of the host, at most, for rows that are swapped out, and for pages of prefixes that were
+            evicted. They are brought back where that is expected to be faster than computing them. 0: none.
+        store: where pages of prefixes go that make room in memory of the host, or on the device if `host_bytes` is 0,
+            such as a `PrefixStore`. It takes `prefix_cache`.
 
     Attributes:
         prefix_index: finds them; None without.
+        host: memory of the host; None without.
+        store: as given.
 
     Raises:
         ValueError: for a page size that the kernel can't take, a model whose layers keep another state, a prefix
-            cache for a model with an encoder, or more pages than there is memory for: as far as the configuration
-            says how large they are, else by the first key.
+            cache for a model with an encoder, a store without a prefix cache, or more pages than there is memory for:
+            as far as the configuration says how large they are, else by the first key.
     """
 
     def __init__(
@@ -52,6 +66,8 @@ class PagePool:
         watermark: int = 0,
         *,
         prefix_cache: bool = False,
+        host_bytes: int = 0,
+        store: PageTier | None = None,
     ) -> None:
         num_pages = None if num_pages is None else check_count("num_pages", num_pages, least=1)
         watermark = check_count("watermark", watermark, least=0)
@@ -64,6 +80,10 @@ class PagePool:
             num_reserving = sum(spec.stores and spec.window is None for spec in self.layers)
             check_room(num_pages, page_size, num_reserving * least_token_bytes(config), None)
         self.max_pages = num_pages
+        host_bytes = check_count("host_bytes", host_bytes, least=0)
+        self.store = store
+        written = None if store is None else WriteBehind(store)
+        self.host = HostTier(host_bytes, written) if host_bytes else None
         by_window: dict[int | None, list[int]] = {}
         for index, spec in enumerate(self.layers):
             if spec.stores:
@@ -74,6 +94,9 @@ class PagePool:
             )
             for window, layers in by_window.items()
         ]
+        if self.host is not None:
+            for group in self.groups:
+                group.move_idle = self.host.move_one
         self.group_of_layer = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         """Index of the group of each layer that stores keys and values."""
         self.prefix_index = None
@@ -83,7 +106,14 @@ class PagePool:
                     f"prefix_cache=True was asked for, but this {self.config.model_type!r} model has an encoder, and "
                     "what its decoder makes of a prefix depends on the encoder's input. Leave it out."
                 )
-            self.prefix_index = PrefixIndex(self.groups)
+            tiers: dict[str, PageTier | None] = {"host": self.host, "store": written}
+            present = {name: tier for name, tier in tiers.items() if tier is not None}
+            self.prefix_index = PrefixIndex(self.groups, PrefixTiers(self.groups, present) if present else None)
+        elif store is not None:
+            raise ValueError(
+                "A store was given to a pool that finds no prefixes, which is what it would keep. Pass "
+                "prefix_cache=True, or leave out the store."
+            )
 
     @classmethod
     def from_model(
@@ -95,6 +125,8 @@ class PagePool:
         *,
         memory_fraction: float | None = None,
         prefix_cache: bool = False,
+        host_bytes: int = 0,
+        store: PageTier | None = None,
     ) -> "PagePool":
         """Make a pool for a model, of a number of pages, or of a part of the memory that is free now.
 
@@ -109,6 +141,8 @@ class PagePool:
             memory_fraction: above 0 and below 1, of what is free on the devices of the model; the rest is for
                 activations. Instead of `num_pages`.
             prefix_cache: as for the class.
+            host_bytes: as for the class.
+            store: as for the class.
 
         Raises:
             ValueError: for arguments that exclude each other or are out of range, a model with an encoder, or if not
@@ -116,8 +150,9 @@ class PagePool:
         """
         model = model_in(model, "PagePool.from_model()")
         config = model.config
+        make = partial(cls, config, prefix_cache=prefix_cache, host_bytes=host_bytes, store=store)
         if memory_fraction is None:
-            return cls(config, num_pages, page_size, watermark, prefix_cache=prefix_cache)
+            return make(num_pages, page_size, watermark)
         if num_pages is not None or not 0 < memory_fraction < 1:
             raise ValueError(
                 f"num_pages={num_pages} and memory_fraction={memory_fraction} were asked for, but one of them is "
@@ -138,7 +173,7 @@ class PagePool:
                 f"memory_fraction={memory_fraction} of the free memory has room for no page of {page_size} tokens. "
                 "Free some, or ask for more of it."
             )
-        return cls(config, min(fitting), page_size, watermark, prefix_cache=prefix_cache)
+        return make(min(fitting), page_size, watermark)
 
     if not TYPE_CHECKING:
 
@@ -192,10 +227,21 @@ class PagePool:
 
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes of every cache on this pool."""
-        return self.account([group.holders() for group in self.groups])
+        swapped_bytes = 0 if self.host is None else self.host.set_aside_bytes
+        stats = self.account([group.holders() for group in self.groups], swapped_bytes)
+        tiers = None if self.prefix_index is None else self.prefix_index.tiers
+        if tiers is None:
+            return stats
+        return replace(
+            stats,
+            host_bytes=0 if self.host is None else self.host.num_bytes,
+            store_bytes=0 if self.store is None else self.store.num_bytes,
+            num_demoted_pages=tiers.num_demoted_pages,
+            num_promoted_pages=tiers.num_promoted_pages,
+        )
 
-    def account(self, holders: Sequence[Sequence[PageHolder]]) -> MemoryStats:
-        """Account for what `holders`, given for each group, hold."""
+    def account(self, holders: Sequence[Sequence[PageHolder]], swapped_bytes: int = 0) -> MemoryStats:
+        """Account for what `holders`, given for each group, hold, beside what they have on the host."""
         num_active = num_shared = active_bytes = live_bytes = shared_bytes = padded_bytes = num_unique = 0
         for group, members in zip(self.groups, holders, strict=True):
             used: dict[int, int] = {}
@@ -235,6 +281,7 @@ class PagePool:
             num_looked_up_tokens=0 if index is None else index.num_looked_up_tokens,
             num_hit_tokens=0 if index is None else index.num_hit_tokens,
             num_evicted_pages=0 if index is None else index.num_evicted_pages,
+            swapped_bytes=swapped_bytes,
         )
 
     def check_integrity(self) -> None:
@@ -243,9 +290,35 @@ class PagePool:
             group.check_integrity({} if self.prefix_index is None else self.prefix_index.places(place))
 
     def forget_prefixes(self) -> None:
-        """Let no prefix be found any more; the pages that nobody holds are free."""
+        """Let no prefix be found any more but in the store; the pages that nobody holds are free."""
         if self.prefix_index is not None:
             self.prefix_index.clear()
+        if self.host is not None:
+            self.host.clear()
+
+    def store_prefixes(self) -> None:
+        """Write all prefixes that can be found to the store, unless it has them, so that processes to come find them.
+
+        Raises:
+            ValueError: if there is no store.
+        """
+        index = self.prefix_index
+        if self.store is None or index is None or index.tiers is None:
+            raise ValueError(
+                "store_prefixes() was called on a pool without a store. Make it by PagePool.from_model(model, "
+                "num_pages=..., prefix_cache=True, store=PrefixStore(folder, max_bytes))."
+            )
+        if self.host is not None:
+            for key, content in self.host.contents():
+                self.store.put(key, content)
+        for place, group in enumerate(self.groups):
+            pages, rows = index.found(place)
+            try:
+                for first in range(0, len(pages), _STORED):
+                    some = slice(first, first + _STORED)
+                    index.tiers.copy(place, pages[some], rows[some], self.store)
+            finally:
+                group.allocator.release(pages[::-1])  # to be evicted in the same order as before
 
 
 def check_config(config: PreTrainedConfig | None) -> PreTrainedConfig:

@@ -5,18 +5,24 @@ import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from hf_paged.pages.group import PageGroup
 
+if TYPE_CHECKING:
+    from hf_paged.pages.tiers.prefixes import PrefixTiers
+
 TOKEN_BYTES = 4  # of a token: int32
+_DEMOTED = 8  # pages, at least, that leave the device at once: each time it is waited for
 
 
 class _Node:
     """A page's worth of tokens, behind those of its parent."""
 
-    __slots__ = ("children", "pages", "parent", "tokens")
+    __slots__ = ("children", "origin", "pages", "parent", "tokens")
 
-    def __init__(self, parent: "_Node | None", tokens: bytes, num_groups: int) -> None:
+    def __init__(self, origin: Hashable, parent: "_Node | None", tokens: bytes, num_groups: int) -> None:
+        self.origin = origin
         self.parent = parent
         self.tokens = tokens
         self.pages: list[int | None] = [None] * num_groups
@@ -38,6 +44,11 @@ class Prefix:
     starts: list[int]
 
 
+def unseen_tokens(group: PageGroup, num_pages: int) -> int:
+    """Tokens at the beginning of a row that a query behind so many pages doesn't see."""
+    return 0 if group.window is None else max(0, num_pages * group.page_size + 1 - group.window)
+
+
 class PrefixIndex:
     """Which full pages hold which tokens: a tree, with one node for a page of tokens behind its parent's.
 
@@ -47,9 +58,11 @@ class PrefixIndex:
 
     Args:
         groups: of the pool; they have the index evict cached pages when free ones run short.
+        tiers: are given what is evicted; None without.
     """
 
-    def __init__(self, groups: Sequence[PageGroup]) -> None:
+    def __init__(self, groups: Sequence[PageGroup], tiers: "PrefixTiers | None" = None) -> None:
+        self.tiers = tiers
         self.num_looked_up_tokens = 0
         """Tokens that were looked for, ever."""
         self.num_hit_tokens = 0
@@ -75,11 +88,37 @@ class PrefixIndex:
             path = self._path(origin, tokens)
             pages, starts = [], []
             for index, group in enumerate(self._groups):
-                starts.append(self._start(group, len(path)))
+                starts.append(unseen_tokens(group, len(path)))
                 found = [node.pages[index] for node in path[starts[-1] // self.page_size :]]
                 pages.append([page for page in found if page is not None])
                 group.allocator.retain(pages[-1])
             return Prefix(len(path), pages, starts)
+
+    def ahead(self, origin: Hashable, tokens: bytes, num_pages: int) -> list[dict[int, int]]:
+        """Find what groups have of a row behind its first pages, and hold it.
+
+        Args:
+            origin: what made the keys and values.
+            tokens: of the row, int32.
+            num_pages: pages that are left out.
+
+        Returns:
+            For each group pages by their place in the row.
+        """
+        found: list[dict[int, int]] = [{} for _ in self._groups]
+        size = self.page_size * TOKEN_BYTES
+        with self._lock:
+            node = self._roots.get(origin)
+            for place in range(len(tokens) // size):
+                node = None if node is None else node.children.get(tokens[place * size : (place + 1) * size])
+                if node is None:
+                    break
+                for page, by_place in zip(node.pages, found, strict=True):
+                    if place >= num_pages and page is not None:
+                        by_place[place] = page
+            for group, by_place in zip(self._groups, found, strict=True):
+                group.allocator.retain(list(by_place.values()))
+        return found
 
     def add(self, origin: Hashable, tokens: bytes, pages: Sequence[dict[int, int]]) -> None:
         """Let pages be found.
@@ -96,12 +135,12 @@ class PrefixIndex:
         with self._lock:
             node = self._roots.get(origin)
             if node is None:
-                node = self._roots[origin] = self._new(None, b"")
+                node = self._roots[origin] = self._new(origin, None, b"")
             for place in range(end):
                 part = tokens[place * size : (place + 1) * size]
                 child = node.children.get(part)
                 if child is None:
-                    child = node.children[part] = self._new(node, part)
+                    child = node.children[part] = self._new(origin, node, part)
                 node = child
                 for index, group in enumerate(self._groups):
                     page = pages[index].get(place)
@@ -109,6 +148,18 @@ class PrefixIndex:
                         node.pages[index] = page
                         self._nodes[index][page] = node
                         group.allocator.index([page])
+
+    def found(self, group: int) -> tuple[list[int], list[tuple[Hashable, bytes]]]:
+        """All pages of a group that can be found, those first that would be evicted first; the caller holds them.
+
+        Returns:
+            The pages, and for each of them what made it, and the tokens of its row up to its end.
+        """
+        with self._lock:
+            nodes, allocator = self._nodes[group], self._groups[group].allocator
+            pages = list(dict.fromkeys([*allocator.oldest_cached(len(nodes)), *nodes]))
+            allocator.retain(pages)
+            return pages, [(nodes[page].origin, _row(nodes[page])) for page in pages]
 
     def count(self, num_looked_up: int, num_hits: int) -> None:
         """Count tokens of a row that were looked for, and those of them that need not be computed."""
@@ -119,11 +170,15 @@ class PrefixIndex:
     def evict(self, group: int, count: int) -> None:
         """Let up to `count` of the cached pages of a group be free, least recently used first.
 
-        The pages of a row were given back with its last one first, so that its suffix goes before its beginning.
+        The pages of a row were given back with its last one first, so that its suffix goes before its beginning. With
+        tiers, a few more are evicted at once.
         """
         with self._lock:
             allocator = self._groups[group].allocator
-            pages = allocator.oldest_cached(count)
+            pages = allocator.oldest_cached(count if self.tiers is None else max(count, _DEMOTED))
+            if self.tiers is not None:
+                nodes = [self._nodes[group][page] for page in pages]
+                self.tiers.demote(group, pages, [(node.origin, _row(node)) for node in nodes])
             self._forget(group, pages)
             self.num_evicted_pages += len(pages)
 
@@ -150,7 +205,7 @@ class PrefixIndex:
             is_found = True
             for index, group in enumerate(self._groups):
                 runs[index] = 0 if node.pages[index] is None else runs[index] + 1
-                if runs[index] < len(path) - self._start(group, len(path)) // self.page_size:
+                if runs[index] < len(path) - unseen_tokens(group, len(path)) // self.page_size:
                     if group.window is None:
                         return path[:num_found]
                     is_found = False
@@ -158,12 +213,8 @@ class PrefixIndex:
                 num_found = len(path)
         return path[:num_found]
 
-    def _start(self, group: PageGroup, num_pages: int) -> int:
-        """Tokens that a query behind so many pages doesn't see."""
-        return 0 if group.window is None else max(0, num_pages * self.page_size + 1 - group.window)
-
-    def _new(self, parent: _Node | None, tokens: bytes) -> _Node:
-        return _Node(parent, tokens, len(self._groups))
+    def _new(self, origin: Hashable, parent: _Node | None, tokens: bytes) -> _Node:
+        return _Node(origin, parent, tokens, len(self._groups))
 
     def _forget(self, group: int, pages: Sequence[int]) -> None:
         for page in pages:
@@ -181,6 +232,15 @@ def _evict(index: "weakref.ref[PrefixIndex]", group: int, count: int) -> None:
     found = index()
     if found is not None:
         found.evict(group, count)
+
+
+def _row(node: _Node) -> bytes:
+    """The tokens of a node, and all before them."""
+    parts: list[bytes] = []
+    while node.parent is not None:
+        parts.append(node.tokens)
+        node = node.parent
+    return b"".join(reversed(parts))
 
 
 def _depth(node: _Node | None) -> int:

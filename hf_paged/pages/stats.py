@@ -32,6 +32,11 @@ class MemoryStats:
         num_looked_up_tokens: tokens that `prefill` has looked for in the pool's prefix index, ever.
         num_hit_tokens: of these, tokens that were found, and so were not computed.
         num_evicted_pages: cached pages of the pool that were taken for other tokens, ever.
+        swapped_bytes: memory of the host that rows take which were swapped out. Nothing else here counts these rows.
+        host_bytes: memory of the host that pages of prefixes take which made room for others.
+        store_bytes: what the store takes, by whoever it was filled.
+        num_demoted_pages: pages of the pool of which the content went to the host, ever.
+        num_promoted_pages: pages of the pool of which the content was brought back from there or from the store, ever.
     """
 
     num_pages: int
@@ -52,6 +57,11 @@ class MemoryStats:
     num_looked_up_tokens: int = 0
     num_hit_tokens: int = 0
     num_evicted_pages: int = 0
+    swapped_bytes: int = 0
+    host_bytes: int = 0
+    store_bytes: int = 0
+    num_demoted_pages: int = 0
+    num_promoted_pages: int = 0
 
     def __str__(self) -> str:
         return report(self)

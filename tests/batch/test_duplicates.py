@@ -262,7 +262,7 @@ def test_saving_a_cache_raises(generator, save, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache = PagedCache(tiny_config(), page_size=16)
     reference = filled(cache, generator, 1, 5)
-    with pytest.raises(TypeError, match=r"can't be pickled or saved.*save what cache.gather\(layer\) returns"):
+    with pytest.raises(TypeError, match=r"can't be pickled: .*Write it to a file by cache.save\(path\)"):
         save(cache)
     assert_same(cache, reference)
     assert len(cache) == NUM_LAYERS

@@ -47,7 +47,7 @@ def model():
 def pool_with_others(model):
     """A pool in which pages of other requests lie before and between those of the next cache."""
     model.set_attn_implementation("paged_flex")
-    pool = PagePool(model.config, page_size=16)
+    pool = PagePool(model.config, page_size=16, host_bytes=2**20)
     first, second, third = (PagedCache(pool=pool) for _ in range(3))
     for seed, cache in enumerate((first, second, third)):
         run(model, cache, random_ids(2, 37, seed=seed + 10), [37])
@@ -143,6 +143,11 @@ def account(model, cache):
     cache.stats()
 
 
+def swap_out(model, cache):
+    cache.activate_past_recording()
+    cache.swap_out()
+
+
 def edit(model, cache):
     for layer in cache.layers[:2]:
         layer.keys.zero_()
@@ -150,7 +155,7 @@ def edit(model, cache):
 
 
 @pytest.mark.parametrize(
-    "change", [crop, go_on, reset, reorder, release, account, edit], ids=lambda change: change.__name__
+    "change", [crop, go_on, reset, reorder, release, account, swap_out, edit], ids=lambda change: change.__name__
 )
 def test_shared_states_stay_what_they_were(model, change):
     """As those of a DynamicCache do, of which drafts are made after the cache was cropped."""

@@ -3,13 +3,15 @@
 import contextlib
 import gc
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
 from tests.reference import (
@@ -38,6 +40,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.pool = PagePool(self.config, num_pages, page_size=16)
         self.caches = [(PagedCache(pool=self.pool), ReferenceCache(self.windows))]
         self.generator = torch.Generator().manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(self.config)
+        self.folder = tempfile.TemporaryDirectory()
+
+    def teardown(self):
+        self.folder.cleanup()
 
     def pick(self, which):
         return self.caches[which % len(self.caches)]
@@ -170,6 +177,21 @@ class CacheMachine(RuleBasedStateMachine):
     def fork(self, which):
         cache, reference = self.pick(which)
         self.caches.append((cache.fork(), reference.fork()))
+
+    @rule(which=st.integers(0, 3), page_size=st.sampled_from([None, 32]))
+    def save_and_load(self, which, page_size):
+        """Through a file, or two, with pages of another size on the way."""
+        cache, reference = self.pick(which)
+        path = Path(self.folder.name, "cache")
+        cache.save(path, self.model)
+        if page_size is not None:
+            PagedCache.load(path, self.model, page_size=page_size).save(path)
+        try:
+            loaded = PagedCache.load(path, self.model, pool=self.pool)
+        except OutOfPagesError:
+            assert self.pool.max_pages is not None
+            return
+        self.caches[which % len(self.caches)] = loaded, reference
 
     @precondition(lambda self: len(self.caches) > 1)
     @rule(which=st.integers(0, 3))

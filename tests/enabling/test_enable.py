@@ -14,6 +14,7 @@ from transformers import (
     BartForConditionalGeneration,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     TextIteratorStreamer,
@@ -409,3 +410,20 @@ def test_a_generation_config_of_the_callers_is_not_changed(llama):
     with hf_paged.enable(llama):
         llama.generate(random_ids(1, 40), generation_config=config)
     assert config.to_dict() == before
+
+
+def test_training_goes_on_with_dropout():
+    """A model is enabled for its rollouts, and trained in between as it was."""
+    losses = []
+    for is_enabled in (False, True):
+        model = tiny_model(LlamaForCausalLM, LlamaConfig, attention_dropout=0.5)
+        if is_enabled:
+            hf_paged.enable(model, compile=False)
+        generate(model, random_ids(2, 20))
+        ids, mask = random_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+        mask[0, :5] = 0
+        for attention_mask in (None, mask):
+            torch.manual_seed(0)
+            losses.append(model.train()(ids, attention_mask=attention_mask, labels=ids).loss)
+        model.eval()
+    assert losses[:2] == losses[2:]

@@ -12,6 +12,8 @@ from hf_paged.batch.steps.duplicates import equal_rows
 from hf_paged.batch.steps.packed import Chunk, PackedStep, Packing
 from hf_paged.errors import NotPackable
 from hf_paged.pages.block_table import BlockTable
+from hf_paged.pages.tiers.arrivals import Arrivals
+from hf_paged.pages.tiers.speeds import Speeds
 
 
 class PackedPrompt:
@@ -77,6 +79,7 @@ class PackedPrompt:
             OutOfPagesError: if the pool has too few pages. Of layers that drop pages on the way, as many as will be
                 held at once are known to be free.
         """
+        self._settle()
         rows = self.sequences.rows
         waiting = np.flatnonzero(self._is_new.any(axis=1)).tolist()
         if not waiting:
@@ -107,6 +110,7 @@ class PackedPrompt:
         rows = self.sequences.rows
         chunk = self._packing.chunk(first, first + num_queries)
         step = PackedStep(rows.tables, rows.columns, self._packing, chunk, num_queries)
+        step.arrivals = self._arrivals
         for table in filter(self._drops, rows.tables):
             assert table.group.window is not None
             table.drop(self._packing.starts(table.group.window, first))
@@ -129,12 +133,35 @@ class PackedPrompt:
 
     def unpack(self) -> None:
         """Let the rows of the fork be all rows, with the new columns."""
+        self._settle()
         rows = self.sequences.rows
         for table in rows.tables:
             table.select(self._followed.tolist())
         rows.columns = self._next_columns
         rows.origin = self._origin
         self.sequences.drop_past()
+
+    def close(self) -> None:
+        """Release what the fork still holds."""
+        if self._arrivals is not None:
+            self._arrivals.finish()
+        self.sequences.clear()
+
+    @property
+    def speeds(self) -> Speeds | None:
+        """What wants to know how long a wave took, as pages might be brought instead; None: nothing."""
+        index = self.sequences.pool.prefix_index
+        return None if index is None or index.tiers is None else index.tiers.speeds
+
+    def _settle(self) -> None:
+        """Let pages be found that were brought back, also if nothing was left to compute behind them."""
+        if self._arrivals is not None and self._prefixes is not None:
+            self._arrivals.finish()
+            self._prefixes.add(self.sequences.rows.tables)
+
+    @property
+    def _arrivals(self) -> Arrivals | None:
+        return None if self._prefixes is None else self._prefixes.arrivals
 
     def _pack(self, ids: Counts, attention_mask: Tensor | None, origin: Hashable | None) -> None:
         rows = self.sequences.rows

@@ -9,7 +9,8 @@ from hf_paged.batch.padding import BoolMatrix, Columns, Counts
 from hf_paged.batch.rows import Rows
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
-from hf_paged.pages.prefix_index import TOKEN_BYTES
+from hf_paged.pages.prefix_index import TOKEN_BYTES, Prefix
+from hf_paged.pages.tiers.arrivals import Arrivals
 
 _WORTH_WAITING = 64  # tokens; a pass of its own for fewer saves nothing
 
@@ -22,11 +23,15 @@ class RowPrefixes:
         origin: what makes the keys and values.
         ids: `(num_rows, num_columns)` what is in the columns, those before the prompt included.
         columns: which of them are tokens.
+
+    Attributes:
+        arrivals: of pages that are brought back from the tiers of the pool; None without.
     """
 
     def __init__(self, pool: PagePool, origin: Hashable, ids: Counts, columns: Columns) -> None:
         assert pool.prefix_index is not None
         self._index = index = pool.prefix_index
+        self.arrivals: Arrivals | None = None if index.tiers is None else index.tiers.arrivals()
         # A window is one of columns. Tokens behind padding within a row see fewer others through it than they would
         # without the padding, so that they are neither looked for nor found.
         has_windows = any(group.window is not None for group in pool.groups)
@@ -63,11 +68,20 @@ class RowPrefixes:
             beginnings.add(beginning)
             chosen.append(row)
             self._num_indexed[row] = prefix.num_pages
+            prefix = self._extended(row, prefix)
             num_tokens = prefix.num_pages * self._index.page_size
             for table, pages, start in zip(tables, prefix.pages, prefix.starts, strict=True):
                 table.adopt(row, pages, start, num_tokens)
             self._index.count(len(self._rows[row]) // TOKEN_BYTES, num_tokens)
         return chosen
+
+    def _extended(self, row: int, prefix: Prefix) -> Prefix:
+        """Go on in the tiers where a prefix ends on the device."""
+        tiers, tokens = self._index.tiers, self._rows[row]
+        if tiers is None or self.arrivals is None:
+            return prefix
+        ahead = self._index.ahead(self._origin, tokens, prefix.num_pages)
+        return tiers.extend(self._origin, tokens, prefix, ahead, self.arrivals)
 
     def add(self, tables: Sequence[BlockTable]) -> None:
         """Let the full pages of all rows be found.

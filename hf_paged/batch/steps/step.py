@@ -15,6 +15,7 @@ from hf_paged._torch.tricks import Trick
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage, Slots
+from hf_paged.pages.tiers.arrivals import Arrivals
 
 GPU_WRITER = Trick(
     "gpu_writer",
@@ -101,6 +102,8 @@ class Step(ABC):
     """`(num_rows,)` new tokens of each row of the tables."""
     placements: list["Placement"]
     """Where they go, in each group of layers."""
+    arrivals: Arrivals | None = None
+    """Of pages that attention is going to read, and that may still be on their way; None: they are all there."""
 
     def __init__(
         self, view: View, columns: Columns, next_columns: Columns, shape: tuple[int, int], past_is_visible: bool

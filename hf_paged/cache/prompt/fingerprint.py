@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 _NUM_SAMPLES = 4  # of each weight
-_PLAIN = (bool, int, float, str, torch.dtype)
-_OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+PLAIN = (bool, int, float, str, torch.dtype)
+OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+"""What the layers of PEFT say of their adapters, beside weights."""
 _serial: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 _serials = count()
 
@@ -27,11 +28,11 @@ def fingerprint(model: torch.nn.Module) -> bytes:
     samples: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for module in model.modules():
         held = vars(module)
-        found += (item for item in held.items() if type(item[1]) in _PLAIN)
+        found += (item for item in held.items() if type(item[1]) in PLAIN)
         if type(module).__module__.startswith("peft."):
-            found += (held.get(name) for name in _OF_ADAPTERS)
+            found += (held.get(name) for name in OF_ADAPTERS)
         for weight in (*held["_parameters"].values(), *held["_buffers"].values()):
-            for tensor in _plain_tensors(weight):
+            for tensor in plain_tensors(weight):
                 found += (
                     id(weight),
                     tensor.data_ptr(),
@@ -48,7 +49,7 @@ def fingerprint(model: torch.nn.Module) -> bytes:
     return digest.digest()
 
 
-def _plain_tensors(weight: Tensor | None) -> Iterator[Tensor]:
+def plain_tensors(weight: Tensor | None) -> Iterator[Tensor]:
     """A weight itself, or those that it is made of, as quantised and distributed ones are."""
     if weight is None:
         return
@@ -56,7 +57,7 @@ def _plain_tensors(weight: Tensor | None) -> Iterator[Tensor]:
         yield weight
         return
     for name in weight.__tensor_flatten__()[0]:
-        yield from _plain_tensors(getattr(weight, name))
+        yield from plain_tensors(getattr(weight, name))
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_paged.batch.prompt.prefixes import is_findable, let_be_found
 from hf_paged.batch.sequences import Sequences
-from hf_paged.cache.prompt.fingerprint import fingerprint
+from hf_paged.cache.prompt.origin import origin_of
 from hf_paged.cache.prompt.packable import check_model, check_prompt
 from hf_paged.errors import NotPackable
 
@@ -31,7 +31,7 @@ def goes_on_alike(sequences: Sequences, model: Any, input_ids: Any, inputs: dict
         check_prompt(model, layers_over(sequences), input_ids, inputs, sequences.rows.columns.count)
     except NotPackable:
         return False
-    return sequences.rows.origin == (fingerprint(model), sequences.salt)
+    return sequences.rows.origin == origin_of(model, sequences)
 
 
 def ends_in_padding(inputs: dict[str, Any]) -> bool:

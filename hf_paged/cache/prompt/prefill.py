@@ -6,26 +6,27 @@ packed rows, too. Otherwise the first pass of `generate()` is made as it is, and
 """
 
 import copy
-import inspect
 import logging
 from functools import cache as once
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged._torch.dynamo import let_vary
 from hf_paged._torch.host_memory import give_back_freed
-from hf_paged._transformers import CACHE, layer_specs, model_in
+from hf_paged._transformers import CACHE, model_in
 from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.packed import Chunk
 from hf_paged.cache.layer import layers_over
-from hf_paged.cache.prompt.fingerprint import fingerprint
+from hf_paged.cache.prompt.checks import check_arguments, check_fits, check_ids, check_rotary
 from hf_paged.cache.prompt.known_prefix import ends_in_padding
+from hf_paged.cache.prompt.origin import origin_of_prompt
 from hf_paged.cache.prompt.packable import check_model, check_prompt
 from hf_paged.compile.api import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.errors import NotPackable, OutOfPagesError
@@ -38,9 +39,6 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 0.05  # of the largest score: above what rounding makes in 16 bit, far below what other positions make
 _PADDING = 0.1  # of a prompt, above which it is worth a pass more to compute none
 _CHUNK_ON_CPU, _CHUNK = 1536, 4096  # tokens at a time; a GPU takes as long for a few hundred
-
-_SETTINGS = vars(GenerationConfig())  # type: ignore[no-untyped-call]
-_OF_GENERATE = {*_SETTINGS, *inspect.signature(GenerationMixin.generate).parameters} - {"kwargs"}
 
 
 def usual_chunk(device: torch.device) -> int:
@@ -79,10 +77,10 @@ def prefill(
         )
     if max_tokens is None:
         max_tokens = usual_chunk(input_ids.device)
-    _check_fits(model, sequences)
-    _check_arguments(model, inputs)
+    check_fits(model, sequences)
+    check_arguments(model, inputs)
     sequences.end_step()
-    _check_ids(input_ids, attention_mask, max_tokens, sequences.rows.columns.count)
+    check_ids(input_ids, attention_mask, max_tokens, sequences.rows.columns.count)
     num_columns = input_ids.shape[1]
     if num_columns == sequences.rows.columns.count + 1:
         return
@@ -209,20 +207,19 @@ def _compute_packed(
     num_cached, num_columns = sequences.rows.columns.count, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
     attention_mask = inputs.get("attention_mask")
-    is_indexed = sequences.pool.prefix_index is not None and not model.training  # dropout makes no two passes alike
-    origin = (fingerprint(model), sequences.salt) if is_indexed else None
+    origin = origin_of_prompt(model, sequences)
     filled.clear()  # or else its pages would be copied, as shared ones
     mask = None if attention_mask is None else attention_mask[:, :-1]
     packed = PackedPrompt(sequences, input_ids[:, :-1], mask, max_tokens, origin)
     try:
-        _check_rotary(decoder, packed.longest)
+        check_rotary(decoder, packed.longest)
         while packed.next_wave():
             _compute_wave(model, decoder, packed, max_tokens, input_ids.device)
         packed.unpack()
         packed.sequences.rows.known_ids.note(input_ids.clone(), num_cached, num_columns - 1)
         filled.exchange(packed.sequences)
     finally:
-        packed.sequences.clear()
+        packed.close()
 
 
 def _compute_wave(
@@ -233,7 +230,7 @@ def _compute_wave(
     device: torch.device,
 ) -> None:
     cache = Cache(layers=layers_over(packed.sequences))
-    num_tokens = packed.num_tokens
+    num_tokens, began = packed.num_tokens, perf_counter()
     for first in range(0, num_tokens, max_tokens):
         num_queries = min(max_tokens, num_tokens - first)
         fill = compiled_filling(decoder) if _is_compiled(num_queries, max_tokens) else None
@@ -245,6 +242,10 @@ def _compute_wave(
         num_freed = num_queries if first + max_tokens < num_tokens else num_tokens
         if device.type == "cpu" and num_freed >= _CHUNK_ON_CPU:
             give_back_freed()  # what activations leave in C's heap while the pages fill up
+    if packed.speeds is not None:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        packed.speeds.note_computed(num_tokens, perf_counter() - began)
 
 
 def _compute_padded(
@@ -327,72 +328,3 @@ def _run(
         inputs["attention_mask"] = create_masks_for_generate(config=model.config, inputs_embeds=shape, **arguments)
     run = fill or model.get_decoder()  # type: ignore[no-untyped-call]
     run(**inputs, **{CACHE: cache}, use_cache=True)
-
-
-def encoder_refused(model: PreTrainedModel) -> ValueError:
-    """Say that the prompts of a model with an encoder aren't prefilled."""
-    return ValueError(
-        f"{type(model).__name__} has an encoder, so its rows can't be prefilled. Leave out cache.prefill(): "
-        "generate() computes the prompts of this model by itself."
-    )
-
-
-def _check_fits(model: PreTrainedModel, sequences: Sequences) -> None:
-    if model.config.is_encoder_decoder:
-        raise encoder_refused(model)
-    if layer_specs(model.config.get_text_config(decoder=True)) != sequences.pool.layers:
-        raise ValueError(
-            f"{type(model).__name__} has other layers than the model that this cache was made for. Make a new "
-            "PagedCache for this model."
-        )
-
-
-def _check_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    wrong = sorted(({"cache", "past_key_values"} | _OF_GENERATE).intersection(inputs))
-    if wrong:
-        raise ValueError(
-            f"prefill() was given {', '.join(wrong)}, but it only takes what the model is to be given. Pass that to "
-            "generate() instead."
-        )
-    adapters: dict[str, Any] = {} if isinstance(model, PreTrainedModel) else getattr(model, "peft_config", {})
-    if len(adapters) > 1 and "adapter_names" not in inputs:
-        raise ValueError(
-            f"{type(model).__name__} has several adapters: {', '.join(adapters)}. Pass the adapter_names that "
-            "generate() will be given, or adapter_names=None for the active adapter in all rows."
-        )
-
-
-def _check_ids(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int, num_cached: int) -> None:
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} was asked for; a chunk needs at least one token.")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, but prefill() needs (num_rows, num_columns).")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}. Pass "
-            "both for all columns, those that are cached included."
-        )
-    if input_ids.shape[1] <= num_cached:
-        raise ValueError(
-            f"The cache holds {num_cached} tokens, but input_ids has {input_ids.shape[1]}, so no token is left to "
-            "compute. Pass the whole conversation so far plus at least one new token, or call cache.crop(-n) to take "
-            "tokens away."
-        )
-
-
-def _check_rotary(decoder: torch.nn.Module, longest: int) -> None:
-    """Refuse rotary embeddings that depend on the longest row of a pass, where chunks would differ from the whole."""
-    for module in decoder.modules():
-        kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
-        parameters = getattr(config, "rope_parameters", None)
-        if not isinstance(kinds, dict):  # one for each type of layer
-            kinds, parameters = {None: kinds}, {None: parameters}
-        for name, kind in kinds.items():
-            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
-                limit: Any = getattr(module, "original_max_seq_len", 0)
-                limit = (parameters or {})[name].get("original_max_position_embeddings", limit)
-                if longest > limit:
-                    raise NotPackable(
-                        f"a row is longer than the {limit} tokens from which on the rotary embedding ({kind!r}) "
-                        "depends on the longest row of each pass"
-                    )

@@ -1,0 +1,1 @@
+"""Where pages go that leave the device."""
