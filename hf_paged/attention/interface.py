@@ -66,7 +66,7 @@ def paged_flex_attention(
         step = attention_mask.metadata.step if isinstance(attention_mask, PagedMask) else None
         key, value = key.states.for_attention(step)
     if dropout > 0 and isinstance(attention_mask, PagedMask):
-        raise _refused(attention_mask, _NO_DROPOUT.format(dropout))
+        raise _refused(attention_mask, _no_dropout(dropout))
     if kwargs.get("output_attentions"):
         raise _refused(
             attention_mask,
@@ -202,7 +202,7 @@ def _attend_to_columns(
     is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
     if softcap is not None or sinks is not None or is_last:
         if dropout > 0:
-            raise ValueError(_NO_DROPOUT.format(dropout))
+            raise ValueError(_no_dropout(dropout))
         return blockwise_attention(query, key, value, mask, is_causal, scale, softcap, sinks)
     heads: Any = _Heads(query.shape[1] // key.shape[1])
     options: Any = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
@@ -210,10 +210,13 @@ def _attend_to_columns(
     return output
 
 
-_NO_DROPOUT = (
-    f"Attention dropout is {{}}, but {NAME!r} computes no dropout over pages, nor with softcap or sinks. Call "
-    "model.eval() before generating."
-)
+def _no_dropout(dropout: float) -> str:
+    return (
+        f"Attention dropout is {dropout}, but {NAME!r} computes no dropout over pages, nor with softcap or sinks. "
+        "Call model.eval() before generating."
+    )
+
+
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _attend_between_graphs = outside_of_graphs(attend)
 

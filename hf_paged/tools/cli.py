@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("Interrupted." + getattr(namespace, "kept", ""))
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        _say(f"{error}." + ("" if error.name is None else ' Run: pip install "hf-paged[bench,demo,eval]"'))
+        _say(f"{error}." + ("" if error.name is None else f" Run: pip install {error.name.partition('.')[0]}"))
     except (ValueError, OSError) as error:
         _say(str(error))
     else:

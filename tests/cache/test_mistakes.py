@@ -318,7 +318,10 @@ MISTAKES = {
         lambda: cache_of(llama()).gather(7),
         "Layer 7 stores no keys and values; th",
     ),
-    "pickle": (lambda: pickle.dumps(cache_of(llama())), "A PagedCache can't be pickled or saved"),
+    "pickle": (
+        lambda: pickle.dumps(cache_of(llama())),
+        "A PagedCache can't be pickled: its pages belong to a pool",
+    ),
     "crop(-1.0)": (lambda: filled(cache_of(llama())).crop(-1.0), "'float' object cannot be interpreted as an integer"),
     "release(7)": (lambda: filled(cache_of(llama())).release([7]), "Rows [7] were asked for, but this cache holds 2"),
     "crop(5)": (lambda: filled(cache_of(llama())).crop(5), "call crop(n - cache.get_seq_length())"),

@@ -41,7 +41,7 @@ def load_texts(dataset: str | None = None, *, split: str = "test", text_column: 
         ValueError: there is no such split or column, or no text in it.
         FileNotFoundError: there is no such file or dataset.
         ConnectionError: the dataset is not a local one, and the Hub is out of reach.
-        ModuleNotFoundError: `datasets` is needed, and not installed; `pip install "hf-paged[eval]"` brings it.
+        ModuleNotFoundError: `datasets` is needed, and not installed.
     """
     if dataset is None:
         return [prose()]
