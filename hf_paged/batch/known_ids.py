@@ -157,18 +157,18 @@ class KnownIds:
             columns: of the cache.
 
         Returns:
-            The model that generates, the ids, and its other inputs; None if the cache is empty, or nobody generates.
+            The model that generates, the ids, and its other inputs; None if nobody generates.
 
         Raises:
             ValueError: if a token is another one, or if the prompt would be computed once more behind the cached one.
         """
         call = next((frame for frame in _frames() if _is_generate(frame)), None)
-        if call is None or columns.count == 0:
+        if call is None:
             return None
         local = call.f_locals
         ids, config = local.get("input_ids"), local.get("generation_config")
         inputs: dict[str, Any] = local.get("model_kwargs") or {}
-        if isinstance(ids, Tensor) and ids.ndim == 2 and inputs.get("inputs_embeds") is None:
+        if columns.count and isinstance(ids, Tensor) and ids.ndim == 2 and inputs.get("inputs_embeds") is None:
             self._check_prompt(ids, inputs.get("attention_mask"), config, local.get("decoding_method"), columns)
         return local.get("self"), ids, inputs
 
@@ -206,8 +206,10 @@ class KnownIds:
         remedy = f"cache.crop({common - columns.count}) to go on from the {common} columns that both have in common, "
         raise ValueError(
             f"The cache holds another prompt: row {row} has token {held} in column {self._first + column}, but "
-            f"input_ids has {int(ids[row, self._first + column])}. Use a new cache for each prompt; or call "
-            f"{remedy if common else ''}cache.reset() to start over, or cache.fork() before prompts part."
+            f"input_ids has {int(ids[row, self._first + column])}. Call cache.resume(model, input_ids, "
+            "attention_mask) to keep what each row has in common with its prompt and compute the rest. Or use a new "
+            f"cache for each prompt; or call {remedy if common else ''}cache.reset() to start over, or cache.fork() "
+            "before prompts part."
         )
 
 

@@ -277,7 +277,8 @@ class Sequences:
     def _commit(self) -> None:
         assert self.step is not None
         self._writers.clear()
-        self.rows.commit(self.step.counts, self.step.next_columns, is_plain=self.step.is_plain)
+        step = self.step
+        self.rows.commit(step.counts, step.next_columns, is_plain=step.is_plain, hides_tokens=step.hides_tokens)
         self.edits.copies.clear()  # they are out of date
         self.progress.missing.clear()
         self.step = None

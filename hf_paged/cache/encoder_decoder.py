@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged.cache.paged import PagedCache
-from hf_paged.cache.prompt.prefill import encoder_refused
+from hf_paged.cache.prompt.arguments import encoder_refused
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
 
