@@ -226,8 +226,10 @@ class KnownIds:
         remedy = f"cache.crop({common - columns.count}) to go on from the {common} columns that both have in common, "
         raise ValueError(
             f"The cache holds another prompt: row {row} has token {held} in column {self._first + column}, but "
-            f"input_ids has {int(ids[row, self._first + column])}. Use a new cache for each prompt; or call "
-            f"{remedy if common else ''}cache.reset() to start over, or cache.fork() before prompts part."
+            f"input_ids has {int(ids[row, self._first + column])}. Call cache.resume(model, input_ids, "
+            "attention_mask) to keep what each row has in common with its prompt and compute the rest. Or use a new "
+            f"cache for each prompt; or call {remedy if common else ''}cache.reset() to start over, or cache.fork() "
+            "before prompts part."
         )
 
 

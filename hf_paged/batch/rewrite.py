@@ -36,6 +36,7 @@ def rewrite(rows: Rows, edited: dict[int, tuple[Tensor, Tensor]]) -> None:
     ]
     if changes:
         rows.origin = None
+        rows.is_plain = False
     shared = [change.shared_pages() for change in changes]
     taken: list[list[int]] = []
     try:

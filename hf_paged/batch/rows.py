@@ -32,6 +32,7 @@ class Rows:
         is_fanned_out: whether the step under way made several rows of one.
         origin: what made all keys and values of the rows, of causal attention and of positions that are their places,
             and nothing else; None if that is not known.
+        is_plain: whether `generate()` or `prefill` made them so, whatever by; False if that is not known.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -44,6 +45,7 @@ class Rows:
         self.absent: frozenset[int] = frozenset()
         self.is_fanned_out = False
         self.origin: Hashable | None = None
+        self.is_plain = False
 
     @property
     def tables(self) -> list[BlockTable]:
@@ -138,16 +140,19 @@ class Rows:
             self.select([0] * num_rows)
             self.is_fanned_out = True
 
-    def commit(self, counts: Counts, columns: Columns, *, is_plain: bool) -> None:
+    def commit(self, counts: Counts, columns: Columns, *, is_plain: bool, hides_tokens: bool) -> None:
         """Hold the tokens of a step.
 
         Args:
             counts: `(count,)` how many each row got.
             columns: the padded view with them.
             is_plain: whether they see all tokens before them, or those in a window, and no others.
+            hides_tokens: whether they are known not to.
         """
         if not is_plain:
             self.origin = None
+        if hides_tokens:
+            self.is_plain = False
         for table in self.tables:
             table.commit(counts)
         self.columns = columns
@@ -175,6 +180,7 @@ class Rows:
         self.known_ids = KnownIds()
         self.absent = frozenset()
         self.origin = None
+        self.is_plain = False
 
     def select(self, indices: Sequence[int]) -> None:
         """Let row `i` be what row `indices[i]` was."""
@@ -212,6 +218,20 @@ class Rows:
             table.truncate(kept)
         self.columns = self.columns.truncated(count)
         self.known_ids.truncate(count)
+
+    def keep(self, lengths: Counts, columns: Columns) -> None:
+        """Keep the first tokens of each row, or of as many rows made of the one that there is.
+
+        Args:
+            lengths: `(num_rows,)` tokens, of which no window has dropped any that the next query sees.
+            columns: where they stand from now on.
+        """
+        if len(lengths) != self.count:
+            self.select([0] * len(lengths))
+        for table in self.tables:
+            table.truncate(lengths)
+        self.columns = columns
+        self.known_ids = KnownIds()
 
     def drop_past(self) -> None:
         """Release the pages whose tokens no query will see any more, since they have left a window."""
@@ -319,6 +339,7 @@ class Rows:
         other.absent = self.absent
         other.is_fanned_out = False
         other.origin = self.origin
+        other.is_plain = self.is_plain
         return other
 
     def join(self, parts: Sequence["Rows"]) -> None:
@@ -341,6 +362,7 @@ class Rows:
         self.absent = parts[0].absent
         origins = {part.origin for part in parts}
         self.origin = origins.pop() if len(origins) == 1 else None
+        self.is_plain = all(part.is_plain for part in parts)
 
     def drop_padding(self) -> None:
         """Leave out the columns at the beginning in which no row has a token."""

@@ -279,9 +279,9 @@ class Sequences:
             self._commit()
 
     def _commit(self) -> None:
-        assert self.step is not None
+        assert (step := self.step) is not None
         self._writers.clear()
-        self.rows.commit(self.step.counts, self.step.next_columns, is_plain=self.step.is_plain)
+        self.rows.commit(step.counts, step.next_columns, is_plain=step.is_plain, hides_tokens=step.hides_tokens)
         self.edits.copies.clear()  # they are out of date
         self.progress.end()
         self.step = None

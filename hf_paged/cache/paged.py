@@ -14,9 +14,9 @@ from hf_paged.attention.mask import NAME
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.contents import Contents
 from hf_paged.cache.layer import PagedLayer, layers_over, owned
-from hf_paged.cache.prompt.known_prefix import commit, goes_on_alike
-from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
-from hf_paged.cache.row_operations import RowOperations
+from hf_paged.cache.prompt.known_prefix import goes_on_alike
+from hf_paged.cache.prompt.prompted import Prompted
+from hf_paged.cache.prompt.resume import note_generating
 from hf_paged.cache.saved import load, save
 from hf_paged.pages.pool import PagePool, pool_for
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 
 
-class PagedCache(RowOperations, Contents):
+class PagedCache(Prompted, Contents):
     """A Transformers cache whose keys and values live in fixed-size pages of one pool.
 
     Pass it to `model.generate(past_key_values=...)` or to a forward pass. With `attn_implementation="paged_flex"`
@@ -189,67 +189,10 @@ class PagedCache(RowOperations, Contents):
         generating = rows.known_ids.check(rows.columns)
         if generating is not None:
             self._model = ref(generating[0])
-        if rows.origin is not None and generating is not None and not goes_on_alike(self._sequences, *generating):
-            rows.origin = None
+            note_generating(self._sequences, *generating)
+            if rows.origin is not None and not goes_on_alike(self._sequences, *generating):
+                rows.origin = None
         self._was_given = value
-
-    def prefill(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_tokens: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Compute a prompt, so that `generate()` with the same arguments goes on from there.
-
-        All columns are computed that are not cached yet, but for the last one, with which `generate()` begins. If it
-        fails, nothing has changed. The tokens of all rows follow one another in chunks of `max_tokens`, without any
-        padding; equal rows are computed once. That takes a decoder set to `"paged_flex"`, whose rows and columns are
-        told apart by causality, positions and padding alone. For all other models (set to `"sdpa"` or `"eager"`, with
-        images, hooks, or adapters for each row, for example) the prompt is computed at once and padded, as
-        `generate()` does, and one log line says why.
-
-        What was an input of the prompt alone, such as `pixel_values`, is to be left out of the `generate()` that
-        follows.
-
-        Args:
-            model: a decoder, a model that has one, or a PEFT model of these.
-            input_ids: `(num_rows, num_columns)`, those that are cached included.
-            attention_mask: like `input_ids`, 0 for padding; None for what `generate()` makes of that.
-            max_tokens: tokens that are computed at once; bounds the memory of the activations. None: 1536 on a CPU,
-                4096 elsewhere. Below 128 no chunk is compiled. Padded prompts are not cut.
-            **kwargs: what else the model is given, as to `generate()`: what a processor returned, or `adapter_names`,
-                which a PEFT model with several adapters must be told, be it None.
-
-        Raises:
-            OutOfPagesError: if the prompt does not fit into the pool.
-            ValueError: for arguments that don't fit what is cached, another prompt than the cached one, or a model
-                that has an encoder, other layers than the cache, or columns that are no tokens of `input_ids`.
-        """
-        prefill(model, self, input_ids, attention_mask, max_tokens, kwargs)
-        self._model = ref(model)
-
-    def _prefill_prepared(self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-        """Compute a prompt within a loop that `generate()` calls, as far as the prefix index helps with it."""
-        prefill_prepared(model, self._sequences, input_ids, inputs)
-
-    def commit(self, sequences: Tensor) -> None:
-        """Let what was generated be found by later prompts, such as the next turn of a conversation.
-
-        Full pages of the rows go into the prefix index of the pool; `prefill` has put those of the prompt there. They
-        stay when this cache is reset or dropped, until pages run short.
-
-        Args:
-            sequences: `(num_rows, num_columns)` what `generate()` returned, or at least all columns that are cached.
-
-        Raises:
-            ValueError: if the pool has no prefix cache, if the rows were not begun by `prefill`, went on with another
-                model, adapter, mask or positions, or were edited, or if these are other ids than those that were
-                computed.
-        """
-        commit(self._sequences, sequences)
 
     def __enter__(self) -> Self:
         return self

@@ -27,6 +27,8 @@ class PackedPrompt:
         ids: `(num_rows, num_columns)` what is in the columns, those that are cached included.
         attention_mask: like `ids`, 0 for padding; None without padding.
         max_tokens: tokens of a chunk.
+        kept: `(num_rows,)` where the history has changed: first tokens of each row that stay, wherever they stand in
+            `ids` now; the others are new. None: those in the columns that are cached stay.
         origin: what makes the keys and values. Where the pool has a prefix index, pages of the same origin are taken
             from it, and added to it. None: neither.
 
@@ -44,11 +46,13 @@ class PackedPrompt:
         ids: Tensor,
         attention_mask: Tensor | None,
         max_tokens: int,
+        kept: Counts | None = None,
         origin: Hashable | None = None,
     ) -> None:
         self.sequences = Sequences(sequences.pool, begins_steps=False)
         self.sequences.become_fork_of(sequences)
-        self.sequences.rows.supersede(sequences.rows)
+        if kept is None:
+            self.sequences.rows.supersede(sequences.rows)
         self._max_tokens = max_tokens
         self._packing: Packing
         self._next_columns: Columns
@@ -57,7 +61,7 @@ class PackedPrompt:
         self._is_new: BoolMatrix
         self._prefixes: RowPrefixes | None = None
         try:
-            self._pack(ids.cpu().numpy(), attention_mask, origin)
+            self._pack(ids.cpu().numpy(), attention_mask, kept, origin)
         except BaseException:
             self.sequences.clear()
             raise
@@ -84,12 +88,12 @@ class PackedPrompt:
         waiting = np.flatnonzero(self._is_new.any(axis=1)).tolist()
         if not waiting:
             return False
-        if self._prefixes is not None and self._is_fresh:
+        if self._prefixes is not None and self._has_all_columns:
             waiting = self._prefixes.adopt(rows.tables, waiting)
         is_new = np.zeros_like(self._is_new)
         for row in waiting:
             new_columns = np.flatnonzero(self._is_new[row])
-            is_new[row, new_columns[rows.lengths[row] if self._is_fresh else 0 :]] = True
+            is_new[row, new_columns[rows.lengths[row] if self._has_all_columns else 0 :]] = True
         self._is_new[waiting] = False
         lengths = rows.lengths.copy()
         columns = self._next_columns.selected(self._originals)
@@ -163,15 +167,18 @@ class PackedPrompt:
     def _arrivals(self) -> Arrivals | None:
         return None if self._prefixes is None else self._prefixes.arrivals
 
-    def _pack(self, ids: Counts, attention_mask: Tensor | None, origin: Hashable | None) -> None:
+    def _pack(self, ids: Counts, attention_mask: Tensor | None, kept: Counts | None, origin: Hashable | None) -> None:
         rows = self.sequences.rows
+        if kept is not None:
+            rows.keep(kept, Columns())
         num_rows, num_cached = len(ids), rows.columns.count
         num_new = ids.shape[1] - num_cached
         mask = None if attention_mask is None else attention_mask.bool().cpu().numpy()
         columns, new, past_is_visible = rows.split(num_rows, num_new, mask)
         if not past_is_visible:
             raise NotPackable("attention_mask hides tokens that are cached")
-        rows.admit(num_rows)
+        if kept is None:
+            rows.admit(num_rows)
         rows.is_fanned_out = False  # for good
         self._next_columns = columns.extended(new, num_rows, num_new)
         is_new = np.ones((num_rows, num_new), dtype=bool) if new is None else new
@@ -182,9 +189,11 @@ class PackedPrompt:
             table.select(self._originals)
         rows.columns = columns.selected(self._originals)
         self._tokens, self._is_new = tokens[originals], is_new[originals]
-        self._is_fresh = not rows.lengths.any()
+        is_fresh = not rows.lengths.any()
+        self._has_all_columns = is_fresh or kept is not None
         pool = self.sequences.pool
-        is_known = self._is_fresh or (rows.origin == origin and rows.known_ids.are_all(num_cached))
+        is_known = is_fresh or (rows.origin == origin and (kept is not None or rows.known_ids.are_all(num_cached)))
+        rows.is_plain |= is_fresh
         self._origin = origin if is_known else None
         if pool.prefix_index is not None and self._origin is not None:
             all_columns = self._next_columns.selected(self._originals)

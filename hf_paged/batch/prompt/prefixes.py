@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts
+from hf_paged.batch.prompt.common_prefix import first_run
 from hf_paged.batch.rows import Rows
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
@@ -37,20 +38,21 @@ class RowPrefixes:
         has_windows = any(group.window is not None for group in pool.groups)
         self._origin = origin
         self._page_bytes = index.page_size * TOKEN_BYTES
+        real = _real(columns, len(ids))
         self._rows = [
-            row_ids[_first_run(real) if has_windows else real].astype("<i4").tobytes()
-            for row_ids, real in zip(ids, _real(columns, len(ids)), strict=True)
+            row_ids[chosen].astype("<i4").tobytes()
+            for row_ids, chosen in zip(ids, first_run(real) if has_windows else real, strict=True)
         ]
         self._num_indexed = [0] * len(ids)  # pages that can be found, or that others have
 
     def adopt(self, tables: Sequence[BlockTable], rows: Sequence[int]) -> list[int]:
-        """Let empty rows begin with the pages that are found.
+        """Let rows begin with the pages that are found, where these hold more tokens than the rows do.
 
         A row that would compute the same tokens as one before it waits instead, to find them.
 
         Args:
             tables: the rows, in each group.
-            rows: that are empty.
+            rows: that are to be computed.
 
         Returns:
             Those that don't wait.
@@ -59,14 +61,20 @@ class RowPrefixes:
         chosen, beginnings = [], set()
         for row in rows:
             prefix = self._index.match(self._origin, self._rows[row])
-            end = (prefix.num_pages + least) * self._page_bytes
+            num_held = int(tables[0].lengths[row])
+            end = (max(prefix.num_pages, num_held // self._index.page_size) + least) * self._page_bytes
             beginning = self._rows[row][:end]
             if len(beginning) == end and beginning in beginnings:
-                for table, pages in zip(tables, prefix.pages, strict=True):
-                    table.group.allocator.release(pages)
+                _let_go(prefix, tables)
                 continue
             beginnings.add(beginning)
             chosen.append(row)
+            if num_held:
+                if num_held >= prefix.num_pages * self._index.page_size:
+                    _let_go(prefix, tables)
+                    continue
+                for table in tables:
+                    table.release([row])
             self._num_indexed[row] = prefix.num_pages
             prefix = self._extended(row, prefix)
             num_tokens = prefix.num_pages * self._index.page_size
@@ -113,11 +121,10 @@ def let_be_found(rows: Rows, ids: Tensor) -> None:
     found.add(rows.tables)
 
 
+def _let_go(prefix: Prefix, tables: Sequence[BlockTable]) -> None:
+    for table, pages in zip(tables, prefix.pages, strict=True):
+        table.group.allocator.release(pages)
+
+
 def _real(columns: Columns, num_rows: int) -> BoolMatrix:
     return np.ones((num_rows, columns.count), dtype=bool) if columns.real is None else columns.real
-
-
-def _first_run(real: BoolMatrix) -> BoolMatrix:
-    """The tokens before the first padding behind a token."""
-    has_begun = np.maximum.accumulate(real)
-    return real & ~np.logical_or.accumulate(has_begun & ~real)

@@ -119,7 +119,7 @@ class PaddedStep(Step):
         # It has to be the same for all heads.
         if mask.shape[1] != 1:
             raise ValueError(f"A mask of its own for each of {mask.shape[1]} heads is not supported over pages.")
-        self.is_plain = False
+        self.hides_tokens = True
         by_column = mask[:, 0].cpu().numpy()
         lengths = self.placements[0].table.lengths + self.counts
         page_size = self.placements[0].table.group.page_size

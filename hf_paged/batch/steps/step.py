@@ -113,8 +113,8 @@ class Step(ABC):
         self.next_columns = next_columns
         self.num_rows, self.num_new = shape
         self.past_is_visible = past_is_visible
-        self.is_plain = past_is_visible and view is not View.DENSE
-        """Whether queries see all tokens before them, or those in the window of their layers, and no others."""
+        self.hides_tokens = not past_is_visible
+        """Whether queries are known not to see all tokens before them that are in the window of their layers."""
         self.is_cancelled = False
         self.handed: dict[int, tuple[Tensor, BlockTable, LayerStorage]] = {}
         """Keys that stand for pages, by their address, with the rows and the storage."""
@@ -123,6 +123,11 @@ class Step(ABC):
 
         A pass with a mask of its caller's own begins without asking for one, and is told by that from the one before.
         """
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether queries see all tokens before them, or those in the window of their layers, and no others."""
+        return not self.hides_tokens and self.view is not View.DENSE
 
     def note_mask(self, mask: object) -> None:
         """Add one of `masks`."""

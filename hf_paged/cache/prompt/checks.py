@@ -50,8 +50,8 @@ def check_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         )
 
 
-def check_ids(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int, num_cached: int) -> None:
-    """Refuse ids, a mask or a number of tokens that make no prompt behind so many columns."""
+def check_ids(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int) -> None:
+    """Refuse ids, a mask or a number of tokens that make no prompt."""
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} was asked for; a chunk needs at least one token.")
     if input_ids.ndim != 2:
@@ -64,6 +64,10 @@ def check_ids(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int,
             f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}. Pass "
             "both for all columns, those that are cached included."
         )
+
+
+def check_is_longer(input_ids: Tensor, num_cached: int) -> None:
+    """Refuse a prompt that has no more columns than are cached."""
     if input_ids.shape[1] <= num_cached:
         raise ValueError(
             f"The cache holds {num_cached} tokens, but input_ids has {input_ids.shape[1]}, so no token is left to "

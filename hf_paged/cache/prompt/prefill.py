@@ -20,14 +20,16 @@ from transformers.masking_utils import create_masks_for_generate
 from hf_paged._torch.dynamo import let_vary
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._transformers import CACHE, model_in
+from hf_paged.batch.padding import Counts
 from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.packed import Chunk
 from hf_paged.cache.layer import layers_over
-from hf_paged.cache.prompt.checks import check_arguments, check_fits, check_ids, check_rotary
+from hf_paged.cache.prompt.checks import check_arguments, check_fits, check_ids, check_is_longer, check_rotary
 from hf_paged.cache.prompt.known_prefix import ends_in_padding
 from hf_paged.cache.prompt.origin import origin_of_prompt
 from hf_paged.cache.prompt.packable import check_model, check_prompt
+from hf_paged.cache.prompt.resume import is_other_prompt, keep_columns, kept_lengths, note_generating
 from hf_paged.compile.api import MIN_TOKENS, Filling, compiled_filling
 from hf_paged.errors import NotPackable, OutOfPagesError
 
@@ -53,8 +55,12 @@ def prefill(
     attention_mask: Tensor | None,
     max_tokens: int | None,
     inputs: dict[str, Any],
+    *,
+    resumes: bool = False,
 ) -> None:
     """Compute all columns but the last one; if that fails, nothing has changed.
+
+    Where the cache is known to hold another prompt, each row keeps what it has in common with this one.
 
     Args:
         model: a decoder, or a model that has one.
@@ -63,6 +69,7 @@ def prefill(
         attention_mask: like `input_ids`, 0 for padding; None for what `generate()` makes of that.
         max_tokens: tokens of a chunk; None for as many as keep the device busy.
         inputs: what else `generate()` is to give the model.
+        resumes: whether it must be known what the cache holds.
 
     Raises:
         OutOfPagesError: if the pool has too few pages.
@@ -80,12 +87,18 @@ def prefill(
     check_fits(model, sequences)
     check_arguments(model, inputs)
     sequences.end_step()
-    check_ids(input_ids, attention_mask, max_tokens, sequences.rows.columns.count)
-    num_columns = input_ids.shape[1]
-    if num_columns == sequences.rows.columns.count + 1:
+    check_ids(input_ids, attention_mask, max_tokens)
+    is_other = is_other_prompt(sequences, input_ids, attention_mask, must_know=resumes)
+    num_cached, num_columns = 0 if is_other else sequences.rows.columns.count, input_ids.shape[1]
+    check_is_longer(input_ids, num_cached)
+    if num_columns == num_cached + 1:
+        if is_other:
+            sequences.clear()
         return
     filled = cache.fork()
-    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if is_other:
+        filled.reset()  # generate() is to prepare the whole prompt
+    given_inputs = {name: value for name, value in inputs.items() if value is not None}
     was_called, scores = False, None
 
     def compute(
@@ -98,10 +111,20 @@ def prefill(
     ) -> Tensor:
         nonlocal was_called, scores
         was_called = True
+        mask, kept = inputs.get("attention_mask"), None
+        if is_other:
+            kept = kept_lengths(generating, sequences, input_ids, mask)
+            if given_inputs:
+                kept[:] = 0  # what made the tokens that are cached was ids alone
         try:
-            _compute_packed(generating, sequences, filled._sequences, input_ids, inputs, max_tokens)
+            _compute_packed(generating, sequences, filled._sequences, input_ids, inputs, max_tokens, kept)
         except NotPackable as reason:
             _say(type(generating).__name__, str(reason))
+            filled._sequences.become_fork_of(sequences)
+            if kept is None:
+                filled._sequences.rows.supersede(sequences.rows)
+            else:
+                keep_columns(filled._sequences, kept, input_ids, mask)
             scores = _compute_padded(generating, sequences, filled._sequences, input_ids, generation_config, inputs)
         return input_ids
 
@@ -109,13 +132,13 @@ def prefill(
     generate = partial(given.generate, input_ids, attention_mask=attention_mask)
     settings = _settings(model, num_columns)
     try:
-        generate(generation_config=settings, custom_generate=compute, **{CACHE: filled}, **inputs)
+        generate(generation_config=settings, custom_generate=compute, **{CACHE: filled}, **given_inputs)
         if not was_called:
             raise ValueError(
                 f"{type(model).__name__} generates in a way of its own. Leave out cache.prefill(): generate() "
                 "computes the prompts of this model by itself."
             )
-        if scores is not None and not inputs:  # images, for one, are not given again
+        if scores is not None and not given_inputs:  # images, for one, are not given again
             check = partial(_check_going_on, scores)
             trial = filled.fork()
             try:
@@ -201,16 +224,17 @@ def _compute_packed(
     input_ids: Tensor,
     inputs: dict[str, Any],
     max_tokens: int,
+    kept: Counts | None = None,
 ) -> None:
-    """Compute the prompt packed, and let `filled`, a fork of `sequences`, hold it."""
+    """Compute the prompt packed, but for what is `kept` of another one, and let `filled` hold it."""
     decoder = check_model(model)
-    num_cached, num_columns = sequences.rows.columns.count, input_ids.shape[1]
+    num_cached, num_columns = sequences.rows.columns.count if kept is None else 0, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
     attention_mask = inputs.get("attention_mask")
     origin = origin_of_prompt(model, sequences)
     filled.clear()  # or else its pages would be copied, as shared ones
     mask = None if attention_mask is None else attention_mask[:, :-1]
-    packed = PackedPrompt(sequences, input_ids[:, :-1], mask, max_tokens, origin)
+    packed = PackedPrompt(sequences, input_ids[:, :-1], mask, max_tokens, kept, origin)
     try:
         check_rotary(decoder, packed.longest)
         while packed.next_wave():
@@ -258,13 +282,20 @@ def _compute_padded(
 ) -> Tensor | None:
     """Let `generate()` make its first pass over `filled`, a fork of `sequences`, and take the last column back.
 
+    Args:
+        model: that generates.
+        sequences: the rows.
+        filled: what the pass goes on from.
+        input_ids: `(num_rows, num_columns)`.
+        generation_config: of the call.
+        inputs: what else it has prepared for the model.
+
     Returns:
         `(num_rows, vocab_size)` scores of the last column; None if there are none.
     """
     num_columns = input_ids.shape[1]
-    filled.become_fork_of(sequences)
-    filled.rows.supersede(sequences.rows)
     filled.records_past = True
+    note_generating(filled, model, input_ids, inputs)
     scores = getattr(model._prefill(input_ids, generation_config, inputs), "logits", None)  # type: ignore[operator]
     filled.end_step()
     if filled.rows.columns.count != num_columns:
