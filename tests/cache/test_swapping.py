@@ -243,7 +243,7 @@ def test_looking_at_lengths_and_memory_brings_nothing_back(cache, generator):
     cache.swap_out()
     assert (cache.lengths, cache.batch_size, cache.get_seq_length()) == ([20, 17], 2, 20)
     assert "lengths=[20, 17]" in repr(cache)
-    assert cache.memory_map().splitlines()[1:] == ["     0 ................"]
+    assert str(cache.memory_map()).splitlines()[1:] == ["     0 ................"]
     stats = cache.stats()
     assert (stats.swapped_bytes, stats.num_active_pages, stats.num_tokens) == (4 * PAGE_BYTES, 0, 0)
     assert cache.pool.stats().swapped_bytes == 4 * PAGE_BYTES
@@ -416,7 +416,7 @@ def test_looking_at_an_idle_cache_leaves_it_idle(generator):
     filled(cache, generator, 1, 32)
     cache.set_idle()
     assert (cache.lengths, cache.get_seq_length(), cache.stats().num_active_pages) == ([32], 32, 2)
-    assert "row 0: 32 tokens" in cache.memory_map()
+    assert "row 0: 32 tokens" in str(cache.memory_map())
     filled(other, generator, 1, 33)
     assert is_out(cache)
     assert cache.lengths == [32]
@@ -558,9 +558,12 @@ class SwappingMachine(CacheMachine):
 
     @initialize()
     def build(self):
-        self.pool = PagePool(self.config, page_size=16, host_bytes=MIB)
-        self.caches = [(PagedCache(pool=self.pool), ReferenceCache(self.windows))]
-        self.generator = torch.Generator().manual_seed(0)
+        CacheMachine.build(self, None)
+        self.begin_on(PagePool(self.config, page_size=16, host_bytes=MIB))
+
+    def begin_on(self, pool):
+        self.pool = pool
+        self.caches = [(PagedCache(pool=pool), ReferenceCache(self.windows))]
 
     def fits(self, cache, reference, new_lengths):
         return True
@@ -595,6 +598,7 @@ class SwappingMachine(CacheMachine):
     def teardown(self):
         for cache, reference in getattr(self, "caches", []):
             assert_same(cache, reference)
+        super().teardown()
 
 
 class WindowedSwappingMachine(SwappingMachine, WindowedCacheMachine):
@@ -611,8 +615,7 @@ class FullPoolMachine(SwappingMachine):
     @initialize()
     def build(self):
         super().build()
-        self.pool = PagePool(self.config, 12, page_size=16, host_bytes=64 * PAGE_BYTES)
-        self.caches = [(PagedCache(pool=self.pool), ReferenceCache(self.windows))]
+        self.begin_on(PagePool(self.config, 12, page_size=16, host_bytes=64 * PAGE_BYTES))
 
     def fits(self, cache, reference, new_lengths):
         return CacheMachine.fits(self, cache, reference, new_lengths)
@@ -638,6 +641,7 @@ class FullPoolMachine(SwappingMachine):
     def teardown(self):
         for which in range(len(getattr(self, "caches", []))):
             assert_same(*self.pick(which))
+        CacheMachine.teardown(self)
 
 
 class IdleMachine(FullPoolMachine):
