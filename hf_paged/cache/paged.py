@@ -327,7 +327,7 @@ class PagedCache(RowOperations, Contents):
 
         Args:
             path: of the file.
-            model: that goes on: with the weights, configuration and active adapters of the one that it was saved for.
+            model: that goes on: with weights, configuration, settings and adapters of the one that it was saved for.
             num_pages: as for the class.
             page_size: as for the class; may be another than that of the cache that was saved.
             pool: as for the class.

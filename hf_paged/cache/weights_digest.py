@@ -8,9 +8,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor
 
-from hf_paged.cache.prompt.fingerprint import OF_ADAPTERS, fingerprint, plain_tensors
+from hf_paged.cache.prompt.fingerprint import OF_ADAPTERS, PLAIN, fingerprint, plain_tensors
 from hf_paged.pages.tiers.checked_file import digest_of
 
 _WRAPPERS = ("_orig_mod.", "base_model.model.")  # of torch.compile and PEFT, in the names of weights and modules
@@ -37,22 +38,28 @@ _OF_OTHER_THINGS = {
     "unk_token_id",
     "use_cache",
 }
+# What modules say that changes while a model is used.
+_OF_USE = {"gradient_checkpointing", "loss_type", "max_seq_len_cached", "name_or_path", "training"}
 _weights_digests: WeakKeyDictionary[torch.nn.Module, tuple[bytes, str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class ModelDigest:
-    """sha256, as hexadecimal digits, of what a model computes keys and values by.
+    """What a model computes keys and values by, most of it as hexadecimal digits of sha256.
 
     Attributes:
         weights: weights, persistent buffers and the frequencies of rotary embeddings, with names, shapes and dtypes.
         configuration: of the model.
+        settings: classes of its modules, and the numbers, flags and names in them.
         adapters: which are active, and how they are scaled.
+        version_of_transformers: which has the code.
     """
 
     weights: str
     configuration: str
+    settings: str
     adapters: str
+    version_of_transformers: str
 
     @property
     def whole(self) -> bytes:
@@ -60,8 +67,9 @@ class ModelDigest:
         return hashlib.sha256("".join(astuple(self)).encode()).digest()
 
     def differences(self, other: "ModelDigest") -> list[str]:
-        """Names of what differs."""
-        return [name for name in (field.name for field in fields(self)) if getattr(self, name) != getattr(other, name)]
+        """What differs, in words."""
+        names = [field.name for field in fields(self)]
+        return [name.replace("_", " ") for name in names if getattr(self, name) != getattr(other, name)]
 
 
 def model_digest(model: Any) -> ModelDigest:
@@ -79,7 +87,9 @@ def model_digest(model: Any) -> ModelDigest:
     known = _weights_digests.get(model)
     if known is None or known[0] != mark:
         known = _weights_digests[model] = mark, _weights(model)
-    return ModelDigest(known[1], _digest(_kept(model.config.to_dict())), _digest(_adapters(model)))
+    configuration = _digest(_kept(model.config.to_dict()))
+    settings, adapters = _digest(_settings(model)), _digest(_adapters(model))
+    return ModelDigest(known[1], configuration, settings, adapters, transformers.__version__)
 
 
 def _weights(model: torch.nn.Module) -> str:
@@ -113,6 +123,16 @@ def _frequencies(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}", buffer
 
 
+def _settings(model: torch.nn.Module) -> list[Any]:
+    found = []
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith("peft."):
+            said = {key: value for key, value in vars(module).items() if type(value) in PLAIN and key not in _OF_USE}
+            public = sorted((key, repr(value)) for key, value in said.items() if not key.startswith("_"))
+            found.append((_unwrapped(name), type(module).__qualname__, public))
+    return sorted(found)
+
+
 def _adapters(model: torch.nn.Module) -> list[Any]:
     found = []
     for name, module in model.named_modules():
@@ -130,9 +150,10 @@ def _kept(configuration: Any) -> Any:
 
 
 def _unwrapped(name: str) -> str:
+    name += "."
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    return name
+    return name.strip(".")
 
 
 def _digest(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
-from hf_paged._torch.dynamo import switched_off
+from hf_paged._torch.inductor import hindrance
 from hf_paged._transformers import CACHE, cache_in
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
@@ -126,7 +126,7 @@ class State:
             return "since accelerate moves tensors between its layers"
         if model.config.is_encoder_decoder:
             return "since it has an encoder"
-        reason = switched_off()
+        reason = hindrance(model.device)
         if reason is not None or model.device.type != "cpu":
             return reason
         if self._decoded_seconds < _COMPILE_SECONDS:

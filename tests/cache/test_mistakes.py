@@ -9,7 +9,16 @@ import torch
 import transformers
 from transformers import BartConfig, DynamicCache, EncoderDecoderCache, LlamaConfig, pipeline
 
-from hf_paged import PagedCache, PagedEncoderDecoderCache, PagePool, ReleaseFinished, compiled, gather_weights, sample
+from hf_paged import (
+    PagedCache,
+    PagedEncoderDecoderCache,
+    PagePool,
+    ReleaseFinished,
+    compiled,
+    enable,
+    gather_weights,
+    sample,
+)
 from tests.models import generate, left_padded, letter_tokenizer, random_ids, tiny_llama
 
 IDS, MASK = random_ids(2, 20), left_padded(20, [20, 11])
@@ -142,6 +151,10 @@ MISTAKES = {
         lambda: compiled(with_pipeline()).__enter__(),
         "compiled() was given a TextGenerationPipeline, but it takes a model",
     ),
+    "enable(pipeline)": (
+        lambda: enable(with_pipeline()),
+        "A TextGenerationPipeline was given, but a model of Transformers is needed, or one that wraps it; that of a p",
+    ),
     "gather_weights(name)": (
         lambda: gather_weights("gpt2"),
         "gather_weights() was given a str, but it takes a model of Transformers. Load it",
@@ -237,6 +250,10 @@ MISTAKES = {
         lambda: bart_checkpointed().generate(IDS, past_key_values=PagedCache.from_model(bart()), max_new_tokens=2),
         "on a BartForConditionalGeneration in training mode with gradient checkpointing",
     ),
+    "checkpointing, enabled": (
+        lambda: enable(checkpointed("sdpa")).generate(IDS, max_new_tokens=2),
+        "on a LlamaForCausalLM in training mode with gradient checkpointing",
+    ),
     "checkpointing, a pass": (
         lambda: checkpointed()(IDS, past_key_values=cache_of(llama())),
         "in training mode over keys that were not given to the PagedCache",
@@ -271,7 +288,7 @@ MISTAKES = {
     # calls
     "prefill(text)": (
         lambda: cache_of(llama()).prefill(llama(), "hello"),
-        "prefill() was given a str as input_ids, but it takes a tensor of token ids. Pass cache.prefill(model, **",
+        "prefill() was given a str as input_ids, but it takes a tensor of token ids: cache.prefill(model, **",
     ),
     "prefill(inputs)": (
         lambda: cache_of(llama()).prefill(llama(), letter_tokenizer()("hello", return_tensors="pt")),

@@ -417,13 +417,18 @@ def other_theta(model: PreTrainedModel) -> None:
     model.config.rope_parameters["rope_theta"] = 5000.0
 
 
+def other_scaling(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.scaling *= 2
+
+
 OTHERS = {
     "weight": (tiny_llama, other_weight, "weights"),
-    "size": (lambda: tiny_llama(num_heads=4), None, "weights and configuration"),
+    "size": (lambda: tiny_llama(num_heads=4), None, "weights and configuration and settings"),
     "dtype": (lambda: tiny_llama(dtype=torch.bfloat16), None, "weights"),
     "frequencies": (tiny_llama, other_frequencies, "weights"),
     "theta": (tiny_llama, other_theta, "configuration"),
-    "adapter": (adapted, None, "weights and adapters"),
+    "scaling": (tiny_llama, other_scaling, "settings"),
+    "adapter": (adapted, None, "weights and settings and adapters"),
 }
 
 
@@ -436,10 +441,14 @@ def test_another_model_is_refused(tmp_path, name):
     other = make()
     if change is not None:
         change(other)
-    with pytest.raises(
-        ValueError, match=rf"what another model has computed: the {differences} of that LlamaForCausal"
-    ):
+    with pytest.raises(ValueError, match=rf"what another model has computed: {differences} of that LlamaForCausal"):
         PagedCache.load(tmp_path / "cache", other)
+
+
+def test_another_version_of_transformers_is_refused(files, monkeypatch):
+    model, path, _ = files
+    monkeypatch.setattr(weights_digest.transformers, "__version__", "9.9.9")
+    refused(path, model, "it holds what another model has computed: version of transformers of that LlamaForCausalLM")
 
 
 def test_an_adapter_must_be_the_same_active_and_scaled_alike(tmp_path):
@@ -452,14 +461,14 @@ def test_an_adapter_must_be_the_same_active_and_scaled_alike(tmp_path):
     assert torch.equal(generate(model, "paged_flex", loaded, said, max_new_tokens=20), expected)
     assert PagedCache.load(tmp_path / "cache", adapted().base_model.model).lengths == [23]
 
-    with model.disable_adapter(), pytest.raises(ValueError, match="the adapters of that LlamaForCausalLM"):
+    with model.disable_adapter(), pytest.raises(ValueError, match="computed: adapters of that LlamaForCausalLM"):
         PagedCache.load(tmp_path / "cache", model)
-    with pytest.raises(ValueError, match="the weights of that"):
+    with pytest.raises(ValueError, match="computed: weights of that"):
         PagedCache.load(tmp_path / "cache", adapted(seed=1))
-    with pytest.raises(ValueError, match="the adapters of that"):
+    with pytest.raises(ValueError, match="computed: adapters of that"):
         PagedCache.load(tmp_path / "cache", adapted(lora_alpha=3))
     model.merge_adapter()
-    with pytest.raises(ValueError, match="the weights and adapters of that"):
+    with pytest.raises(ValueError, match="computed: weights and adapters of that"):
         PagedCache.load(tmp_path / "cache", model)
 
 
@@ -507,6 +516,7 @@ def test_what_a_configuration_says_of_other_things_may_differ(tmp_path):
     expected = model_digest(model)
     model.config.use_cache, model.config.pad_token_id, model.config.name_or_path = False, 7, "elsewhere"
     model.set_attn_implementation("eager")
+    model.train()
     assert model_digest(model) == expected
 
 

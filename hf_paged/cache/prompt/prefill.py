@@ -72,8 +72,8 @@ def prefill(
     sequences = cache._sequences
     if not isinstance(input_ids, Tensor):
         raise ValueError(
-            f"prefill() was given a {type(input_ids).__name__} as input_ids, but it takes a tensor of token ids. Pass "
-            'cache.prefill(model, **tokenizer(text, return_tensors="pt")).'
+            f"prefill() was given a {type(input_ids).__name__} as input_ids, but it takes a tensor of token ids: "
+            "cache.prefill(model, **tokenizer(text, return_tensors='pt'))."
         )
     if max_tokens is None:
         max_tokens = usual_chunk(input_ids.device)
