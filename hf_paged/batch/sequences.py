@@ -108,8 +108,7 @@ class Sequences:
             reads_pages: whether attention reads pages in place, if any are filled; else it is handed a copy.
 
         Raises:
-            OutOfPagesError: if the pool has too few pages; nothing has changed. Where rows may turn out to be equal,
-                it is raised by the first layer instead, before anything is written.
+            OutOfPagesError: if the pool has too few pages, or where rows may be equal, by the first layer; nothing has changed.
             ValueError: if rows, mask or layers don't fit what is cached; nothing has changed.
         """
         if not self._begins_steps:
@@ -279,9 +278,10 @@ class Sequences:
             self._commit()
 
     def _commit(self) -> None:
-        assert (step := self.step) is not None
-        self._writers.clear()
+        step = self.step
+        assert step is not None
         self.rows.commit(step.counts, step.next_columns, is_plain=step.is_plain, hides_tokens=step.hides_tokens)
+        self._writers.clear()
         self.edits.copies.clear()  # they are out of date
         self.progress.end()
         self.step = None

@@ -593,6 +593,7 @@ class SwappingMachine(CacheMachine):
     def teardown(self):
         for cache, reference in getattr(self, "caches", []):
             assert_same(cache, reference)
+        super().teardown()
 
 
 class WindowedSwappingMachine(SwappingMachine, WindowedCacheMachine):
@@ -634,6 +635,7 @@ class FullPoolMachine(SwappingMachine):
     def teardown(self):
         for which in range(len(getattr(self, "caches", []))):
             assert_same(*self.pick(which))
+        CacheMachine.teardown(self)
 
 
 class IdleMachine(FullPoolMachine):

@@ -5,13 +5,12 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-import transformers
 from transformers import Cache, PreTrainedModel
 
 from hf_paged._transformers import CACHE
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.layer import layers_over
-from hf_paged.cache.prompt.fingerprint import PLAIN, fingerprint
+from hf_paged.cache.prompt.fingerprint import fingerprint
 from hf_paged.cache.weights_digest import model_digest
 from hf_paged.pages.pool import PagePool
 
@@ -49,19 +48,12 @@ def origin_of(model: Any, sequences: Sequences) -> Hashable:
         return fingerprint(model), salt
     # In the files of the store it is not to be read.
     secret = None if salt is None else hashlib.sha256(salt.encode()).hexdigest()
-    return model_digest(model).whole, _settings(model), transformers.__version__, secret
+    return model_digest(model).whole, _autocast(model), secret
 
 
-def _settings(model: torch.nn.Module) -> str:
-    """What the modules of a model are, and are set to, that no configuration may say, and `torch.autocast`."""
-    found: list[Any] = []
-    for name, module in model.named_modules():
-        plain = sorted((key, str(value)) for key, value in vars(module).items() if type(value) in PLAIN)
-        found.append((name, type(module).__qualname__, [item for item in plain if item[0] != "name_or_path"]))
-    for kind in sorted({"cpu", *(parameter.device.type for parameter in model.parameters())}):
-        if torch.is_autocast_enabled(kind):
-            found.append((kind, str(torch.get_autocast_dtype(kind))))
-    return hashlib.sha256(repr(found).encode()).hexdigest()
+def _autocast(model: torch.nn.Module) -> tuple[tuple[str, str], ...]:
+    kinds = sorted({"cpu", *(parameter.device.type for parameter in model.parameters())})
+    return tuple((kind, str(torch.get_autocast_dtype(kind))) for kind in kinds if torch.is_autocast_enabled(kind))
 
 
 def _open_storage(model: PreTrainedModel, pool: PagePool) -> None:
