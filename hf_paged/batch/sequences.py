@@ -108,7 +108,7 @@ class Sequences:
             reads_pages: whether attention reads pages in place, if any are filled; else it is handed a copy.
 
         Raises:
-            OutOfPagesError: if the pool has too few pages, or by the first layer where rows may be equal; nothing changed.
+            OutOfPagesError: if the pool has too few pages, or by the first layer, where rows may be equal; unchanged.
             ValueError: if rows, mask or layers don't fit what is cached; nothing has changed.
         """
         if not self._begins_steps:

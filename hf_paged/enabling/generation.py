@@ -70,6 +70,7 @@ class _Generating(_Context):
         with state.decoding(model, generation_config) as watching:
             watching += releasing(cache, generation_config, input_ids)
             criteria = StoppingCriteriaList([*stopping_criteria, *watching])
+            _prefill(model, cache, input_ids, generation_config, model_kwargs)
             return sample(model, input_ids, logits_processor, criteria, generation_config, **options, **model_kwargs)
 
     def _beam_search(
@@ -82,17 +83,22 @@ class _Generating(_Context):
     ) -> Any:
         model: Any = self
         state, cache = STATES.get(model), cache_in(kwargs)
-        config: Any = generation_config
-        shows_passes = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
         parent: Any = super()
         if state is not None:
             state.notes["compiled"] = "no, as generate() compiles no beams"
-            if isinstance(cache, PagedCache) and not shows_passes:
-                inputs = {name: value for name, value in kwargs.items() if name != "synced_gpus"}
-                cache._prefill_prepared(model, input_ids, inputs)
+            inputs = {name: value for name, value in kwargs.items() if name != "synced_gpus"}
+            _prefill(model, cache, input_ids, generation_config, inputs)
         return parent._beam_search(
             input_ids, logits_processor, stopping_criteria, generation_config=generation_config, **kwargs
         )
+
+
+def _prefill(model: Any, kv_cache: Any, input_ids: Tensor, generation_config: Any, inputs: dict[str, Any]) -> None:
+    """Compute a prompt packed where that pays, unless what each pass gives is to be shown."""
+    config = generation_config
+    shows_passes = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
+    if isinstance(kv_cache, PagedCache) and not shows_passes:
+        kv_cache._prefill_prepared(model, input_ids, inputs, packs=True)
 
 
 @cache

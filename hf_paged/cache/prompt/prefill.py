@@ -157,23 +157,26 @@ def prefill(
         filled._sequences.clear()
 
 
-def prefill_prepared(model: PreTrainedModel, sequences: Sequences, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+def prefill_prepared(
+    model: PreTrainedModel, sequences: Sequences, input_ids: Tensor, inputs: dict[str, Any], *, packs: bool
+) -> None:
     """Compute all columns but the last one packed, where that pays; else compute nothing.
 
     It pays where the pool has a prefix index, a tenth of the prompt is padding, or it is longer than a chunk. What it
-    costs is a pass of its own for the last column.
+    costs is a pass of its own for the last column, and bits: keys are those of `generate()` but for rounding.
 
     Args:
         model: that generates.
         sequences: the rows.
         input_ids: `(num_rows, num_columns)`.
         inputs: what else `generate()` has prepared for the model.
+        packs: whether it pays without a prefix index, too.
 
     Raises:
         OutOfPagesError: if the pool has too few pages; nothing has changed.
     """
     sequences.end_step()
-    if not sequences.rows.are_empty or input_ids.shape[1] == 1 or not _pays(sequences, input_ids, inputs):
+    if not sequences.rows.are_empty or input_ids.shape[1] == 1 or not _pays(sequences, input_ids, inputs, packs):
         return
     filled = Sequences(sequences.pool)
     filled.become_fork_of(sequences)
@@ -188,11 +191,12 @@ def prefill_prepared(model: PreTrainedModel, sequences: Sequences, input_ids: Te
         filled.clear()
 
 
-def _pays(sequences: Sequences, input_ids: Tensor, inputs: dict[str, Any]) -> bool:
+def _pays(sequences: Sequences, input_ids: Tensor, inputs: dict[str, Any], packs: bool) -> bool:
+    if sequences.pool.prefix_index is not None or not packs:
+        return sequences.pool.prefix_index is not None
     mask: Tensor | None = inputs.get("attention_mask")
-    if sequences.pool.prefix_index is not None or input_ids.numel() > usual_chunk(input_ids.device):
-        return True
-    return mask is not None and bool(mask.float().mean() < 1 - _PADDING)
+    is_padded = mask is not None and bool(mask.float().mean() < 1 - _PADDING)
+    return is_padded or input_ids.numel() > usual_chunk(input_ids.device)
 
 
 def _check_going_on(

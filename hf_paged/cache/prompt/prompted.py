@@ -89,9 +89,11 @@ class Prompted(RowOperations):
         prefill(model, self, input_ids, attention_mask, max_tokens, kwargs, resumes=True)  # type: ignore[arg-type]
         self._model = ref(model)
 
-    def _prefill_prepared(self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-        """Compute a prompt within a loop that `generate()` calls, as far as the prefix index helps with it."""
-        prefill_prepared(model, self._sequences, input_ids, inputs)
+    def _prefill_prepared(
+        self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], *, packs: bool = False
+    ) -> None:
+        """Compute a prompt within a loop that `generate()` calls, as far as the prefix index, or packing, helps."""
+        prefill_prepared(model, self._sequences, input_ids, inputs, packs=packs)
 
     def commit(self, sequences: Tensor) -> None:
         """Let what was generated be found by later prompts, such as the next turn of a conversation.
