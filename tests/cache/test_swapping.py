@@ -669,7 +669,7 @@ class IdleMachine(FullPoolMachine):
         self.pick(which)[0].set_idle()
 
 
-RANDOM = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None)
+RANDOM = settings(max_examples=20, stateful_step_count=30, deadline=None, derandomize=True, database=None)
 TestSwappedCachesAgainstReferences = SwappingMachine.TestCase
 TestSwappedCachesAgainstReferences.settings = RANDOM
 TestWindowedSwappedCachesAgainstReferences = WindowedSwappingMachine.TestCase
