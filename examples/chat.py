@@ -5,11 +5,14 @@ computes only what is new. So a conversation is no more than the list of its mes
 in two ways, is to shorten or to copy that list.
 
 How: `python examples/chat.py`, and type. `/back` takes back the last question with its answer, `/fork` goes on in a
-copy of the conversation, `/switch 0` in another one; ctrl-D ends it. Questions may come from a pipe:
+copy of the conversation, `/switch 0` in another one. `/save FILE` keeps a conversation, and `/load FILE` goes on with
+it, in another process, too. Ctrl-D ends it. Questions may come from a pipe:
 `echo "Name a colour." | python examples/chat.py`.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import transformers
 from transformers import TextStreamer
@@ -27,10 +30,11 @@ def main() -> None:
     pool = PagePool.from_model(model, num_pages=512, page_size=16, prefix_cache=True)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
+    def encode(messages: list[dict], **settings):
+        return tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt", **settings)
+
     def answer(messages: list[dict]) -> str:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = encode(messages, add_generation_prompt=True)
         with PagedCache(pool=pool) as cache:
             tokens = model.generate(
                 **inputs,
@@ -42,6 +46,18 @@ def main() -> None:
                 custom_generate=sample,
             )
         return tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+    def save(path: str, messages: list[dict]) -> None:
+        with PagedCache(pool=pool) as cache:
+            cache.prefill(model, **encode(messages))  # almost all of it is found
+            cache.save(path)
+        Path(f"{path}.json").write_text(json.dumps(messages))
+
+    def load(path: str) -> list[dict]:
+        messages = json.loads(Path(f"{path}.json").read_text())
+        with PagedCache.load(path, model, pool=pool) as cache:
+            cache.commit(encode(messages).input_ids)  # so that the next turn finds it
+        return messages
 
     conversations: list[list[dict]] = [[]]
     number = 0
@@ -61,8 +77,13 @@ def main() -> None:
                 conversations.append(list(messages))
             case ["/switch", digits] if digits.isdigit() and int(digits) < len(conversations):
                 number = int(digits)
+            case ["/save", path]:
+                save(path, messages)
+            case ["/load", path]:
+                number = len(conversations)
+                conversations.append(load(path))
             case [command, *_] if command.startswith("/"):
-                print(f"/back, /fork, or /switch and a number below {len(conversations)}")
+                print(f"/back, /fork, /switch and a number below {len(conversations)}, /save or /load and a file")
             case _:
                 before = pool.stats()
                 messages.append({"role": "user", "content": line})

@@ -58,7 +58,16 @@ def test_a_chat_from_a_pipe_finds_its_history_when_it_goes_on_back_and_in_a_fork
     histories = (0, 1, 1, 1)  # the turn before each of the others
     for (num_found, num_tokens), history in zip(turns[1:], histories, strict=True):
         assert turns[history][1] // 16 * 16 <= num_found < num_tokens
-    assert "/back, /fork, or /switch and a number below 2" in printed
+    assert "/back, /fork, /switch and a number below 2, /save or /load and a file" in printed
+
+
+def test_a_chat_that_was_saved_is_resumed_without_computing_its_history(example, monkeypatch, capsys, tmp_path):
+    for lines in (f"Name a colour.\nAnother one.\n/save {tmp_path / 'chat'}", f"/load {tmp_path / 'chat'}\nA third?"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        example("chat", "--max-new-tokens", "8").main()  # with a pool and a model of its own
+    turns = numbers("[# of # tokens found]", capsys.readouterr().out)
+    assert len(turns) == 3
+    assert turns[1][1] // 16 * 16 <= turns[2][0] < turns[2][1]
 
 
 def test_requests_behind_a_system_prompt_find_it(example, monkeypatch, capsys):
