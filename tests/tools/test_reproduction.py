@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_paged.tools.cli import main
+from hf_paged.tools.commands import reproduce
 from hf_paged.tools.reproduction import stage as stages
 from hf_paged.tools.reproduction.claim import CLAIMS, FAILS, HOLDS, NOT_MEASURED
 from hf_paged.tools.reproduction.page import make_page, read_results
@@ -147,7 +148,7 @@ def test_stages_that_are_asked_for_run_and_one_that_fails_is_named(monkeypatch, 
         Stage("latency", "bench latency --caches none", "", "", "Time"),
     )
     monkeypatch.setattr(stages, "STAGES", own)
-    monkeypatch.setattr("hf_paged.tools.commands.reproduce.STAGES", own)
+    monkeypatch.setattr(reproduce, "STAGES", own)  # imported before, or it would keep them
     monkeypatch.setattr("hf_paged.tools.reproduction.page.STAGES", own)
     assert main(["reproduce", "--folder", str(tmp_path), "--num-threads", "1"]) == 2
     assert "These stages failed, and are not on the page anew: latency." in capfd.readouterr().err

@@ -13,7 +13,7 @@ import torch
 
 from hf_paged import PagedCache, PagePool
 from hf_paged._torch.host_memory import give_back_freed, untouched_memory
-from hf_paged.cache import prefill
+from hf_paged.cache.prompt import prefill
 from hf_paged.packaged import load_packaged_model, prompts
 from hf_paged.pages.group import PageGroup
 from hf_paged.tools.evaluation.audit import MemoryAudit

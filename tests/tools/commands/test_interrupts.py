@@ -45,6 +45,10 @@ def path(tmp_path):
     return tmp_path / "figures.json"
 
 
+def _as_from_a_terminal():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which what runs in the background ignores, and its children
+
+
 def interrupted(arguments, moment):
     """Start a command, and interrupt it and its processes, as a terminal does, when it says something.
 
@@ -58,6 +62,7 @@ def interrupted(arguments, moment):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_as_from_a_terminal,
     ) as process:
         before = []
         for line in process.stderr:
