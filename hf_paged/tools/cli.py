@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from typing_extensions import override
@@ -19,7 +19,6 @@ COMMANDS = {
     "env": "print versions, devices, and which tricks are on",
 }
 INTERRUPTED = 128 + 2  # what shells make of SIGINT
-Run = Callable[[argparse.Namespace], None]
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = make_parser(arguments)
         parser.parse_args(arguments, namespace)
         namespace.command = " ".join([parser.prog, *arguments])
-        run: Run = namespace.run
-        run(namespace)
+        namespace.run(namespace)
     except KeyboardInterrupt:
         _say("Interrupted." + getattr(namespace, "kept", ""))
         return INTERRUPTED
