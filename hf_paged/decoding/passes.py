@@ -20,6 +20,11 @@ from hf_paged.decoding.surplus import sequences_of
 logger = logging.getLogger(__name__)
 
 
+def shows_passes(config: Any) -> bool:
+    """Whether `generate()` returns what each of its passes gives, and so must make them all as it does."""
+    return bool(config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states))
+
+
 class Passes:
     """The forward passes of one `generate()`, each made as `generate()` makes it.
 
@@ -56,10 +61,8 @@ class Passes:
 
     def first(self, input_ids: Tensor) -> Any:
         """Compute the prompt; return what the model returns."""
-        config = self._config
         prefill = getattr(self.cache, "_prefill_prepared", None)
-        shows_passes = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
-        if prefill is not None and not shows_passes:
+        if prefill is not None and not shows_passes(self._config):
             prefill(self._model, input_ids, self._inputs)
         is_first = not self._config.is_assistant
         outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)

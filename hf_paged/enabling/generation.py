@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from hf_paged._transformers import cache_in, is_synced
 from hf_paged.cache.paged import PagedCache
+from hf_paged.decoding.passes import shows_passes
 from hf_paged.decoding.sample import sample
 from hf_paged.decoding.surplus import sequences_of
 from hf_paged.enabling.state import STATES, releasing
@@ -95,9 +96,7 @@ class _Generating(_Context):
 
 def _prefill(model: Any, kv_cache: Any, input_ids: Tensor, generation_config: Any, inputs: dict[str, Any]) -> None:
     """Compute a prompt packed where that pays, unless what each pass gives is to be shown."""
-    config = generation_config
-    shows_passes = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
-    if isinstance(kv_cache, PagedCache) and not shows_passes:
+    if isinstance(kv_cache, PagedCache) and not shows_passes(generation_config):
         kv_cache._prefill_prepared(model, input_ids, inputs, packs=True)
 
 

@@ -23,7 +23,7 @@ def is_continued(rows: Rows, ids: Counts, mask: BoolMatrix | None, *, may_hide: 
     count = rows.columns.count
     if ids.shape[1] <= count:
         return False
-    cached = _real(rows.columns, rows.count)
+    cached = real_columns(rows.columns, rows.count)
     given = np.broadcast_to(cached, (len(ids), count)) if mask is None else mask[:, :count]
     if rows.columns.released is not None and (mask is None or mask[rows.columns.released].any()):
         return False
@@ -40,7 +40,7 @@ def common_lengths(rows: Rows, ids: Counts, mask: BoolMatrix | None) -> Counts:
         ids: `(num_rows, num_columns)`; as many rows as there are, or any number where there is one.
         mask: like `ids`, True for tokens; None without padding.
     """
-    known, held = _known(rows), first_run(_real(rows.columns, rows.count))
+    known, held = _known(rows), first_run(real_columns(rows.columns, rows.count))
     given = np.ones(ids.shape, dtype=bool) if mask is None else first_run(mask)
     lengths = np.zeros(len(ids), dtype=np.int64)
     for row in range(len(ids)):
@@ -88,5 +88,6 @@ def _known(rows: Rows) -> Counts:
     return ids
 
 
-def _real(columns: Columns, num_rows: int) -> BoolMatrix:
+def real_columns(columns: Columns, num_rows: int) -> BoolMatrix:
+    """`(num_rows, count)` which columns are tokens, also where all are."""
     return np.ones((num_rows, columns.count), dtype=bool) if columns.real is None else columns.real

@@ -2,11 +2,10 @@
 
 from collections.abc import Hashable, Sequence
 
-import numpy as np
 from torch import Tensor
 
-from hf_paged.batch.padding import BoolMatrix, Columns, Counts
-from hf_paged.batch.prompt.common_prefix import first_run
+from hf_paged.batch.padding import Columns, Counts
+from hf_paged.batch.prompt.common_prefix import first_run, real_columns
 from hf_paged.batch.rows import Rows
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
@@ -38,7 +37,7 @@ class RowPrefixes:
         has_windows = any(group.window is not None for group in pool.groups)
         self._origin = origin
         self._page_bytes = index.page_size * TOKEN_BYTES
-        real = _real(columns, len(ids))
+        real = real_columns(columns, len(ids))
         self._rows = [
             row_ids[chosen].astype("<i4").tobytes()
             for row_ids, chosen in zip(ids, first_run(real) if has_windows else real, strict=True)
@@ -124,7 +123,3 @@ def let_be_found(rows: Rows, ids: Tensor) -> None:
 def _let_go(prefix: Prefix, tables: Sequence[BlockTable]) -> None:
     for table, pages in zip(tables, prefix.pages, strict=True):
         table.group.allocator.release(pages)
-
-
-def _real(columns: Columns, num_rows: int) -> BoolMatrix:
-    return np.ones((num_rows, columns.count), dtype=bool) if columns.real is None else columns.real
