@@ -34,6 +34,7 @@ class PackedPrompt:
 
     Attributes:
         sequences: the fork. The model is given a cache over it.
+        stand_ins: `(num_rows,)` for each row of the cache, which row of the fork stands for it.
 
     Raises:
         NotPackable: if the mask hides tokens that are cached.
@@ -56,7 +57,7 @@ class PackedPrompt:
         self._max_tokens = max_tokens
         self._packing: Packing
         self._next_columns: Columns
-        self._followed: Counts  # for each row of the cache, which row of the fork stands for it
+        self.stand_ins: Counts
         self._tokens: Counts  # of the fork
         self._is_new: BoolMatrix
         self._prefixes: RowPrefixes | None = None
@@ -140,7 +141,7 @@ class PackedPrompt:
         self._settle()
         rows = self.sequences.rows
         for table in rows.tables:
-            table.select(self._followed.tolist())
+            table.select(self.stand_ins.tolist())
         rows.columns = self._next_columns
         rows.origin = self._origin
         self.sequences.drop_past()
@@ -183,7 +184,7 @@ class PackedPrompt:
         self._next_columns = columns.extended(new, num_rows, num_new)
         is_new = np.ones((num_rows, num_new), dtype=bool) if new is None else new
         tokens = np.where(is_new, ids[:, num_cached:], 0)
-        originals, self._followed = np.unique(equal_rows(rows.tables, tokens, new), return_inverse=True)
+        originals, self.stand_ins = np.unique(equal_rows(rows.tables, tokens, new), return_inverse=True)
         self._originals: list[int] = originals.tolist()
         for table in rows.tables:
             table.select(self._originals)
