@@ -240,12 +240,7 @@ class Rows:
             if window is not None and self.columns.count >= window:
                 first = np.array([self.columns.count + 1 - window])
                 starts = self.columns.num_tokens_before(first, self.count)[:, 0]
-                if (
-                    self.pool.prefix_index is not None
-                ):  # what is seen from behind the last full page will be looked for
-                    page_size = self.pool.page_size
-                    starts = np.minimum(starts, np.maximum(0, table.lengths // page_size * page_size + 1 - window))
-                table.drop(starts)
+                table.drop(table.group.first_kept(starts, table.lengths))
 
     @property
     def are_out(self) -> bool:

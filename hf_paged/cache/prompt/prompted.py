@@ -90,7 +90,7 @@ class Prompted(RowOperations):
         self._model = ref(model)
 
     def _prefill_prepared(
-        self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], *, packs: bool = False
+        self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], *, packs: bool
     ) -> None:
         """Compute a prompt within a loop that `generate()` calls, as far as the prefix index, or packing, helps."""
         prefill_prepared(model, self._sequences, input_ids, inputs, packs=packs)
