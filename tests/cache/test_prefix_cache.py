@@ -365,9 +365,7 @@ def test_a_prompt_is_found_while_its_answer_is_being_made(model):
             num_hits.append(pool.stats().num_hit_tokens)
         return scores
 
-    tokens = go_on(
-        model, PagedCache(pool=pool), ids, custom_generate=hf_paged.sample, logits_processor=[ask_again]
-    )
+    tokens = go_on(model, PagedCache(pool=pool), ids, custom_generate=hf_paged.sample, logits_processor=[ask_again])
     assert num_hits == [48]
     assert torch.equal(tokens, expected(model, ids))
 
