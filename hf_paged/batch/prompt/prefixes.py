@@ -130,7 +130,7 @@ def let_be_found(rows: Rows, ids: Tensor, only: Iterable[int] | None = None) -> 
 
 
 def let_finished_be_found(rows: Rows, only: Sequence[int]) -> None:
-    """Let the full pages of rows be found that are about to be released, if there is an index and they are findable."""
+    """Let the full pages of rows be found that are about to be released, where that may be."""
     if rows.pool.prefix_index is None or not rows.columns.count or not is_findable(rows):
         return
     known = rows.known_ids.known
