@@ -15,8 +15,8 @@ from hf_paged._torch.inductor import hindrance
 from hf_paged._transformers import CACHE, cache_in
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
-from hf_paged.cache.stopping import ReleaseFinished
 from hf_paged.compile.api import compiled
+from hf_paged.decoding.stopping import ReleaseFinished
 from hf_paged.pages.pool import PagePool
 
 _COMPILE_SECONDS = 30.0
