@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_paged"
 ROOMS = (
     "tools",
     "enabling",
-    "cache",
     "decoding",
+    "cache",
     "compile",
     "attention",
     "batch",

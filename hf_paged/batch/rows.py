@@ -360,10 +360,10 @@ class Rows:
         self.is_plain = all(part.is_plain for part in parts)
 
     def drop_padding(self) -> None:
-        """Leave out the columns at the beginning in which no row has a token."""
+        """Leave out the columns at the beginning in which no row has a token, but keep one column at least."""
         real = self.columns.real
         if real is not None:
-            count = int((~np.logical_or.accumulate(real.any(axis=0))).sum())
+            count = int((~np.logical_or.accumulate(real[:, :-1].any(axis=0))).sum())
             self.columns = self.columns.without_first(count)
             self.known_ids.without_first(count)
 

@@ -66,10 +66,13 @@ class Passes:
             prefill(self._model, input_ids, self._inputs, packs=packs)
         is_first = not self._config.is_assistant
         outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)
-        self._sequences = sequences_of(cache_in(outputs))
+        self._follow(cache_in(outputs), input_ids.shape[1])
         self._let_be_found(input_ids)
-        self._mask = None if self._sequences is None else self._known_mask(input_ids.shape[1])
         return outputs
+
+    def go_on(self, num_columns: int) -> None:
+        """Begin with a cache that has all of `num_columns` columns but the last; `next` computes that one."""
+        self._follow(self.cache, num_columns)
 
     def update(self, outputs: Any) -> None:
         """Bring the inputs up to date, once the outputs of a pass are known to be wanted."""
@@ -102,6 +105,10 @@ class Passes:
             self._sequences.apply_edits()
             if is_findable(self._sequences.rows):
                 let_be_found(self._sequences.rows, input_ids)
+
+    def _follow(self, cache: Any, num_columns: int) -> None:
+        self._sequences = sequences_of(cache)
+        self._mask = None if self._sequences is None else self._known_mask(num_columns)
 
     def _prepare(self, input_ids: Tensor) -> dict[str, Any]:
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(

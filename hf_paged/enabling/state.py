@@ -15,10 +15,10 @@ from hf_paged._torch.inductor import hindrance
 from hf_paged._transformers import CACHE, arguments_of_generate, cache_in, is_synced
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
-from hf_paged.cache.stopping import ReleaseFinished
 from hf_paged.compile.api import compiled
 from hf_paged.decoding.passes import shows_passes
 from hf_paged.decoding.sample import sample
+from hf_paged.decoding.stopping import ReleaseFinished
 from hf_paged.pages.pool import PagePool
 
 _COMPILE_SECONDS = 30.0
