@@ -19,6 +19,8 @@ from hf_paged.errors import OutOfPagesError, UnclearPassError
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.pages.tiers.store import PrefixStore
+from hf_paged.scoring.choices import score_choices
+from hf_paged.scoring.packed_choices import Score
 
 __version__ = "0.2.0"
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "PagedEncoderDecoderCache",
     "PrefixStore",
     "ReleaseFinished",
+    "Score",
     "UnclearPassError",
     "compiled",
     "disable",
@@ -37,6 +40,7 @@ __all__ = [
     "gather_weights",
     "generate_many",
     "sample",
+    "score_choices",
     "support",
 ]
 

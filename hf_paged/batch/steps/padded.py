@@ -54,7 +54,8 @@ class PaddedStep(Step):
             self.kv_stop = starts + new.cumsum(axis=1)
         self.placements = [Placement(table, None if keeps_all else self._unread(table)) for table in tables]
         self.originals: Originals | None = None
-        self._possible_duplicates = possible_duplicates(tables, num_new, new)
+        # With a single one rows are not compared: beams go apart there.
+        self._possible_duplicates = None if num_new == 1 else possible_duplicates(tables, new)
         self._is_reserved = False
         if self._possible_duplicates is None:
             self._reserve()

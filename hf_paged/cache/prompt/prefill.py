@@ -130,7 +130,7 @@ def prefill(
 
     given: Any = model
     generate = partial(given.generate, input_ids, attention_mask=attention_mask)
-    settings = _settings(model, num_columns)
+    settings = first_pass_settings(model, num_columns)
     try:
         generate(generation_config=settings, custom_generate=compute, **{CACHE: filled}, **given_inputs)
         if not was_called:
@@ -338,7 +338,7 @@ def _say_missed(name: str, reason: str) -> None:
     logger.warning("The prompt of %s is computed at once and padded, as generate() does: %s.", name, reason)
 
 
-def _settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
+def first_pass_settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
     """The settings of the model, but for what is asked of `generate()` beside its first pass."""
     settings: Any = copy.deepcopy(model.generation_config)
     if settings.max_new_tokens is None:
