@@ -9,10 +9,11 @@ from hf_paged._torch.tricks import check_switches
 from hf_paged.attention.interface import register
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
-from hf_paged.cache.stopping import ReleaseFinished
 from hf_paged.compile.api import compiled
 from hf_paged.compile.weights import gather_weights
+from hf_paged.decoding.many.answers import generate_many
 from hf_paged.decoding.sample import sample
+from hf_paged.decoding.stopping import ReleaseFinished
 from hf_paged.enabling.api import disable, enable, explain
 from hf_paged.errors import OutOfPagesError, UnclearPassError
 from hf_paged.pages.pool import PagePool
@@ -37,6 +38,7 @@ __all__ = [
     "enable",
     "explain",
     "gather_weights",
+    "generate_many",
     "sample",
     "score_choices",
     "support",

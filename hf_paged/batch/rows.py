@@ -240,12 +240,7 @@ class Rows:
             if window is not None and self.columns.count >= window:
                 first = np.array([self.columns.count + 1 - window])
                 starts = self.columns.num_tokens_before(first, self.count)[:, 0]
-                if (
-                    self.pool.prefix_index is not None
-                ):  # what is seen from behind the last full page will be looked for
-                    page_size = self.pool.page_size
-                    starts = np.minimum(starts, np.maximum(0, table.lengths // page_size * page_size + 1 - window))
-                table.drop(starts)
+                table.drop(table.group.first_kept(starts, table.lengths))
 
     @property
     def are_out(self) -> bool:
@@ -365,10 +360,10 @@ class Rows:
         self.is_plain = all(part.is_plain for part in parts)
 
     def drop_padding(self) -> None:
-        """Leave out the columns at the beginning in which no row has a token."""
+        """Leave out the columns at the beginning in which no row has a token, but keep one column at least."""
         real = self.columns.real
         if real is not None:
-            count = int((~np.logical_or.accumulate(real.any(axis=0))).sum())
+            count = int((~np.logical_or.accumulate(real[:, :-1].any(axis=0))).sum())
             self.columns = self.columns.without_first(count)
             self.known_ids.without_first(count)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from hf_paged.batch.prompt.prefixes import let_finished_be_found
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.joining import join, take_apart
 
@@ -88,7 +89,8 @@ class RowOperations(Cache):
         """Give back the pages of rows that are finished, at once.
 
         The rows stay in the batch and `generate()` may go on filling them up, but they store nothing and attend to
-        nothing any more; what the model computes for them means nothing. The other rows are not affected.
+        nothing any more; what the model computes for them means nothing. The other rows are not affected. Where the
+        pool has a prefix index that may have these rows, their full pages stay cached, to be found.
 
         Args:
             rows: their indices, or a bool mask over all rows.
@@ -96,7 +98,10 @@ class RowOperations(Cache):
         Raises:
             ValueError: if a row does not exist, or the mask has another length; nothing has changed.
         """
-        self._sequences.release(self._indices(rows))
+        self._sequences.end_step()
+        indices = self._sequences.rows.existing(self._indices(rows))
+        let_finished_be_found(self._sequences.rows, indices)
+        self._sequences.release(indices)
 
     def activate_past_recording(self) -> None:
         """Keep what leaves a sliding window until the next `crop`, so that `crop` can be exact.

@@ -102,6 +102,26 @@ class PackedPrompt:
         self._reserve()
         return True
 
+    def end_where_found(self) -> int | None:
+        """Let the prompt of a single row end with what is found of it, if a chunk is enough for the rest.
+
+        Whoever wants scores of the last column, too, then computes both in one pass.
+
+        Returns:
+            Columns that the prompt has now; None if it is to be computed in waves, as there are several rows, or
+            padding, or more than a chunk is left, or pages are still on their way when a pass begins.
+        """
+        is_simple = len(self.stand_ins) == 1 and self._next_columns.real is None and self._has_all_columns
+        if not is_simple or self._prefixes is None or self._arrivals is not None:
+            return None
+        self._prefixes.adopt(self.sequences.rows.tables, [0])
+        num_found = int(self.sequences.rows.lengths[0])
+        if self._is_new.shape[1] - num_found > self._max_tokens:
+            return None
+        self._next_columns = self._next_columns.truncated(num_found)
+        self._is_new[:] = False
+        return num_found
+
     def begin(self, first: int, num_queries: int) -> Chunk:
         """Begin the pass over the next tokens.
 

@@ -136,11 +136,12 @@ class PaddedStep(Step):
         return by_token
 
     def _unread(self, table: BlockTable) -> Counts | None:
-        """`(num_rows,)` new tokens at the beginning of each row that nobody reads from pages; None: none."""
+        """`(num_rows,)` new tokens at the beginning of each row that nobody looks for in pages; None: none."""
         window, count = table.group.window, self.next_columns.count
         if self.view is not View.NEW or window is None or count < window:
             return None
-        return self.next_columns.num_tokens_before(np.array([count + 1 - window]), self.num_rows)[:, 0]
+        first = self.next_columns.num_tokens_before(np.array([count + 1 - window]), self.num_rows)[:, 0]
+        return table.group.first_kept(first, self.counts)
 
     def _reserve(self) -> None:
         for done, placement in enumerate(self.placements):
