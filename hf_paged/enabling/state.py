@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from hf_paged._torch.inductor import hindrance
-from hf_paged._transformers import CACHE, cache_in
+from hf_paged._transformers import CACHE, cache_in, compile_obstacle
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.stopping import ReleaseFinished
@@ -126,6 +126,9 @@ class State:
             return "since accelerate moves tensors between its layers"
         if model.config.is_encoder_decoder:
             return "since it has an encoder"
+        reason = compile_obstacle(model.config)
+        if reason is not None:
+            return f"since it {reason}"
         reason = hindrance(model.device)
         if reason is not None or model.device.type != "cpu":
             return reason
