@@ -2,6 +2,7 @@
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from hf_paged._torch.opaque import Opaque, opaque
@@ -102,6 +103,32 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
             elif self.visible is not None:
                 check_tokens_kept(table, self.visible)
         return self.ranges
+
+    def bias_by_token(self, bias: Tensor, table: BlockTable) -> Tensor:
+        """Turn a position bias over columns into one over the tokens of each row.
+
+        Args:
+            bias: `(num_rows, num_heads, num_queries, num_columns)`, or of one row for all; of the columns that layers
+                of this group see.
+            table: the rows, in the layers' group.
+
+        Returns:
+            `(num_rows, num_heads, num_queries, max_tokens)`, with `max_tokens` rounded up to whole pages.
+
+        Raises:
+            ValueError: if it is over something else, as where a model makes it of the size of the storage.
+        """
+        num_rows, _, num_queries, num_columns = self.shape
+        first = self.step.first_column(table.group.window)
+        if bias.shape[0] not in (1, num_rows) or bias.shape[2:] != (num_queries, num_columns - first):
+            raise ValueError(
+                f"A position_bias of shape {tuple(bias.shape)} was given for {num_rows} rows, {num_queries} new and "
+                f'{num_columns - first} visible columns. Load the model with attn_implementation="eager" or "sdpa"; '
+                "PagedCache works with both."
+            )
+        columns = torch.from_numpy(self.step.columns_of_tokens() - first).clamp_(0, num_columns - first - 1)
+        index = columns.to(bias.device)[:, None, None].expand(-1, *bias.shape[1:3], -1)
+        return bias.expand(num_rows, -1, -1, -1).gather(3, index)
 
     @overload
     def device_lists(self, table: BlockTable, layout: Layout, num_slots: int) -> BlockLists: ...

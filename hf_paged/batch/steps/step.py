@@ -189,6 +189,20 @@ class Step(ABC):
             ValueError: if there is no such mask.
         """
 
+    def first_column(self, window: int | None) -> int:
+        """The first column that a query of this pass sees through a window; None: all before it."""
+        return 0 if window is None else max(0, self.columns.count + 1 - window)
+
+    @abstractmethod
+    def columns_of_tokens(self) -> Counts:
+        """Say which column each token of a row stands in, `(num_rows, max_tokens)`, any where it has no such token.
+
+        `max_tokens` is rounded up to whole pages.
+
+        Raises:
+            ValueError: if there are no columns.
+        """
+
     def write(self, group: int, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
         """Store the new tokens of a layer, leaving out padding.
 
