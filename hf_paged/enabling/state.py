@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from hf_paged._torch.inductor import hindrance
-from hf_paged._transformers import CACHE, cache_in
+from hf_paged._transformers import CACHE, cache_in, recurrent_layer
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.stopping import ReleaseFinished
@@ -90,7 +90,7 @@ class State:
                     model,
                     page_size=self._size(model),
                     memory_fraction=self._memory_fraction,
-                    prefix_cache=self._prefix_cache,
+                    prefix_cache=self._prefix_cache and recurrent_layer(model.config) is None,
                 )
         return PagedCache(pool=self.pool)
 
@@ -126,6 +126,8 @@ class State:
             return "since accelerate moves tensors between its layers"
         if model.config.is_encoder_decoder:
             return "since it has an encoder"
+        if (layer := recurrent_layer(model.config)) is not None:
+            return f"since {layer}"
         reason = hindrance(model.device)
         if reason is not None or model.device.type != "cpu":
             return reason
