@@ -1,5 +1,6 @@
 """The pages of all layers, which several caches may share."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -102,8 +103,8 @@ class PagePool:
         """Index of the group of each layer that stores keys and values."""
         self.has_states = any(spec.num_states for spec in self.layers)
         """Whether some layers are recurrent, whose states are in no page."""
-        self.states: WeakSet[HoldsStates] = WeakSet()
-        """What holds the states of recurrent layers, for each cache."""
+        self._states: WeakSet[HoldsStates] = WeakSet()
+        self._states_lock = threading.Lock()
         self.prefix_index = None
         if prefix_cache:
             if self.has_states:
@@ -239,7 +240,9 @@ class PagePool:
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes of every cache on this pool."""
         swapped_bytes = 0 if self.host is None else self.host.set_aside_bytes
-        stats = self.account([group.holders() for group in self.groups], list(self.states), swapped_bytes)
+        with self._states_lock:
+            states = list(self._states)
+        stats = self.account([group.holders() for group in self.groups], states, swapped_bytes)
         tiers = None if self.prefix_index is None else self.prefix_index.tiers
         if tiers is None:
             return stats
@@ -250,6 +253,11 @@ class PagePool:
             num_demoted_pages=tiers.num_demoted_pages,
             num_promoted_pages=tiers.num_promoted_pages,
         )
+
+    def count_in(self, states: HoldsStates) -> None:
+        """Account for the states of recurrent layers, too, as long as somebody has them."""
+        with self._states_lock:
+            self._states.add(states)
 
     def account(
         self, holders: Sequence[Sequence[PageHolder]], states: Sequence[HoldsStates] = (), swapped_bytes: int = 0

@@ -480,3 +480,67 @@ def test_sample_and_an_enabled_model_give_the_same_tokens(name):
     assert "hf_paged.sample" in told
     assert "compiled: no" in told
     assert "prefixes: none are looked for, since layer" in told
+
+
+def test_a_recurrent_layer_that_is_passed_over_holds_nothing(monkeypatch):
+    model = model_of(CHOSEN[0])
+    cache = PagedCache.from_model(model, page_size=16)
+    layer = model.get_decoder().layers[0]
+
+    def pass_over():
+        monkeypatch.setattr(layer, "forward", lambda hidden_states, **kwargs: hidden_states)
+
+    pass_over()
+    for new in (17, 1):
+        logits_of(model, cache, words(2, new))
+    assert cache.lengths == [18, 18]
+    assert cache.stats().state_bytes == 0
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="Layer 0 was given new tokens, but it holds none"):
+        logits_of(model, cache, words(2, 1))
+    cache.reset()
+    logits_of(model, cache, words(2, 17))
+    before = states_of(cache)
+    pass_over()
+    logits_of(model, cache, words(2, 1))
+    with pytest.raises(UnclearPassError, match="left out the states of some layers"):
+        logits_of(model, cache, words(2, 1))
+    cache.roll_back()
+    assert cache.lengths == [17, 17]
+    assert are_equal(states_of(cache), before)
+
+
+def test_what_goes_around_torch_counts_as_a_change():
+    model = model_of(CHOSEN[3])
+    ids = words(1, 17)
+    cache = PagedCache.from_model(model, page_size=16)
+    logits_of(model, cache, ids)
+    cache.get_seq_length()
+    states = cache._sequences.rows.states
+    logits_of(model, cache, words(1, 1))
+    for state in states._versions:  # as kernels do that count no version
+        states._versions[state] = states._tensor(state, states[state.layer])._version
+    assert cache.get_seq_length() == 18
+
+
+def test_states_of_inference_mode_are_gone_on_from_without_it():
+    model = model_of(CHOSEN[1])
+    ids = words(2, 17)
+    cache = PagedCache.from_model(model, page_size=16)
+    with torch.inference_mode():
+        logits_of(model, cache, ids)
+    found = tokens_of(model, cache, again := torch.cat([ids, words(2, 1, seed=1)], dim=1))
+    assert torch.equal(found, plain_tokens(CHOSEN[1], again))
+
+
+def test_looking_at_a_state_between_two_passes_changes_nothing():
+    model = model_of(CHOSEN[3])
+    cache = PagedCache.from_model(model, page_size=16)
+    ids = words(2, 17)
+    logits_of(model, cache, ids)
+    assert cache.get_recurrent_state(2) is not None
+    assert cache.has_previous_state()
+    found = tokens_of(model, cache, again := torch.cat([ids, words(2, 1, seed=1)], dim=1))
+    assert torch.equal(found, plain_tokens(CHOSEN[3], again))
+    with pytest.raises(ValueError, match="non linear attention layer"):
+        cache.get_conv_state(1)

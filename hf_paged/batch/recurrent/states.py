@@ -53,7 +53,7 @@ class States:
         self._versions: dict[State, int] = {}  # of the states that were asked for, when they were
         self.last = -1
         if self._layers:
-            pool.states.add(self)
+            pool.count_in(self)
 
     def __getitem__(self, layer: int) -> LayerStates:
         return self._layers[layer]
