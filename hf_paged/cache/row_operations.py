@@ -43,7 +43,7 @@ class RowOperations(Cache):
         Raises:
             TypeError: for what is no whole number; nothing has changed.
             ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
-                have left a sliding window; nothing has changed.
+                have left a sliding window, or which a recurrent layer can't forget; nothing has changed.
         """
         self._sequences.end_step()
         held, tokens_to_remove = self._sequences.rows.columns.count, index(tokens_to_remove)
@@ -90,7 +90,8 @@ class RowOperations(Cache):
 
         The rows stay in the batch and `generate()` may go on filling them up, but they store nothing and attend to
         nothing any more; what the model computes for them means nothing. The other rows are not affected. Where the
-        pool has a prefix index that may have these rows, their full pages stay cached, to be found.
+        pool has a prefix index that may have these rows, their full pages stay cached, to be found. States of recurrent
+        layers have a place for them until they are left out by `batch_select_indices`.
 
         Args:
             rows: their indices, or a bool mask over all rows.
@@ -104,7 +105,7 @@ class RowOperations(Cache):
         self._sequences.release(indices)
 
     def activate_past_recording(self) -> None:
-        """Keep what leaves a sliding window until the next `crop`, so that `crop` can be exact.
+        """Keep what leaves a sliding window, or a convolution, until the next `crop`, so that `crop` can be exact.
 
         Assisted decoding calls this by itself.
         """
@@ -140,6 +141,7 @@ class RowOperations(Cache):
 
         The next use brings it back, into other pages; `lengths`, `stats()` and `reset()` do without it. Pages that
         forks hold too are copied, and stay theirs. The memory of a pool that grows is given back by `pool.trim()`.
+        States of recurrent layers are in no page, and stay where they are.
 
         Raises:
             OutOfPagesError: if the `host_bytes` of the pool have too little room; nothing has changed.

@@ -110,8 +110,8 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         A context, which gives the model.
 
     Raises:
-        ValueError: if the model is in training mode, can't be compiled as one graph, or changes its keys between cache
-            and attention.
+        ValueError: if the model is in training mode, has recurrent layers, can't be compiled as one graph, or changes
+            its keys between cache and attention.
     """
     return _Context(_compiled(model))
 
