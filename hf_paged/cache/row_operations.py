@@ -90,8 +90,8 @@ class RowOperations(Cache):
 
         The rows stay in the batch and `generate()` may go on filling them up, but they store nothing and attend to
         nothing any more; what the model computes for them means nothing. The other rows are not affected. Where the
-        pool has a prefix index that may have these rows, their full pages stay cached, to be found. States of recurrent
-        layers have a place for them until they are left out by `batch_select_indices`.
+        pool has a prefix index that may have these rows, their full pages stay cached, to be found. States of
+        recurrent layers have a place for them until they are left out by `batch_select_indices`.
 
         Args:
             rows: their indices, or a bool mask over all rows.
