@@ -126,6 +126,7 @@ class Sequences:
 
     def begin(self, step: Step, num_layers: int | None = None) -> None:
         """Begin a step whose pages are reserved, of a model that has so many layers; None: as many as ever."""
+        self._is_reserved_by_mask |= step.has_own_mask
         is_first = self.rows.are_empty
         if is_first:
             self.rows.absent = frozenset()
@@ -392,8 +393,7 @@ class Sequences:
         self.clear()
         self.rows = other.rows.fork()
         self._records_past = other._records_past
-        self.progress.num_layers = other.progress.num_layers
-        self.salt = other.salt
+        self.progress.num_layers, self.salt = other.progress.num_layers, other.salt
 
     def exchange(self, other: "Sequences") -> None:
         """Hold what `other` holds, and let it hold what this does."""
