@@ -13,6 +13,8 @@ from hf_paged.cache.stopping import ReleaseFinished
 from hf_paged.compile.api import compiled
 from hf_paged.compile.weights import gather_weights
 from hf_paged.decoding.sample import sample
+from hf_paged.decoding.speculate.assistant import assisted
+from hf_paged.decoding.speculate.lookup import prompt_lookup
 from hf_paged.enabling.api import disable, enable, explain
 from hf_paged.errors import OutOfPagesError, UnclearPassError
 from hf_paged.pages.pool import PagePool
@@ -29,11 +31,13 @@ __all__ = [
     "PrefixStore",
     "ReleaseFinished",
     "UnclearPassError",
+    "assisted",
     "compiled",
     "disable",
     "enable",
     "explain",
     "gather_weights",
+    "prompt_lookup",
     "sample",
     "support",
 ]
