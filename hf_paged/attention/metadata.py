@@ -28,10 +28,11 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         step: the forward pass.
         by_column: without `View.PAGES`, `(num_rows, 1, num_queries, num_columns)`, the mask as `sdpa` wants it; None:
             causal.
-        window: with `View.PAGES`, tokens that a query sees, itself included; None: all before it.
+        window: tokens that a query sees, itself included; None: all before it.
         visible: with `View.PAGES`, `(num_rows, num_new, max_tokens)` bool, what each query sees of its row instead;
             None: as above.
         queries: which of the new columns ask.
+        is_by_range: whether they see all before them, or those in `window`; False: as the mask says.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         window: int | None = None,
         visible: BoolMatrix | None = None,
         queries: slice = slice(None),
+        is_by_range: bool = True,
     ) -> None:
         self.sequences = sequences
         self.step = step
@@ -50,11 +52,11 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         self.by_column = by_column
         self.window = window
         self.visible = visible
+        self.is_by_range = is_by_range
         self._queries = queries
         self.shape = step.num_rows, 1, len(range(step.num_new)[queries]), step.next_columns.count
         """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
-        is_by_range = step.view is View.PAGES and visible is None
-        self.ranges = step.kv_ranges(window, queries) if is_by_range else None
+        self.ranges = step.kv_ranges(window, queries) if is_by_range and step.view is View.PAGES else None
         """What each query sees of its row; None without `View.PAGES`, or where `visible` says it."""
         self.attentions: dict[tuple[object, ...], Attention] = {}
         """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
@@ -84,6 +86,7 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
             window=self.window,
             visible=self.visible,
             queries=slice(chosen.start, chosen.stop, chosen.step),
+            is_by_range=self.is_by_range,
         )
 
     def read(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

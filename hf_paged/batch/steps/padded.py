@@ -22,6 +22,7 @@ class PaddedStep(Step):
         past_is_visible: whether every cached token may be seen.
         reads_pages: whether attention is to read pages, if any are filled.
         keeps_all: whether tokens that have left a window are stored, too.
+        next_columns: the padded view after this step; None where the new columns follow those before.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class PaddedStep(Step):
         past_is_visible: bool,
         reads_pages: bool,
         keeps_all: bool,
+        next_columns: Columns | None = None,
     ) -> None:
         num_rows = tables[0].num_rows
         super().__init__(
             View.NEW if columns.count == 0 else View.PAGES if reads_pages else View.DENSE,
             columns,
-            columns.extended(new, num_rows, num_new),
+            next_columns or columns.extended(new, num_rows, num_new),
             (num_rows, num_new),
             past_is_visible,
         )
