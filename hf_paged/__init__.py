@@ -13,6 +13,8 @@ from hf_paged.compile.api import compiled
 from hf_paged.compile.weights import gather_weights
 from hf_paged.decoding.many.answers import generate_many
 from hf_paged.decoding.sample import sample
+from hf_paged.decoding.speculate.assistant import assisted
+from hf_paged.decoding.speculate.lookup import prompt_lookup
 from hf_paged.decoding.stopping import ReleaseFinished
 from hf_paged.enabling.api import disable, enable, explain
 from hf_paged.errors import OutOfPagesError, UnclearPassError
@@ -33,12 +35,14 @@ __all__ = [
     "ReleaseFinished",
     "Score",
     "UnclearPassError",
+    "assisted",
     "compiled",
     "disable",
     "enable",
     "explain",
     "gather_weights",
     "generate_many",
+    "prompt_lookup",
     "sample",
     "score_choices",
     "support",

@@ -25,7 +25,10 @@ _LISTS_SHARED_LAYERS = "dummy" in DYNAMIC_LAYER_TYPE_MAPPING
 """Whether caches have layers for those of a model that read the keys of others; those of 5.21 end before these."""
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
-_STORING = ("full_attention", *_WINDOWED)
+_HYBRID = ("hybrid", "hybrid_sliding")
+_RECURRENT = ("linear_attention", "conv", *_HYBRID)
+_STORING = ("full_attention", *_WINDOWED, *_HYBRID)
+_EMPTY = ("dummy", "moe", "mlp")
 
 _WINDOWED_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
@@ -37,15 +40,17 @@ class LayerSpec:
     Attributes:
         kind: the layer type as Transformers names it, or `"dummy"` for a layer that stores nothing of its own.
         window: tokens that a query sees, itself included; None without a bound.
+        num_states: states of each kind that it may keep for a row, beside keys and values or instead of them.
     """
 
     kind: str
     window: int | None = None
+    num_states: int = 0
 
     @property
     def stores(self) -> bool:
         """Whether the layer stores keys and values."""
-        return self.kind != "dummy"
+        return self.kind in _STORING
 
 
 def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
@@ -68,16 +73,28 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
             f"{config.model_type!r} model keep those of its images instead. Use Transformers' "
             "DynamicCache(config=model.config)."
         )
+    has_keys = any(kind in _STORING for kind in kinds)
     for index, kind in enumerate(kinds):
-        if kind not in _STORING and kind != "dummy":
+        if kind not in (*_STORING, *_EMPTY) and not (has_keys and kind in _RECURRENT):
             raise ValueError(
                 f"PagedCache stores keys and values, but layer {index} of this {config.model_type!r} model is a "
-                f"{kind!r} layer, which keeps another state. Use Transformers' DynamicCache(config=model.config)."
+                f"{kind!r} layer, which keeps another state{'' if has_keys else ', as all of its layers do'}. Use "
+                "Transformers' DynamicCache(config=model.config)."
             )
     return [
-        LayerSpec(kind, argument.get("sliding_window") if kind in _WINDOWED else None)
+        LayerSpec(
+            kind,
+            argument.get("sliding_window"),
+            argument.get("number_of_states", 1) if kind in _RECURRENT else 0,
+        )
         for kind, argument in zip(kinds, arguments, strict=True)
     ]
+
+
+def recurrent_layer(config: PreTrainedConfig) -> str | None:
+    """Say in words which layer of a decoder keeps a state of each row; None if there is none."""
+    recurrent = ((index, spec.kind) for index, spec in enumerate(layer_specs(config)) if spec.num_states)
+    return next((f"layer {index} is a {kind!r} layer, which keeps a state" for index, kind in recurrent), None)
 
 
 def model_in(given: Any, asker: str) -> PreTrainedModel:
@@ -148,6 +165,19 @@ def num_decoder_layers(config: PreTrainedConfig) -> int | None:
 def num_unlisted_layers(config: PreTrainedConfig) -> int:
     """Layers at the end of a decoder that read the keys of others, where `layer_specs` leaves these out."""
     return 0 if _LISTS_SHARED_LAYERS else getattr(config, "num_kv_shared_layers", None) or 0
+
+
+def has_position_bias(config: PreTrainedConfig) -> bool:
+    """Whether a decoder adds a bias of its own to its scores, as T5 does."""
+    return getattr(_of_decoder(config), "relative_attention_num_buckets", None) is not None
+
+
+def compile_obstacle(config: PreTrainedConfig) -> str | None:
+    """Say what a decoder does that steps over pages can't be compiled with; None if nothing is known."""
+    if has_position_bias(config):
+        return "adds a position bias to its scores"
+    layer = recurrent_layer(config)
+    return None if layer is None else f"has a layer that no graph can follow: {layer}"
 
 
 def least_token_bytes(config: PreTrainedConfig) -> int:

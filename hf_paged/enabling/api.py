@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from hf_paged._transformers import layer_specs, obstacle
+from hf_paged._transformers import layer_specs, obstacle, recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.enabling.generation import enabled_class, original_class
 from hf_paged.enabling.state import STATES, State
@@ -126,6 +126,8 @@ def explain(model: torch.nn.Module) -> str:
         )
         if pool.prefix_index is not None:
             lines.append(f"prefixes: {stats.num_hit_tokens} of {stats.num_looked_up_tokens} tokens were found so far")
+        elif (layer := recurrent_layer(inner.config)) is not None:
+            lines.append(f"prefixes: none are looked for, since {layer}")
     notes = [f"  {name}: {note}" for name, note in state.notes.items()]
     return "\n".join([*lines, "the last generate():", *(notes or ["  there was none yet"])])
 

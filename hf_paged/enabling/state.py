@@ -12,7 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from hf_paged._torch.inductor import hindrance
-from hf_paged._transformers import CACHE, arguments_of_generate, cache_in, is_synced
+from hf_paged._transformers import (
+    CACHE,
+    arguments_of_generate,
+    cache_in,
+    compile_obstacle,
+    is_synced,
+    recurrent_layer,
+)
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
@@ -97,7 +104,7 @@ class State:
                     model,
                     page_size=self._size(model),
                     memory_fraction=self._memory_fraction,
-                    prefix_cache=self._prefix_cache,
+                    prefix_cache=self._prefix_cache and recurrent_layer(model.config) is None,
                 )
         return PagedCache(pool=self.pool)
 
@@ -147,6 +154,9 @@ class State:
             return "since accelerate moves tensors between its layers"
         if model.config.is_encoder_decoder:
             return "since it has an encoder"
+        reason = compile_obstacle(model.config)
+        if reason is not None:
+            return f"since it {reason}"
         reason = hindrance(model.device)
         if reason is not None or model.device.type != "cpu":
             return reason

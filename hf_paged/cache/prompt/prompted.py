@@ -33,8 +33,8 @@ class Prompted(RowOperations):
         fails, nothing has changed. The tokens of all rows follow one another in chunks of `max_tokens`, without any
         padding; equal rows are computed once. That takes a decoder set to `"paged_flex"`, whose rows and columns are
         told apart by causality, positions and padding alone. For all other models (set to `"sdpa"` or `"eager"`, with
-        images, hooks, or adapters for each row, for example) the prompt is computed at once and padded, as
-        `generate()` does, and one log line says why.
+        images, hooks, recurrent layers, or adapters for each row, for example) the prompt is computed at once and
+        padded, as `generate()` does, and one log line says why.
 
         What was an input of the prompt alone, such as `pixel_values`, is to be left out of the `generate()` that
         follows.
@@ -73,7 +73,8 @@ class Prompted(RowOperations):
         `prefill` does it. A row of which a window has dropped what the next token would see is computed anew. If it
         fails, nothing has changed.
 
-        A prompt that can't be computed packed goes on from the first column in which any row has something new.
+        A prompt that can't be computed packed goes on from the first column in which any row has something new; with
+        recurrent layers, whose states can't go back, it is computed anew.
 
         Args:
             model: the one that has computed what is cached.
