@@ -177,7 +177,7 @@ def compile_obstacle(config: PreTrainedConfig) -> str | None:
     if has_position_bias(config):
         return "adds a position bias to its scores"
     layer = recurrent_layer(config)
-    return None if layer is None else f"has a layer that no graph can follow: {layer}"
+    return None if layer is None else f"has recurrent layers ({layer} that no graph can follow)"
 
 
 def least_token_bytes(config: PreTrainedConfig) -> int:
