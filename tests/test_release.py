@@ -63,8 +63,7 @@ def test_the_wheel_works_by_itself(wheel, tmp_path):
 
 def test_the_wheel_has_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    own = {"hf_paged", "hf_paged_command.py"}
-    assert {name.split("/")[0] for name in names} == {*own, f"hf_paged-{__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"hf_paged", f"hf_paged-{__version__}.dist-info"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "hf_paged").rglob("*.py")}
     assert {"hf_paged/py.typed", *modules} <= set(names)
 
