@@ -1,6 +1,6 @@
 """The scenarios: a file each, and a line of this list."""
 
-from hf_paged.tools.bench.scenarios import attention, beam, growing, latency, mixed, prefix
+from hf_paged.tools.bench.scenarios import attention, beam, growing, latency, mixed, prefix, speculate
 from hf_paged.tools.bench.scenarios.inside import ablation, compile, host, profile
 
 SCENARIOS = {
@@ -12,6 +12,7 @@ SCENARIOS = {
         growing.CHAT,
         beam.BEAM,
         prefix.PREFIX,
+        speculate.SPECULATE,
         mixed.PAGE_SIZE,
         profile.PROFILE,
         attention.ATTENTION,
