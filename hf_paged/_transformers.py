@@ -169,6 +169,19 @@ def num_unlisted_layers(config: PreTrainedConfig) -> int:
     return 0 if _LISTS_SHARED_LAYERS else getattr(config, "num_kv_shared_layers", None) or 0
 
 
+def has_position_bias(config: PreTrainedConfig) -> bool:
+    """Whether a decoder adds a bias of its own to its scores, as T5 does."""
+    return getattr(_of_decoder(config), "relative_attention_num_buckets", None) is not None
+
+
+def compile_obstacle(config: PreTrainedConfig) -> str | None:
+    """Say what a decoder does that steps over pages can't be compiled with; None if nothing is known."""
+    if has_position_bias(config):
+        return "adds a position bias to its scores"
+    layer = recurrent_layer(config)
+    return None if layer is None else f"has a layer that no graph can follow: {layer}"
+
+
 def least_token_bytes(config: PreTrainedConfig) -> int:
     """Bytes of one token's keys and values in a layer, in 16 bits, as the configuration has it in its usual words.
 

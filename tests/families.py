@@ -247,9 +247,14 @@ FAMILIES = [
         "encoder; position bias",
         {"d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3}
         | {"initializer_factor": 3.0, "decoder_start_token_id": 2},
-        paged_flex=Outcome.REFUSED,
-        message="position_bias",
-        note="FlexAttention is not given the bias",
+    ),
+    Family(
+        "UMT5",
+        "UMT5ForConditionalGeneration",
+        "UMT5Config",
+        "encoder; position bias in every layer",
+        {"d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3}
+        | {"initializer_factor": 3.0, "decoder_start_token_id": 2},
     ),
     Family(
         "Mamba",

@@ -11,9 +11,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "hf_paged"
 ROOMS = (
     "tools",
+    "scoring",
     "enabling",
-    "cache",
     "decoding",
+    "cache",
     "compile",
     "attention",
     "batch",

@@ -203,30 +203,30 @@ class Rows:
             table.release(rows)
         self.columns = self.columns.without(rows, self.count)
 
-    def truncate(self, count: int) -> None:
-        """Keep the first `count` columns.
+    def truncate(self, ends: Counts | int) -> None:
+        """Keep the columns before the one of `ends`, `(count,)`, of each row, or of all.
 
         Raises:
             ValueError: if that takes what has left a window, or what a state can't forget; nothing has changed.
         """
-        num_removed = self.columns.count - count
-        self.states.check_truncation(num_removed, count)
-        kept = self.columns.num_tokens_before(np.array([count]), self.count)[:, 0]
+        ends = np.broadcast_to(ends, self.count)
+        self.states.check_truncation(self.columns.count, ends)
+        kept = self.columns.num_tokens_before(ends[:, None], self.count)[:, 0]
         for table in self.tables:
-            if table.group.window is None or count == 0:
+            if table.group.window is None:
                 continue
-            first = self.columns.num_tokens_before(np.array([count + 1 - table.group.window]), self.count)[:, 0]
-            if (first < table.starts).any():
+            first = self.columns.num_tokens_before(ends[:, None] + 1 - table.group.window, self.count)[:, 0]
+            if (first < table.starts)[kept > 0].any():
                 raise ValueError(
-                    f"Taking {num_removed} tokens back would need tokens that have left the window of "
-                    f"{table.group.window} and were dropped. Call cache.activate_past_recording() before the passes "
-                    "that may be taken back."
+                    f"Taking {int((self.columns.count - ends).max())} tokens back would need tokens that have left "
+                    f"the window of {table.group.window} and were dropped. Call cache.activate_past_recording() "
+                    "before the passes that may be taken back."
                 )
         for table in self.tables:
             table.truncate(kept)
-        self.states.truncate(num_removed, count)
-        self.columns = self.columns.truncated(count)
-        self.known_ids.truncate(count)
+        self.states.truncate(self.columns.count, ends)
+        self.columns = self.columns.cut(ends)
+        self.known_ids.truncate(self.columns.count)
 
     def keep(self, lengths: Counts, columns: Columns) -> None:
         """Keep the first tokens of each row, or of as many rows made of the one that there is.
@@ -242,19 +242,18 @@ class Rows:
         self.columns = columns
         self.known_ids = KnownIds()
 
-    def drop_past(self) -> None:
-        """Release the pages whose tokens no query will see any more, since they have left a window."""
+    def drop_past(self, ends: Counts | None = None) -> None:
+        """Release the pages whose tokens no query will see any more, since they have left a window.
+
+        Args:
+            ends: `(count,)` the column of each row's next query; None: that behind the last one.
+        """
+        queries = np.array([self.columns.count]) if ends is None else ends[:, None]
         for table in self.tables:
             window = table.group.window
             if window is not None and self.columns.count >= window:
-                first = np.array([self.columns.count + 1 - window])
-                starts = self.columns.num_tokens_before(first, self.count)[:, 0]
-                if (
-                    self.pool.prefix_index is not None
-                ):  # what is seen from behind the last full page will be looked for
-                    page_size = self.pool.page_size
-                    starts = np.minimum(starts, np.maximum(0, table.lengths // page_size * page_size + 1 - window))
-                table.drop(starts)
+                starts = self.columns.num_tokens_before(queries + 1 - window, self.count)[:, 0]
+                table.drop(table.group.first_kept(starts, table.lengths))
 
     @property
     def are_out(self) -> bool:
@@ -368,10 +367,10 @@ class Rows:
         self.is_plain = all(part.is_plain for part in parts)
 
     def drop_padding(self) -> None:
-        """Leave out the columns at the beginning in which no row has a token."""
+        """Leave out the columns at the beginning in which no row has a token, but keep one column at least."""
         real = self.columns.real
         if real is not None:
-            count = int((~np.logical_or.accumulate(real.any(axis=0))).sum())
+            count = int((~np.logical_or.accumulate(real[:, :-1].any(axis=0))).sum())
             self.columns = self.columns.without_first(count)
             self.known_ids.without_first(count)
 

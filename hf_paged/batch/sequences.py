@@ -123,6 +123,7 @@ class Sequences(BetweenSteps):
 
     def begin(self, step: Step, num_layers: int | None = None) -> None:
         """Begin a step whose pages are reserved, of a model that has so many layers; None: as many as ever."""
+        self._is_reserved_by_mask |= step.has_own_mask
         is_first = self.rows.are_empty
         if is_first:
             self.rows.absent = frozenset()

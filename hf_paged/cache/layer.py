@@ -9,7 +9,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from hf_paged._torch.dynamo import autocast_dtype, outside_of_graphs
 from hf_paged._torch.opaque import OPAQUE_INPUTS
-from hf_paged._transformers import LayerSpec, num_unlisted_layers
+from hf_paged._transformers import LayerSpec, has_position_bias, num_unlisted_layers
 from hf_paged.attention.marks import marked
 from hf_paged.attention.mask import NAME, PastLength, PlannedLength
 from hf_paged.batch.recurrent.layer_states import LayerStates
@@ -24,7 +24,9 @@ def layers_over(sequences: Sequences) -> list[Any]:
     config, specs = sequences.pool.config, sequences.pool.layers
     # Layers that store nothing read what others were handed; a newer configuration says which.
     modes = getattr(config, "kv_sharing_modes", None) or ["store"] * len(specs)
-    hands_on = num_unlisted_layers(config) or not all(spec.stores for spec in specs)
+    # A position bias is made for as many columns as there are keys, which the storage of a layer has other numbers of.
+    reads_shapes = has_position_bias(config)
+    hands_on = num_unlisted_layers(config) or not all(spec.stores for spec in specs) or reads_shapes
     is_shared = [mode == "store" and hands_on for mode in modes]
     return [
         _layer_class(spec, bool(shared))(sequences, index, spec)

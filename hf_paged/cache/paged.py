@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_paged._transformers import model_in, num_attention_layers, obstacle
+from hf_paged._transformers import compile_obstacle, model_in, num_attention_layers, obstacle
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.contents import Contents
@@ -77,6 +77,7 @@ class PagedCache(Prompted, Contents):
     def _hold(self, pool: PagePool) -> None:
         self.pool = pool
         self._sequences = Sequences(pool)
+        self._can_be_compiled = compile_obstacle(pool.config) is None
         self._was_given = False
         self._model: ref[PreTrainedModel] | None = None  # that computes it, as far as is known
         super().__init__(layers=owned(layers_over(self._sequences), self._sequences))
@@ -166,9 +167,9 @@ class PagedCache(Prompted, Contents):
     def is_compileable(self) -> bool:
         """Whether `generate()` prepares each step outside of the forward pass: with `paged_flex` it does.
 
-        Not for models with recurrent layers, as it would compile them on a GPU.
+        Not for models whose steps can't be compiled, as it would compile them on a GPU.
         """
-        return bool(self.pool.config._attn_implementation == NAME) and not self.pool.has_states
+        return self._can_be_compiled and bool(self.pool.config._attn_implementation == NAME)
 
     @property
     def is_linear(self) -> list[bool]:

@@ -62,7 +62,8 @@ def save(sequences: Sequences, path: str | os.PathLike[str], model: PreTrainedMo
         )
     sequences.end_step()
     tensors, numbers = _described(sequences)
-    numbers["is_plain"] = sequences.rows.origin == origin_of(model, sequences)
+    numbers["is_plain"] = sequences.rows.is_plain
+    numbers["is_findable"] = sequences.rows.origin == origin_of(model, sequences)
     metadata = {
         "format": _FORMAT,
         "model": json.dumps({"class": type(model).__name__, **asdict(model_digest(model))}),
@@ -103,7 +104,8 @@ def load(sequences: Sequences, path: str | os.PathLike[str], model: PreTrainedMo
         sequences.clear()
         raise
     sequences.progress.num_layers = num_attention_layers(model, len(sequences.pool.layers))
-    if content.numbers["is_plain"]:
+    sequences.rows.is_plain = content.numbers["is_plain"] is True
+    if content.numbers["is_findable"]:
         sequences.rows.origin = origin_of(model, sequences)
 
 

@@ -26,7 +26,7 @@ from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._torch.inductor import hindrance
 from hf_paged._torch.opaque import OPAQUE_INPUTS
-from hf_paged._transformers import model_in, recurrent_layer
+from hf_paged._transformers import compile_obstacle, model_in
 from hf_paged.compile.cpu_replay import StepReplay
 from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
 from hf_paged.compile.linear import MANY_ROWS, choose_linear_layers
@@ -147,11 +147,11 @@ def _check(model: PreTrainedModel) -> None:
             f"compiled() was given a {name}, which has no generate(). Pass a model for generation, such as one of "
             "AutoModelForCausalLM."
         )
-    layer = recurrent_layer(model.config)
-    if layer is not None:
+    reason = compile_obstacle(model.config)
+    if reason is not None:
         raise ValueError(
-            f"compiled() was given a {name}, of which {layer} that no graph can follow. Leave out compiled(): the "
-            "same cache works uncompiled."
+            f"This {name} {reason}, so its steps over pages can't be compiled. Leave out compiled(): the same cache "
+            "works uncompiled."
         )
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Loops over decoding steps, for Transformers' `custom_generate`."""
+"""Loops over decoding steps: for Transformers' `custom_generate`, and for many prompts."""

@@ -54,21 +54,35 @@ class Passes:
         """What the passes fill; None without."""
         return cache_in(self._inputs)
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Of the model beside its ids, as they are now."""
+        return self._inputs
+
+    @property
+    def forward(self) -> Any:
+        """What computes a pass, compiled or not."""
+        return self._forward
+
     def optimized(self) -> AbstractContextManager[None]:
         """A context in which the model is set up for single tokens."""
         context: AbstractContextManager[None] = self._model._optimize_model_for_decode()
         return context
 
-    def first(self, input_ids: Tensor) -> Any:
-        """Compute the prompt; return what the model returns."""
+    def first(self, input_ids: Tensor, *, packs: bool) -> Any:
+        """Compute the prompt, `packs` it also without a prefix index if that pays; return what the model returns."""
         prefill = getattr(self.cache, "_prefill_prepared", None)
         if prefill is not None and not shows_passes(self._config):
-            prefill(self._model, input_ids, self._inputs)
+            prefill(self._model, input_ids, self._inputs, packs=packs)
         is_first = not self._config.is_assistant
         outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)
-        self._sequences = sequences_of(cache_in(outputs))
-        self._mask = None if self._sequences is None else self._known_mask(input_ids.shape[1])
+        self._follow(cache_in(outputs), input_ids.shape[1])
+        self._let_be_found(input_ids)
         return outputs
+
+    def go_on(self, num_columns: int) -> None:
+        """Begin with a cache that has all of `num_columns` columns but the last; `next` computes that one."""
+        self._follow(self.cache, num_columns)
 
     def update(self, outputs: Any) -> None:
         """Bring the inputs up to date, once the outputs of a pass are known to be wanted."""
@@ -92,11 +106,19 @@ class Passes:
 
     def end(self, input_ids: Tensor) -> None:
         """Let later prompts find what was computed of `input_ids`, `(num_rows, num_columns)`."""
-        if self._sequences is not None and self._sequences.pool.prefix_index is not None:
+        if self._sequences is not None:
             self._sequences.end_step()
-            rows = self._sequences.rows
-            if is_findable(rows):
-                let_be_found(rows, input_ids)
+            self._let_be_found(input_ids)
+
+    def _let_be_found(self, input_ids: Tensor) -> None:
+        if self._sequences is not None and self._sequences.pool.prefix_index is not None:
+            self._sequences.apply_edits()
+            if is_findable(self._sequences.rows):
+                let_be_found(self._sequences.rows, input_ids)
+
+    def _follow(self, cache: Any, num_columns: int) -> None:
+        self._sequences = sequences_of(cache)
+        self._mask = None if self._sequences is None else self._known_mask(num_columns)
 
     def _prepare(self, input_ids: Tensor) -> dict[str, Any]:
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(

@@ -35,6 +35,8 @@ def sample(
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
+    *,
+    packs_prompt: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """Decode without waiting for the device: `model.generate(..., custom_generate=hf_paged.sample)`.
@@ -54,6 +56,8 @@ def sample(
         generation_config: how to generate.
         synced_gpus: must be False.
         streamer: is given each token once the next pass is launched; None for the one that `generate()` was given.
+        packs_prompt: whether a `PagedCache` computes a prompt packed, also without a prefix index, if much of it is
+            padding or it is longer than a chunk, as `PagedCache.prefill` would.
         **model_kwargs: what the model is given, with its cache.
 
     Returns:
@@ -68,7 +72,7 @@ def sample(
     streamer = streamer or arguments.get("streamer")
     record = Record(config, model_kwargs["encoder_outputs"] if model.config.is_encoder_decoder else None)
     passes = Passes(model, config, model_kwargs)
-    outputs = passes.first(input_ids)
+    outputs = passes.first(input_ids, packs=packs_prompt)
     surplus = Surplus(cache_in(outputs), bool(config.return_dict_in_generate), model, input_ids)
     ends = Ends(stopping_criteria, streamer, input_ids, config._pad_token_tensor, surplus.is_possible)
     with passes.optimized(), surplus:

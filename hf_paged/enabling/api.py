@@ -54,7 +54,7 @@ def enable(
         ValueError: for what is no model that generates, one that is enabled already, or arguments that exclude each
             other; nothing has changed.
     """
-    inner = _generating(model)
+    inner = generating_model(model)
     if inner in STATES:
         raise ValueError(
             f"This {type(model).__name__} is enabled already. Call hf_paged.disable(model) first to enable it with "
@@ -94,7 +94,7 @@ def enable(
 
 def disable(model: torch.nn.Module) -> None:
     """Undo `enable`: the model is as it was, and its pool is given up. A model that is not enabled stays as it is."""
-    inner = _generating(model)
+    inner = generating_model(model)
     state = STATES.pop(inner, None)
     if state is None:
         return
@@ -109,7 +109,7 @@ def explain(model: torch.nn.Module) -> str:
     Raises:
         ValueError: if the model is not enabled.
     """
-    inner = _generating(model)
+    inner = generating_model(model)
     state = STATES.get(inner)
     if state is None:
         raise ValueError(f"This {type(model).__name__} is not enabled. Call hf_paged.enable(model) first.")
@@ -132,8 +132,19 @@ def explain(model: torch.nn.Module) -> str:
     return "\n".join([*lines, "the last generate():", *(notes or ["  there was none yet"])])
 
 
-def _generating(model: Any) -> PreTrainedModel:
-    """The model that generates, of one that may wrap it."""
+def pool_for_prompts(model: torch.nn.Module) -> PagePool:
+    """Return the pool of a model that is enabled; for any other a new one, as the model would have."""
+    inner = generating_model(model)
+    state = STATES.get(inner) or State({}, False, True, None, None, None)
+    return state.new_cache(inner).pool
+
+
+def generating_model(model: Any) -> PreTrainedModel:
+    """Return the model that generates, of one that may wrap it.
+
+    Raises:
+        ValueError: if it is none that generates.
+    """
     inner = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "get_base_model"):  # PEFT's

@@ -13,7 +13,7 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.decoding.passes import shows_passes
 from hf_paged.decoding.sample import sample
 from hf_paged.decoding.surplus import sequences_of
-from hf_paged.enabling.state import STATES, releasing
+from hf_paged.enabling.state import STATES
 
 
 class _Context:
@@ -69,10 +69,18 @@ class _Generating(_Context):
             )
         state.notes["loop"] = "hf_paged.sample"
         with state.decoding(model, generation_config) as watching:
-            watching += releasing(cache, generation_config, input_ids)
+            watching += state.releasing(cache, generation_config, input_ids)
             criteria = StoppingCriteriaList([*stopping_criteria, *watching])
-            _prefill(model, cache, input_ids, generation_config, model_kwargs)
-            return sample(model, input_ids, logits_processor, criteria, generation_config, **options, **model_kwargs)
+            return sample(
+                model,
+                input_ids,
+                logits_processor,
+                criteria,
+                generation_config,
+                **options,
+                packs_prompt=True,
+                **model_kwargs,
+            )
 
     def _beam_search(
         self,
@@ -88,16 +96,11 @@ class _Generating(_Context):
         if state is not None:
             state.notes["compiled"] = "no, as generate() compiles no beams"
             inputs = {name: value for name, value in kwargs.items() if name != "synced_gpus"}
-            _prefill(model, cache, input_ids, generation_config, inputs)
+            if isinstance(cache, PagedCache) and not shows_passes(generation_config):
+                cache._prefill_prepared(model, input_ids, inputs, packs=True)
         return parent._beam_search(
             input_ids, logits_processor, stopping_criteria, generation_config=generation_config, **kwargs
         )
-
-
-def _prefill(model: Any, kv_cache: Any, input_ids: Tensor, generation_config: Any, inputs: dict[str, Any]) -> None:
-    """Compute a prompt packed where that pays, unless what each pass gives is to be shown."""
-    if isinstance(kv_cache, PagedCache) and not shows_passes(generation_config):
-        kv_cache._prefill_prepared(model, input_ids, inputs, packs=True)
 
 
 @cache

@@ -11,6 +11,7 @@ from typing_extensions import override
 import hf_paged
 
 COMMANDS = {
+    "generate": "answer the prompts of a file, in batches that are filled up again as answers end",
     "bench": "measure speed and memory beside Transformers' own caches",
     "ppl": "compute the perplexity of texts through several caches in one run",
     "audit": "account for the memory of a batch of prompts, step by step",

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 import hf_paged
 from hf_paged import OutOfPagesError, PagedCache, PagePool
 from hf_paged._transformers import CACHE
+from hf_paged.batch.sequences import Sequences
 from tests.models import letter_tokenizer, letters, plain_tokens, random_ids, tiny_gemma, tiny_llama, tiny_model
 
 PAGE_SIZE = 16
@@ -297,6 +298,28 @@ def test_the_next_turn_finds_what_was_generated(model):
     pool.check_integrity()
 
 
+def test_rows_that_were_released_are_found(model):
+    pool = pool_for(model)
+    ids = random_ids(3, 40)
+    cache = PagedCache(pool=pool)
+
+    def release_early(generated, scores):
+        if generated.shape[1] == 50:
+            cache.release([0, -1])
+        return scores
+
+    settings = {"custom_generate": hf_paged.sample, "max_new_tokens": 20}
+    tokens = go_on(model, cache, ids, logits_processor=[release_early], **settings)
+    cache.reset()
+    assert torch.equal(tokens[1], expected(model, ids, max_new_tokens=20)[1])
+    for row, num_found in ((0, 48), (1, 48), (2, 48)):
+        before = pool.stats().num_hit_tokens
+        history = torch.cat([tokens[row : row + 1, :50], random_ids(1, 9)], dim=1)
+        assert torch.equal(go_on(model, prefilled(model, pool, history), history), expected(model, history))
+        assert pool.stats().num_hit_tokens - before == num_found
+    pool.check_integrity()
+
+
 def test_a_history_that_was_changed_is_found_up_to_the_change(llama):
     pool = pool_for(llama)
     ids = random_ids(1, 100)
@@ -332,6 +355,76 @@ def test_the_loop_finds_and_commits_by_itself(model):
         assert torch.equal(answer, expected(model, conversation))
         num_known = answer.shape[1] - 1
         conversation = torch.cat([answer, random_ids(1, 10, seed=turn)], dim=1)
+    pool.check_integrity()
+
+
+def test_one_row_is_computed_in_a_single_pass(model, monkeypatch):
+    pool = pool_for(model)
+    ids, widths = random_ids(1, 60), []
+    write = Sequences.write
+
+    def spy(sequences, layer, keys, values):
+        if layer == 0:
+            widths.append(keys.shape[2])
+        return write(sequences, layer, keys, values)
+
+    monkeypatch.setattr(Sequences, "write", spy)
+    for _ in range(2):
+        tokens = go_on(model, PagedCache(pool=pool), ids, custom_generate=hf_paged.sample, max_new_tokens=2)
+    monkeypatch.undo()
+    assert widths == [60, 1, 60 - 48, 1]
+    assert torch.equal(tokens, expected(model, ids, max_new_tokens=2))
+
+
+def test_a_prompt_is_found_while_its_answer_is_being_made(model):
+    pool = pool_for(model)
+    ids = random_ids(1, 60)
+    num_hits = []
+
+    def ask_again(generated, scores):
+        if generated.shape[1] == 61:
+            prefilled(model, pool, ids)
+            num_hits.append(pool.stats().num_hit_tokens)
+        return scores
+
+    tokens = go_on(model, PagedCache(pool=pool), ids, custom_generate=hf_paged.sample, logits_processor=[ask_again])
+    assert num_hits == [48]
+    assert torch.equal(tokens, expected(model, ids))
+
+
+def test_a_row_that_leaves_more_than_a_chunk_is_computed_in_chunks(model, monkeypatch):
+    monkeypatch.setattr("hf_paged.cache.prompt.prefill.usual_chunk", lambda device: 32)
+    pool = pool_for(model)
+    ids = alike(2, 100, 50)
+    for row in (ids[:1], ids[:1, :70], ids[1:]):
+        tokens = go_on(model, PagedCache(pool=pool), row, custom_generate=hf_paged.sample)
+        assert torch.equal(tokens, expected(model, row))
+    assert pool.stats().num_hit_tokens == 64 + 48
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_single_pass_that_fails_holds_what_was_found_and_can_be_made_again(model, is_known, monkeypatch):
+    pool = pool_for(model)
+    ids = random_ids(1, 60)
+    if is_known:
+        prefilled(model, pool, ids[:, :40])
+    cache = PagedCache(pool=pool)
+
+    def fail(sequences, layer, keys, values):
+        if layer == len(pool.layers) - 1:
+            raise ZeroDivisionError
+        return write(sequences, layer, keys, values)
+
+    write = Sequences.write
+    monkeypatch.setattr(Sequences, "write", fail)
+    with pytest.raises(ZeroDivisionError):
+        go_on(model, cache, ids, custom_generate=hf_paged.sample)
+    monkeypatch.undo()
+    cache.roll_back()
+    assert cache.lengths == ([32] if is_known else [])
+    pool.check_integrity()
+    assert torch.equal(go_on(model, cache, ids, custom_generate=hf_paged.sample), expected(model, ids))
     pool.check_integrity()
 
 

@@ -253,6 +253,33 @@ def test_a_prompt_may_be_prefilled_behind_what_was_loaded(tmp_path, name):
     assert torch.equal(found, plain_tokens(model, ids, attention_mask=mask))
 
 
+@pytest.mark.parametrize("has_index", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_loaded_goes_on_with_another_version_of_its_prompt(tmp_path, name, has_index):
+    model, ids, mask = MODELS[name](), random_ids(2, 60), left_padded(60, [60, 43])
+    model.set_attn_implementation("paged_flex")
+    pools = [PagePool(model.config, 40, 16, prefix_cache=has_index) for _ in range(2)]
+    cache = PagedCache(pool=pools[0])
+    cache.prefill(model, ids, mask)
+    cache.save(tmp_path / "cache", model)
+    loaded = PagedCache.load(tmp_path / "cache", model, pool=pools[1])
+    other = ids.clone()
+    other[:, 55:] = (other[:, 55:] + 1) % 100
+    loaded.resume(model, other, mask)
+    found = generate(model, "paged_flex", loaded, other, attention_mask=mask)
+    assert torch.equal(found, plain_tokens(model, other, attention_mask=mask))
+
+
+def test_a_pass_of_ones_own_is_not_forgotten_in_a_file(tmp_path):
+    model, ids = tiny_llama(), random_ids(1, 30)
+    cache = paged_cache(model)
+    run(model, cache, ids, [30])
+    cache.save(tmp_path / "cache", model)
+    loaded = PagedCache.load(tmp_path / "cache", model)
+    with pytest.raises(ValueError, match="it isn't known that a model made it of these ids"):
+        loaded.resume(model, random_ids(1, 40))
+
+
 # Into a pool
 
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_paged.batch.padding import Counts
 from hf_paged.batch.recurrent.layer_states import LayerStates
 from hf_paged.pages.pool import PagePool
 
@@ -181,15 +182,22 @@ class States:
             following = [iter(states.tensors) for states in others]
             self._layers[layer] = first.changed(partial(_joined, following))
 
-    def check_truncation(self, num_removed: int, num_left: int) -> None:
-        """Raise ValueError if the last columns can't be taken back.
+    def check_truncation(self, count: int, ends: Counts) -> None:
+        """Raise ValueError if rows can't end before the columns that they shall end before.
 
         Args:
-            num_removed: how many.
-            num_left: columns that are left.
+            count: columns that there are.
+            ends: `(num_rows,)` how many of them are left of each row.
         """
-        if not num_removed or not num_left:
+        if not self._layers or not ends.any() or (ends == count).all():
             return
+        if (ends != ends[0]).any():
+            raise ValueError(
+                f"The rows were to end in columns {ends.tolist()}, but this cache has recurrent layers, whose states "
+                "are of all columns: nothing has changed. Take the same number of columns back in all rows."
+            )
+        num_left = int(ends[0])
+        num_removed = count - num_left
         for layer, states in self._layers.items():
             if states.needs_more(num_removed, num_left):
                 kind = self._specs[layer].kind
@@ -205,14 +213,10 @@ class States:
                     "the passes that may be taken back."
                 )
 
-    def truncate(self, num_removed: int, num_left: int) -> None:
-        """Take the last columns back, and drop the past that is recorded.
-
-        Args:
-            num_removed: how many.
-            num_left: columns that are left.
-        """
-        if num_left:
+    def truncate(self, count: int, ends: Counts) -> None:
+        """Take the last columns back, and drop the past that is recorded; arguments as for `check_truncation`."""
+        if ends.any():
+            num_removed = count - int(ends[0])
             self._layers = {layer: states.truncated(num_removed) for layer, states in self._layers.items()}
         else:
             self.clear()

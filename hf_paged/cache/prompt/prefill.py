@@ -131,7 +131,7 @@ def prefill(
 
     given: Any = model
     generate = partial(given.generate, input_ids, attention_mask=attention_mask)
-    settings = _settings(model, num_columns)
+    settings = first_pass_settings(model, num_columns)
     try:
         generate(generation_config=settings, custom_generate=compute, **{CACHE: filled}, **given_inputs)
         if not was_called:
@@ -164,7 +164,8 @@ def prefill_prepared(
     """Compute all columns but the last one packed, where that pays; else compute nothing.
 
     It pays where the pool has a prefix index, a tenth of the prompt is padding, or it is longer than a chunk. What it
-    costs is a pass of its own for the last column, and bits: keys are those of `generate()` but for rounding.
+    costs is a pass of its own for the last column, and bits: keys are those of `generate()` but for rounding. Of a
+    single row that a prefix index leaves no more than a chunk of, nothing is computed: the next pass does.
 
     Args:
         model: that generates.
@@ -182,7 +183,8 @@ def prefill_prepared(
     filled = Sequences(sequences.pool)
     filled.become_fork_of(sequences)
     try:
-        _compute_packed(model, sequences, filled, input_ids, inputs, usual_chunk(input_ids.device))
+        chunk = usual_chunk(input_ids.device)
+        _compute_packed(model, sequences, filled, input_ids, inputs, chunk, leaves_rest=True)
         sequences.exchange(filled)
         if ends_in_padding(inputs):
             sequences.rows.origin = None
@@ -230,8 +232,21 @@ def _compute_packed(
     inputs: dict[str, Any],
     max_tokens: int,
     kept: Counts | None = None,
+    *,
+    leaves_rest: bool = False,
 ) -> None:
-    """Compute the prompt packed, but for what is `kept` of another one, and let `filled` hold it."""
+    """Compute the prompt packed, but for what is `kept` of another one, and let `filled` hold it.
+
+    Args:
+        model: that generates.
+        sequences: the rows.
+        filled: what is to hold the prompt.
+        input_ids: `(num_rows, num_columns)`.
+        inputs: what else `generate()` has prepared for the model.
+        max_tokens: tokens of a chunk.
+        kept: `(num_rows,)` first tokens of each row that stay of another prompt.
+        leaves_rest: whether a pass follows over all columns that `filled` does not hold then.
+    """
     decoder = check_model(model)
     num_cached, num_columns = sequences.rows.columns.count if kept is None else 0, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)
@@ -242,10 +257,11 @@ def _compute_packed(
     packed = PackedPrompt(sequences, input_ids[:, :-1], mask, max_tokens, kept, origin)
     try:
         check_rotary(decoder, packed.longest)
+        end = packed.end_where_found() if leaves_rest else None
         while packed.next_wave():
             _compute_wave(model, decoder, packed, max_tokens, input_ids.device)
         packed.unpack()
-        packed.sequences.rows.known_ids.note(input_ids.clone(), num_cached, num_columns - 1)
+        packed.sequences.rows.known_ids.note(input_ids.clone(), num_cached, num_columns - 1 if end is None else end)
         filled.exchange(packed.sequences)
     finally:
         packed.close()
@@ -338,7 +354,7 @@ def _say_missed(name: str, reason: str) -> None:
     logger.warning("The prompt of %s is computed at once and padded, as generate() does: %s.", name, reason)
 
 
-def _settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
+def first_pass_settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
     """The settings of the model, but for what is asked of `generate()` beside its first pass."""
     settings: Any = copy.deepcopy(model.generation_config)
     if settings.max_new_tokens is None:

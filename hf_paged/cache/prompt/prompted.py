@@ -3,11 +3,13 @@
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_paged.cache.prompt.known_prefix import commit
 from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
+from hf_paged.cache.prompt.resume import is_other_than, is_plain_prompt
 from hf_paged.cache.row_operations import RowOperations
 
 
@@ -91,10 +93,32 @@ class Prompted(RowOperations):
         self._model = ref(model)
 
     def _prefill_prepared(
-        self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], *, packs: bool = False
+        self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], *, packs: bool
     ) -> None:
         """Compute a prompt within a loop that `generate()` calls, as far as the prefix index, or packing, helps."""
         prefill_prepared(model, self._sequences, input_ids, inputs, packs=packs)
+
+    def _resume_prepared(
+        self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], config: Any, *, keeps: bool
+    ) -> bool:
+        """Go on with another prompt, if `generate()` is about to go on with one, and return whether it is.
+
+        Args:
+            model: that generates.
+            input_ids: `(num_rows, num_columns)`.
+            inputs: what else it has prepared for the model.
+            config: of the call.
+            keeps: whether what both have in common may stay.
+        """
+        self._sequences.end_step()
+        mask: Tensor | None = inputs.get("attention_mask")
+        if not is_other_than(self._sequences, input_ids, mask, config):
+            return False
+        if keeps and is_plain_prompt(model, input_ids, inputs):
+            self.resume(model, input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        else:
+            self.reset()
+        return True
 
     def commit(self, sequences: Tensor) -> None:
         """Let what was generated be found by later prompts, such as the next turn of a conversation.

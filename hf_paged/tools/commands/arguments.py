@@ -64,7 +64,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "plot", None):
         _check_folder("--plot", arguments.plot, arguments.plot)
     if arguments.json:
-        _check_file(arguments.json)
+        check_file("--json", arguments.json)
     _check_device(arguments.device)
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
@@ -79,12 +79,13 @@ def keep(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
         arguments.kept = f" What was done is in {arguments.json}."
 
 
-def _check_file(path: str) -> None:
+def check_file(option: str, path: str | Path) -> None:
+    """Raise ValueError unless a file can be written where an option wants it."""
     if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"--json {path} was asked for, but that is no file. Name a file that may be written.")
+        raise ValueError(f"{option} {path} was asked for, but that is no file. Name a file that may be written.")
     if not Path(path).parent.is_dir():
-        raise ValueError(f"--json {path} was asked for, but there is no folder {Path(path).parent}. Make one.")
-    _check_folder("--json", path, Path(path).parent)
+        raise ValueError(f"{option} {path} was asked for, but there is no folder {Path(path).parent}. Make one.")
+    _check_folder(option, path, Path(path).parent)
 
 
 def _check_folder(option: str, asked: str | Path, folder: Path) -> None:

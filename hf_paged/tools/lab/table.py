@@ -16,6 +16,8 @@ _COLUMNS = {
     "ms_per_step_speed": ("times as fast", ".2f"),
     "first_token_s_speed": ("times as fast", ".2f"),
     "total_s_speed": ("times as fast", ".2f"),
+    "later_s_speed": ("times as soon", ".2f"),
+    "pages_over_least": ("pages over the least", ".2f"),
     "total_s": ("all, s", ".1f"),
     "two_tokens_s": ("second token after, s", ".1f"),
     "bandwidth_share": ("of the bandwidth", ".0%"),

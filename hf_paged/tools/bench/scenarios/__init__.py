@@ -1,6 +1,6 @@
 """The scenarios: a file each, and a line of this list."""
 
-from hf_paged.tools.bench.scenarios import attention, beam, growing, latency, mixed, prefix
+from hf_paged.tools.bench.scenarios import attention, beam, growing, latency, many, mixed, prefix
 from hf_paged.tools.bench.scenarios.inside import ablation, compile, host, profile
 
 SCENARIOS = {
@@ -12,6 +12,7 @@ SCENARIOS = {
         growing.CHAT,
         beam.BEAM,
         prefix.PREFIX,
+        many.MANY,
         mixed.PAGE_SIZE,
         profile.PROFILE,
         attention.ATTENTION,

@@ -11,7 +11,9 @@ from torch import Tensor
 from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
+from hf_paged.decoding.sample import sample
 from hf_paged.pages.pool import PagePool
+from hf_paged.scoring.choices import score_choices
 from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.baseline import synchronize
@@ -49,15 +51,13 @@ class Requests:
     def first_token(self, cache: PagedCache, ids: Tensor, num_new: int = 1) -> tuple[float, Tensor]:
         """Compute a prompt and its first token; return the seconds that takes, and `num_new` tokens."""
         begin = time.perf_counter()
-        cache.prefill(self.model, ids)
         tokens = self._generate(cache, ids, 1)
         seconds = time.perf_counter() - begin
         return seconds, tokens if num_new == 1 else self._generate(cache, tokens, num_new - 1)
 
     def _generate(self, cache: PagedCache, ids: Tensor, num_new: int) -> Tensor:
-        tokens: Tensor = self.model.generate(
-            ids, **{CACHE: cache}, do_sample=False, max_new_tokens=num_new, min_new_tokens=num_new
-        )
+        settings = {"do_sample": False, "max_new_tokens": num_new, "min_new_tokens": num_new}
+        tokens: Tensor = self.model.generate(ids, **{CACHE: cache}, **settings, custom_generate=sample)
         synchronize(tokens.device)
         return tokens
 
@@ -87,8 +87,6 @@ class Requests:
             ids = torch.cat([ids, self.text[:, turn * TURN : (turn + 1) * TURN]], dim=1)
             with PagedCache(pool=pool) as cache:
                 seconds, ids = self.first_token(cache, ids, ANSWER)
-                if pool.prefix_index is not None:
-                    cache.commit(ids)
             times.append(seconds)
         return {"first_s": times[0], "later_s": times[-1], "total_s": sum(times)}
 
@@ -111,18 +109,15 @@ class Requests:
         context = self.text[:, :CONTEXT]
         answers = self.text[0, CONTEXT : CONTEXT + CHOICES * CHOICE].view(CHOICES, CHOICE)
         begin = time.perf_counter()
-        with torch.no_grad():
-            if pool.prefix_index is None:
+        if pool.prefix_index is not None:
+            (scores,) = score_choices(self.model, context.tolist(), [answers.tolist()], pool)
+            score = sum(choice.log_probability for choice in scores)
+        else:
+            with torch.no_grad():
                 ids = torch.cat([context.repeat(CHOICES, 1), answers], dim=1)
                 logits = self.model(ids, use_cache=False, logits_to_keep=CHOICE + 1).logits[:, :-1]
-            else:
-                cache = PagedCache(pool=pool)
-                cache.prefill(self.model, context)
-                cache.batch_repeat_interleave(CHOICES)
-                ids = torch.cat([context[:, -1:].repeat(CHOICES, 1), answers[:, :-1]], dim=1)
-                logits = self.model(ids, **{CACHE: cache}).logits
-            scores = logits.log_softmax(-1).gather(2, answers[..., None]).sum()
-        return {"total_s": time.perf_counter() - begin, "score": float(scores)}
+                score = float(logits.log_softmax(-1).gather(2, answers[..., None]).sum())
+        return {"total_s": time.perf_counter() - begin, "score": score}
 
 
 def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,7 +141,8 @@ def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
         f"{BATCHES} batches of {ROWS}, nothing shared": lambda pool: requests.batches(pool, 0),
         f"{CHOICES} choices behind {CONTEXT} tokens": requests.choices,
     }
-    requests.behind_a_system_prompt(requests.pool(True))
+    for compiling in (requests.behind_a_system_prompt, requests.choices):
+        compiling(requests.pool(True))
     for name, case in progress(cases.items(), "prefix"):
         runs = {kind: [Times() for _ in range(settings.rounds)] for kind in (PLAIN, INDEXED)}
         for turn in range(settings.rounds):

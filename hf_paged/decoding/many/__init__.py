@@ -1,0 +1,1 @@
+"""Many prompts through one batch that is filled up again as rows end."""

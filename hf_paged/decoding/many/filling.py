@@ -1,0 +1,58 @@
+"""Prompts that are being computed, before they join the batch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_paged.cache.paged import PagedCache
+from hf_paged.decoding.many.row import Row
+
+
+def padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lay out the tokens of rows as a batch.
+
+    Returns:
+        `(num_rows, num_columns)` ids, padded on the left to two columns at least, so that the last token of none is
+        all that there is, and like it 0 for padding and 1 for tokens.
+    """
+    width = max(2, *(len(row.ids) for row in rows))
+    ids = [[0] * (width - len(row.ids)) + row.ids for row in rows]
+    mask = [[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+class Filling:
+    """Some rows of a cache of their own, computed packed, but for their last tokens.
+
+    Several rows are computed at once. One that is longer than a piece is computed alone, piece by piece.
+
+    Args:
+        model: that computes them.
+        cache: empty.
+        rows: whose tokens are computed.
+        max_tokens: of a piece.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PagedCache, rows: Sequence[Row], max_tokens: int) -> None:
+        self.cache = cache
+        self.rows = list(rows)
+        self._model = model
+        self._max_tokens = max_tokens
+        self._ids, self._mask = padded(self.rows, model.device)
+        self._end = 1 if len(self.rows) == 1 else self._ids.shape[1]
+
+    def advance(self) -> bool:
+        """Compute a piece; return whether it was the last one.
+
+        Raises:
+            OutOfPagesError: if it does not fit into the pool; nothing has changed.
+        """
+        end = min(self._end + self._max_tokens, self._ids.shape[1])
+        # As generate() would have it, a mask without padding is none.
+        mask = None if self._mask[:, :end].all() else self._mask[:, :end]
+        ids = self._ids[:, :end]
+        self.cache.prefill(self._model, ids, torch.ones_like(ids) if mask is None else mask)
+        self._end = end
+        return end == self._ids.shape[1]
