@@ -203,12 +203,6 @@ def test_gradients_and_dropout_raise(model):
     torch.testing.assert_close(run(model, cache, ids, [20]), plain(model, ids, [20]), **FP32)
 
 
-def test_a_position_bias_raises(model):
-    query = torch.zeros(1, 6, 1, 16)
-    with pytest.raises(ValueError, match=r"position_bias.*eager"):
-        paged_flex_attention(model, query, query, query, None, position_bias=torch.zeros(6))
-
-
 def test_a_model_with_its_own_attention_raises(model):
     class OwnAttention(type(model)):
         @classmethod
