@@ -93,7 +93,9 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
 
 def recurrent_layer(config: PreTrainedConfig) -> str | None:
     """Say in words which layer of a decoder keeps a state of each row; None if there is none."""
-    recurrent = ((index, spec.kind) for index, spec in enumerate(layer_specs(config)) if spec.num_states)
+    # Not `layer_specs`: while `generate()` drafts by early exit, the configuration counts fewer layers than it lists.
+    kinds = getattr(_of_decoder(config), "layer_types", None) or ()
+    recurrent = ((index, kind) for index, kind in enumerate(kinds) if kind in _RECURRENT)
     return next((f"layer {index} is a {kind!r} layer, which keeps a state" for index, kind in recurrent), None)
 
 
