@@ -93,7 +93,9 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
 
 def recurrent_layer(config: PreTrainedConfig) -> str | None:
     """Say in words which layer of a decoder keeps a state of each row; None if there is none."""
-    recurrent = ((index, spec.kind) for index, spec in enumerate(layer_specs(config)) if spec.num_states)
+    # Not `layer_specs`: while `generate()` drafts by early exit, the configuration counts fewer layers than it lists.
+    kinds = getattr(_of_decoder(config), "layer_types", None) or ()
+    recurrent = ((index, kind) for index, kind in enumerate(kinds) if kind in _RECURRENT)
     return next((f"layer {index} is a {kind!r} layer, which keeps a state" for index, kind in recurrent), None)
 
 
@@ -172,12 +174,19 @@ def has_position_bias(config: PreTrainedConfig) -> bool:
     return getattr(_of_decoder(config), "relative_attention_num_buckets", None) is not None
 
 
+def has_latents(config: PreTrainedConfig) -> bool:
+    """Whether a decoder caches latents, of which it makes keys and values after each update, as DeepSeek-V3 does."""
+    return getattr(_of_decoder(config), "kv_lora_rank", None) is not None
+
+
 def compile_obstacle(config: PreTrainedConfig) -> str | None:
     """Say what a decoder does that steps over pages can't be compiled with; None if nothing is known."""
     if has_position_bias(config):
         return "adds a position bias to its scores"
+    if has_latents(config):
+        return "makes keys and values of the latents that are cached"
     layer = recurrent_layer(config)
-    return None if layer is None else f"has a layer that no graph can follow: {layer}"
+    return None if layer is None else f"has recurrent layers ({layer} that no graph can follow)"
 
 
 def least_token_bytes(config: PreTrainedConfig) -> int:
@@ -191,7 +200,7 @@ def least_token_bytes(config: PreTrainedConfig) -> int:
     num_kv_heads, head_dim, hidden_size, num_heads = (getattr(decoder, name, None) for name in names)
     if head_dim is None and isinstance(hidden_size, int) and isinstance(num_heads, int):
         head_dim = hidden_size // num_heads
-    if getattr(decoder, "kv_lora_rank", None) or not (isinstance(num_kv_heads, int) and isinstance(head_dim, int)):
+    if has_latents(decoder) or not (isinstance(num_kv_heads, int) and isinstance(head_dim, int)):
         num_kv_heads = head_dim = 1
     return 2 * num_kv_heads * head_dim * torch.float16.itemsize
 

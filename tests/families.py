@@ -183,7 +183,6 @@ FAMILIES = [
             "topk_group": 1,
             "first_k_dense_replace": 1,
         },
-        note="expands the whole pool in each step: sdpa is faster",
     ),
     Family(
         "Llama 4",

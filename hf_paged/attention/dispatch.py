@@ -7,6 +7,7 @@ from torch import Tensor
 from hf_paged._torch.inductor import can_compile
 from hf_paged._torch.surroundings import can_launch
 from hf_paged._torch.tricks import Trick
+from hf_paged._transformers import has_latents
 from hf_paged.attention.backends import flex
 from hf_paged.attention.backends.base import Attention, AttentionParams
 from hf_paged.attention.backends.split_kv import cpu, gpu
@@ -50,6 +51,8 @@ class Backend(enum.Enum):
 
 def reads_pages(pool: PagePool, num_new: int) -> bool:
     """Whether a pass over `num_new` new columns reads pages in place; else SDPA is handed a copy, layer by layer."""
+    if has_latents(pool.config):
+        return False  # the model would make keys and values of everything in the pool, not of its rows alone
     storage = pool.any_storage()
     if not can_compile(None if storage is None else storage.device):
         return False

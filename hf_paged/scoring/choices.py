@@ -64,7 +64,7 @@ def score_choices(
         for index, own in enumerate(choices)
     ]
     model = model_in(model, "score_choices()")
-    inner = generating_model(model)
+    inner = generating_model(model, "score_choices()")
     if inner.config.is_encoder_decoder:
         raise ValueError(
             f"{type(inner).__name__} has an encoder, but score_choices() scores what a decoder makes of a context and "
@@ -112,7 +112,7 @@ def _score_group(
     model: Any, pool: PagePool, contexts: list[Counts], choices: list[list[Counts]], max_tokens: int
 ) -> list[list[Score]]:
     """Compute some contexts packed, and then their choices."""
-    inner = generating_model(model)
+    inner = generating_model(model, "score_choices()")
     rows = [torch.from_numpy(context) for context in contexts]
     ids = pad_sequence(rows, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

@@ -8,7 +8,6 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
-from hf_paged.attention.interface import paged_flex_attention
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}

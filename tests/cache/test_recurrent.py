@@ -544,3 +544,39 @@ def test_looking_at_a_state_between_two_passes_changes_nothing():
     assert torch.equal(found, plain_tokens(CHOSEN[3], again))
     with pytest.raises(ValueError, match="non linear attention layer"):
         cache.get_conv_state(1)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_many_prompts_have_the_tokens_of_each_alone(name):
+    model = model_of(name)
+    prompts = [words(1, length, seed=length)[0].tolist() for length in (19, 1, 33, 16, 40)]
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    expected = [plain_tokens(name, torch.tensor([ids]), new=12)[0, len(ids) :].tolist() for ids in prompts]
+    host = PagePool.from_model(model, num_pages=5, page_size=16, host_bytes=2**20)
+    for pool in (None, host, PagePool.from_model(model, num_pages=5, page_size=16)):  # the last two run short
+        answers = hf_paged.generate_many(model, prompts, pool=pool, max_rows=3, **settings)
+        assert [result.tokens for result in answers.in_order()] == expected
+
+
+def test_rows_are_cropped_alike_or_not_at_all():
+    model = model_of("Lfm2ForCausalLM")
+    cache = PagedCache.from_model(model, page_size=16)
+    cache.activate_past_recording()
+    ids = words(2, 17)
+    logits_of(model, cache, ids)
+    before = states_of(cache)
+    with pytest.raises(ValueError, match="whose states are of all columns"):
+        cache.crop([-1, -2])
+    assert cache.lengths == [17, 17]
+    assert are_equal(states_of(cache), before)
+    cache.crop([-2, -2])
+    assert torch.equal(tokens_of(model, cache, ids), plain_tokens("Lfm2ForCausalLM", ids))
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_drafts_for_single_rows_are_refused(name):
+    model = model_of(name)
+    cache = PagedCache.from_model(model, page_size=16)
+    with pytest.raises(ValueError, match="which keeps a state, of which no token can be taken back"):
+        tokens_of(model, cache, words(2, 17), custom_generate=hf_paged.prompt_lookup())
+    assert cache.lengths == []
