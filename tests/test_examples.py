@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -95,3 +96,19 @@ def test_the_leaves_of_a_tree_hold_a_fraction_of_copies(example, monkeypatch, ca
     sizes = numbers("# leaves: # MiB, as copies # MiB", capsys.readouterr().out)
     assert [num_leaves for num_leaves, _, _ in sizes] == [3, 5, 6]
     assert sizes[-1][1] < sizes[-1][2] / 4
+
+
+def test_the_tour_runs_cell_by_cell(capsys):
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    names = {}
+    torch.manual_seed(0)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    printed = capsys.readouterr().out
+    assert "the same tokens: True" in printed
+    assert "loop: hf_paged.sample" in printed
+    assert 16 * names["num_pages"] < names["num_tokens"]  # as the fork shares some
+    assert names["num_found"] >= 16
+    assert names["longer"].shape[1] > names["answer"].shape[1]
