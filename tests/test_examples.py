@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import re
 import signal
@@ -124,3 +125,19 @@ def test_an_actor_that_is_killed_loses_no_prompt(example, tmp_path, monkeypatch)
     assert was_killed.exists()
     expected = module.Answerer(max_new_tokens=4)({"prompt": texts})["answer"]
     assert {row["prompt"]: row["answer"] for row in rows} == dict(zip(texts, expected, strict=True))
+
+
+def test_the_tour_runs_cell_by_cell(capsys):
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    names = {}
+    torch.manual_seed(0)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    printed = capsys.readouterr().out
+    assert "the same tokens: True" in printed
+    assert "loop: hf_paged.sample" in printed
+    assert 16 * names["num_pages"] < names["num_tokens"]  # as the fork shares some
+    assert names["num_found"] >= 16
+    assert names["longer"].shape[1] > names["answer"].shape[1]

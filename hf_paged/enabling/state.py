@@ -22,6 +22,7 @@ from hf_paged._transformers import (
 )
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
+from hf_paged.cache.prompt.fingerprint import fingerprint
 from hf_paged.compile.api import compiled
 from hf_paged.decoding.passes import shows_passes
 from hf_paged.decoding.sample import sample
@@ -66,6 +67,7 @@ class State:
         self._decoded_seconds = 0.0
         self._lock = threading.Lock()
         self._own: WeakSet[Any] = WeakSet()  # caches that nobody else has
+        self._makers: WeakKeyDictionary[Any, bytes] = WeakKeyDictionary()  # what has computed those of others
 
     def give_cache(self, model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Let `generate()` take a paged cache, where it was given none and may choose.
@@ -76,7 +78,7 @@ class State:
             model_kwargs: what the model will be given.
         """
         given = cache_in(model_kwargs)
-        is_other = isinstance(given, PagedCache) and _resumed(given, model, generation_config)
+        is_other = isinstance(given, PagedCache) and self._resume(given, model, generation_config)
         self.notes = {"loop": "that of generate()", "compiled": "no"}
         chosen = generation_config.cache_implementation
         if given is not None:
@@ -129,6 +131,27 @@ class State:
             generation_config.compile_config = settings.compile_config
             yield []
 
+    def _resume(self, cache: PagedCache, model: Any, generation_config: Any) -> bool:
+        """Let a cache go on with the prompt that `generate()` is given; return whether it held another one.
+
+        What it held is kept only if it is known that the model, as it is now, has computed it.
+        """
+        call = arguments_of_generate(model)
+        loops = (type(model)._sample, type(model)._beam_search, sample)
+        if call.get("decoding_method") not in loops or is_synced(model):
+            return False
+        ids, inputs = call["input_ids"], call["model_kwargs"]
+        if ids.ndim != 2 or inputs.get("inputs_embeds") is not None:
+            return False
+        maker, rows = fingerprint(model), cache._sequences.rows
+        is_known = rows.origin is not None or self._makers.get(cache) == maker
+        keeps = is_known and not shows_passes(generation_config)
+        is_empty = rows.columns.count == 0
+        is_other = cache._resume_prepared(model, ids, inputs, generation_config, keeps=keeps)
+        if is_empty or is_other:
+            self._makers[cache] = maker
+        return is_other
+
     def releasing(self, cache: Any, generation_config: Any, input_ids: Tensor) -> list[StoppingCriteria]:
         """Criteria that let rows give their pages back once they have ended, where nobody sees what becomes of them.
 
@@ -169,17 +192,6 @@ class State:
 
     def _size(self, model: PreTrainedModel) -> int:
         return self._page_size or (_PAGE_SIZE_ON_CPU if model.device.type == "cpu" else _PAGE_SIZE)
-
-
-def _resumed(cache: PagedCache, model: Any, generation_config: Any) -> bool:
-    """Let a used cache go on with the prompt that `generate()` is given; return whether it is another one."""
-    call = arguments_of_generate(model)
-    if call.get("decoding_method") not in (type(model)._sample, type(model)._beam_search, sample) or is_synced(model):
-        return False
-    ids, inputs = call["input_ids"], call["model_kwargs"]
-    if ids.ndim != 2 or inputs.get("inputs_embeds") is not None:
-        return False
-    return cache._resume_prepared(model, ids, inputs, generation_config, keeps=not shows_passes(generation_config))
 
 
 class _Clock(StoppingCriteria):

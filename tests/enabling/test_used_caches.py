@@ -96,6 +96,24 @@ def test_a_changed_history_is_computed_from_the_change_on(llama, num_computed):
         assert sum(num_computed) == NUM_NEW
 
 
+def test_what_other_weights_have_computed_is_computed_anew(llama, num_computed):
+    first, second = random_ids(1, 40), changed(random_ids(1, 40), 30)
+    with hf_paged.enable(llama, compile=False):
+        cache = PagedCache.from_model(llama, page_size=16)
+        generate(llama, first, **{CACHE: cache})
+        with torch.no_grad():
+            for weight in llama.parameters():
+                weight.add_(torch.randn_like(weight) * 0.1)
+        expected = generate(llama, second)
+        num_computed.clear()
+        found = generate(llama, second, **{CACHE: cache})
+        assert torch.equal(found, expected)
+        assert sum(num_computed) == 40 + NUM_NEW - 1
+        num_computed.clear()
+        assert torch.equal(generate(llama, first, **{CACHE: cache}), generate(llama, first))
+        assert num_computed[0] < 40
+
+
 def test_a_batch_goes_on_though_its_padding_moves_and_rows_have_ended(llama, num_computed):
     rows = [random_ids(1, 20 + 7 * row, row) for row in range(3)]
     first, mask = padded(rows)
