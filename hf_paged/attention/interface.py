@@ -74,6 +74,12 @@ def paged_flex_attention(
             f"output_attentions=True was asked for, but {NAME!r} never has the attention weights at hand. Load the "
             'model with attn_implementation="eager"; PagedCache works with it.',
         )
+    if kwargs.get("sinks") is not None:
+        raise _refused(
+            attention_mask,
+            f"{NAME!r} can't compute attention with sinks of each query. Load the model with "
+            'attn_implementation="eager"; PagedCache works with it.',
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(attention_mask, PagedMask):
         # With one, what its function was asked for counts, not what the layer says of itself.
