@@ -25,7 +25,10 @@ _LISTS_SHARED_LAYERS = "dummy" in DYNAMIC_LAYER_TYPE_MAPPING
 """Whether caches have layers for those of a model that read the keys of others; those of 5.21 end before these."""
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
-_STORING = ("full_attention", *_WINDOWED)
+_HYBRID = ("hybrid", "hybrid_sliding")
+_RECURRENT = ("linear_attention", "conv", *_HYBRID)
+_STORING = ("full_attention", *_WINDOWED, *_HYBRID)
+_EMPTY = ("dummy", "moe", "mlp")
 
 _WINDOWED_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
@@ -37,15 +40,17 @@ class LayerSpec:
     Attributes:
         kind: the layer type as Transformers names it, or `"dummy"` for a layer that stores nothing of its own.
         window: tokens that a query sees, itself included; None without a bound.
+        num_states: states of each kind that it may keep for a row, beside keys and values or instead of them.
     """
 
     kind: str
     window: int | None = None
+    num_states: int = 0
 
     @property
     def stores(self) -> bool:
         """Whether the layer stores keys and values."""
-        return self.kind != "dummy"
+        return self.kind in _STORING
 
 
 def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
@@ -68,16 +73,30 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
             f"{config.model_type!r} model keep those of its images instead. Use Transformers' "
             "DynamicCache(config=model.config)."
         )
+    has_keys = any(kind in _STORING for kind in kinds)
     for index, kind in enumerate(kinds):
-        if kind not in _STORING and kind != "dummy":
+        if kind not in (*_STORING, *_EMPTY) and not (has_keys and kind in _RECURRENT):
             raise ValueError(
                 f"PagedCache stores keys and values, but layer {index} of this {config.model_type!r} model is a "
-                f"{kind!r} layer, which keeps another state. Use Transformers' DynamicCache(config=model.config)."
+                f"{kind!r} layer, which keeps another state{'' if has_keys else ', as all of its layers do'}. Use "
+                "Transformers' DynamicCache(config=model.config)."
             )
     return [
-        LayerSpec(kind, argument.get("sliding_window") if kind in _WINDOWED else None)
+        LayerSpec(
+            kind,
+            argument.get("sliding_window"),
+            argument.get("number_of_states", 1) if kind in _RECURRENT else 0,
+        )
         for kind, argument in zip(kinds, arguments, strict=True)
     ]
+
+
+def recurrent_layer(config: PreTrainedConfig) -> str | None:
+    """Say in words which layer of a decoder keeps a state of each row; None if there is none."""
+    # Not `layer_specs`: while `generate()` drafts by early exit, the configuration counts fewer layers than it lists.
+    kinds = getattr(_of_decoder(config), "layer_types", None) or ()
+    recurrent = ((index, kind) for index, kind in enumerate(kinds) if kind in _RECURRENT)
+    return next((f"layer {index} is a {kind!r} layer, which keeps a state" for index, kind in recurrent), None)
 
 
 def model_in(given: Any, asker: str) -> PreTrainedModel:
@@ -150,6 +169,26 @@ def num_unlisted_layers(config: PreTrainedConfig) -> int:
     return 0 if _LISTS_SHARED_LAYERS else getattr(config, "num_kv_shared_layers", None) or 0
 
 
+def has_position_bias(config: PreTrainedConfig) -> bool:
+    """Whether a decoder adds a bias of its own to its scores, as T5 does."""
+    return getattr(_of_decoder(config), "relative_attention_num_buckets", None) is not None
+
+
+def has_latents(config: PreTrainedConfig) -> bool:
+    """Whether a decoder caches latents, of which it makes keys and values after each update, as DeepSeek-V3 does."""
+    return getattr(_of_decoder(config), "kv_lora_rank", None) is not None
+
+
+def compile_obstacle(config: PreTrainedConfig) -> str | None:
+    """Say what a decoder does that steps over pages can't be compiled with; None if nothing is known."""
+    if has_position_bias(config):
+        return "adds a position bias to its scores"
+    if has_latents(config):
+        return "makes keys and values of the latents that are cached"
+    layer = recurrent_layer(config)
+    return None if layer is None else f"has recurrent layers ({layer} that no graph can follow)"
+
+
 def least_token_bytes(config: PreTrainedConfig) -> int:
     """Bytes of one token's keys and values in a layer, in 16 bits, as the configuration has it in its usual words.
 
@@ -161,7 +200,7 @@ def least_token_bytes(config: PreTrainedConfig) -> int:
     num_kv_heads, head_dim, hidden_size, num_heads = (getattr(decoder, name, None) for name in names)
     if head_dim is None and isinstance(hidden_size, int) and isinstance(num_heads, int):
         head_dim = hidden_size // num_heads
-    if getattr(decoder, "kv_lora_rank", None) or not (isinstance(num_kv_heads, int) and isinstance(head_dim, int)):
+    if has_latents(decoder) or not (isinstance(num_kv_heads, int) and isinstance(head_dim, int)):
         num_kv_heads = head_dim = 1
     return 2 * num_kv_heads * head_dim * torch.float16.itemsize
 

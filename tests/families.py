@@ -183,7 +183,6 @@ FAMILIES = [
             "topk_group": 1,
             "first_k_dense_replace": 1,
         },
-        note="expands the whole pool in each step: sdpa is faster",
     ),
     Family(
         "Llama 4",
@@ -247,9 +246,14 @@ FAMILIES = [
         "encoder; position bias",
         {"d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3}
         | {"initializer_factor": 3.0, "decoder_start_token_id": 2},
-        paged_flex=Outcome.REFUSED,
-        message="position_bias",
-        note="FlexAttention is not given the bias",
+    ),
+    Family(
+        "UMT5",
+        "UMT5ForConditionalGeneration",
+        "UMT5Config",
+        "encoder; position bias in every layer",
+        {"d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3}
+        | {"initializer_factor": 3.0, "decoder_start_token_id": 2},
     ),
     Family(
         "Mamba",
@@ -266,11 +270,32 @@ FAMILIES = [
         "Qwen3-Next",
         "Qwen3NextForCausalLM",
         "Qwen3NextConfig",
-        "recurrent state in some layers",
-        paged_flex=Outcome.REFUSED,
-        gathered=Outcome.REFUSED,
-        message="which keeps another state",
-        note="no keys and values to store in those layers",
+        "recurrent state in some layers; experts",
+        {
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    Family(
+        "Falcon-H1",
+        "FalconH1ForCausalLM",
+        "FalconH1Config",
+        "attention and a recurrent state in every layer",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16},
+    ),
+    Family(
+        "LFM2",
+        "Lfm2ForCausalLM",
+        "Lfm2Config",
+        "convolutions in some layers",
+        {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     ),
 ]
 

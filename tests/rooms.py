@@ -11,6 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "hf_paged"
 ROOMS = (
     "tools",
+    "scoring",
     "enabling",
     "decoding",
     "cache",

@@ -2,7 +2,9 @@
 
 import importlib.util
 import io
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -95,3 +97,30 @@ def test_the_leaves_of_a_tree_hold_a_fraction_of_copies(example, monkeypatch, ca
     sizes = numbers("# leaves: # MiB, as copies # MiB", capsys.readouterr().out)
     assert [num_leaves for num_leaves, _, _ in sizes] == [3, 5, 6]
     assert sizes[-1][1] < sizes[-1][2] / 4
+
+
+def test_an_actor_that_is_killed_loses_no_prompt(example, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    module = example("ray_batch")
+    ray.cloudpickle.register_pickle_by_value(module)
+    was_killed = tmp_path / "was_killed"
+
+    class Killed(module.Answerer):
+        def __call__(self, batch):
+            if not was_killed.exists():
+                was_killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(module, "BATCH", 2)
+    texts = [f"Name {number} colours." for number in range(2, 8)]
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(EXAMPLES.parent)}})
+    try:
+        prompts = ray.data.from_items([{"prompt": text} for text in texts], override_num_blocks=3)
+        rows = module.answered(prompts, actors=2, max_new_tokens=4, answerer=Killed).take_all()
+    finally:
+        ray.shutdown()
+    assert was_killed.exists()
+    expected = module.Answerer(max_new_tokens=4)({"prompt": texts})["answer"]
+    assert {row["prompt"]: row["answer"] for row in rows} == dict(zip(texts, expected, strict=True))

@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from hf_paged.tools.bench.report import fill, tables
+import pytest
+
+from hf_paged.tools.bench.report import fill, plot, tables
 from tests.sweep.results import RESULTS, Results
 
 README = Path(__file__).parent.parent / "README.md"
@@ -96,3 +98,11 @@ def test_the_tables_of_the_performance_page_are_those_of_the_results():
 def test_the_first_lines_are_eight():
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(code.strip().splitlines()) == 8
+
+
+def test_the_plots_are_those_of_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    docs = README.parent / "docs"
+    plot((docs / "performance.md").read_text(), docs / "results" / "bench", tmp_path)
+    assert len(made := sorted(tmp_path.iterdir())) == 2
+    assert [path.read_text() for path in made] == [(docs / "assets" / path.name).read_text() for path in made]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_paged import PagedCache
+from hf_paged import PagedCache, prompt_lookup
 from hf_paged.packaged import load_packaged_model, prompts
 
 pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
@@ -52,6 +52,20 @@ def test_20_prompts_in_ragged_batches_of_8_give_the_same_tokens(smollm2, contigu
         token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         assert stats.minimum_bytes == sum(lengths) * token_bytes
         cache.pool.check_integrity()
+
+
+def test_drafts_for_a_batch_that_repeats_its_prompts_give_the_same_tokens_in_fewer_passes(smollm2):
+    model, tokenizer = smollm2
+    rows = [row + row + row[: len(row) // 4] for row in prompts(tokenizer, [40, 25, 60, 33])]
+    inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    expected = greedy(model, "sdpa", DynamicCache(config=model.config), inputs)
+    cache, passes = PagedCache(model.config, page_size=16), []
+    hook = model.register_forward_pre_hook(lambda *inputs: passes.append(1))
+    tokens = greedy(model, "paged_flex", cache, inputs, custom_generate=prompt_lookup())
+    hook.remove()
+    assert torch.equal(tokens, expected)
+    assert len(passes) < 0.7 * NUM_NEW
+    assert cache.lengths == [length + NUM_NEW - 1 for length in inputs["attention_mask"].sum(1).tolist()]
 
 
 def test_bf16_logits_are_as_close_to_fp32_as_those_of_sdpa(smollm2):

@@ -7,6 +7,7 @@ from torch import Tensor
 from hf_paged._torch.inductor import can_compile
 from hf_paged._torch.surroundings import can_launch
 from hf_paged._torch.tricks import Trick
+from hf_paged._transformers import has_latents
 from hf_paged.attention.backends import flex
 from hf_paged.attention.backends.base import Attention, AttentionParams
 from hf_paged.attention.backends.split_kv import cpu, gpu
@@ -50,6 +51,8 @@ class Backend(enum.Enum):
 
 def reads_pages(pool: PagePool, num_new: int) -> bool:
     """Whether a pass over `num_new` new columns reads pages in place; else SDPA is handed a copy, layer by layer."""
+    if has_latents(pool.config):
+        return False  # the model would make keys and values of everything in the pool, not of its rows alone
     storage = pool.any_storage()
     if not can_compile(None if storage is None else storage.device):
         return False
@@ -59,14 +62,14 @@ def reads_pages(pool: PagePool, num_new: int) -> bool:
     return flex.takes(storage.dtype) and (num_new == 1 or not flex.repacks_storage(storage.dtype, storage.device))
 
 
-def choose_backend(query: Tensor, key: Tensor, ranges: KVRanges | None) -> Backend:
-    """Say what attends, from queries and keys and what they see (None: token by token).
+def choose_backend(query: Tensor, key: Tensor, ranges: KVRanges | None, has_bias: bool = False) -> Backend:
+    """Say what attends, from queries and keys, what they see (None: token by token), and whether a bias is added.
 
     On a CPU packed queries, and single ones, have ways of their own, which are faster there. On a GPU a packed chunk
     has many rows, each of which would be several launches; few queries for each row are read for in equal pieces.
     """
     is_on_cpu = query.device.type == "cpu"
-    if ranges is None or not (is_on_cpu or query.device.type == "cuda"):
+    if ranges is None or has_bias or not (is_on_cpu or query.device.type == "cuda"):
         return Backend.FLEX
     if ranges.rows is not None:
         return Backend.VARLEN_SDPA if is_on_cpu and VARLEN_SDPA.is_on else Backend.FLEX
@@ -84,6 +87,7 @@ def bind(
     key: Tensor,
     value: Tensor,
     params: AttentionParams,
+    bias: Tensor | None = None,
 ) -> tuple[Attention, Tensor, Tensor]:
     """Return the attention of layers with tensors of these shapes, dtype and device in this pass.
 
@@ -95,16 +99,19 @@ def bind(
         key: `(1, num_kv_heads, num_slots, head_dim)`.
         value: `(1, num_kv_heads, num_slots, value_head_dim)`.
         params: what the layers want.
+        bias: `(num_rows, num_heads, num_queries, num_columns)`, or of one row for all, added to the scores of the
+            columns that the layers see; None without.
 
     Returns:
         The attention, and the keys and values that it was bound to: others than were given if the storage has grown
         for the page of the sinks. Only tensors of their sizes may be given to it.
 
     Raises:
-        ValueError: if a token is to be seen that was dropped, or for a dtype that the backend does not take.
+        ValueError: if a token is to be seen that was dropped, for a dtype that the backend does not take, or a bias
+            over something else than the columns.
     """
     ranges = metadata.ranges if table.group.window is None else metadata.ranges_of(table)
-    backend = choose_backend(query, key, ranges)
+    backend = choose_backend(query, key, ranges, bias is not None)
     if backend is Backend.VARLEN_SDPA and ranges is not None:
         return varlen_attention(query, value, varlen_rows_of(table, ranges), params), key, value
     if backend is Backend.SPLIT_KV_CPU and ranges is not None:
@@ -117,4 +124,5 @@ def bind(
         key, value = storage.tensors  # taking the page may have let the storage grow
     layout = flex.layout_for(query, key, sink_page)
     block_lists = metadata.device_lists(table, layout, key.shape[2])
-    return flex.paged_attention(query, key, value, block_lists, table.group.page_size, params), key, value
+    by_token = None if bias is None else metadata.bias_by_token(bias, table)
+    return flex.paged_attention(query, key, value, block_lists, table.group.page_size, params, by_token), key, value

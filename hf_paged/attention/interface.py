@@ -53,7 +53,8 @@ def paged_flex_attention(
         dropout: must be 0.
         softcap: bound of the scores; None without.
         s_aux: `(num_heads,)` attention sinks: the score of a token that every query sees and whose value is 0.
-        position_bias: additive bias; not supported over pages.
+        position_bias: `(num_rows, num_heads, num_queries, num_columns)`, or of one row for all, added to the scores;
+            None without.
         **kwargs: passed on to SDPA.
 
     Returns:
@@ -73,12 +74,6 @@ def paged_flex_attention(
             f"output_attentions=True was asked for, but {NAME!r} never has the attention weights at hand. Load the "
             'model with attn_implementation="eager"; PagedCache works with it.',
         )
-    if position_bias is not None:
-        raise _refused(
-            attention_mask,
-            f"{NAME!r} can't compute attention with a position_bias. Load the model with "
-            'attn_implementation="eager" or "sdpa"; PagedCache works with both.',
-        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(attention_mask, PagedMask):
         # With one, what its function was asked for counts, not what the layer says of itself.
@@ -91,7 +86,7 @@ def paged_flex_attention(
             )
         mask = getattr(attention_mask, ALLOWED, attention_mask)
         params = AttentionParams(scale, softcap, s_aux is not None)
-        return _attend_to_columns(query, key, value, mask, is_causal, params, s_aux, dropout), None
+        return _attend_to_columns(query, key, value, mask, is_causal, params, s_aux, position_bias, dropout), None
     is_traced = torch.compiler.is_dynamo_compiling()
     if not is_traced and getattr(module, "training", False) and attention_mask.metadata.is_unwritten:
         raise ValueError(
@@ -101,6 +96,8 @@ def paged_flex_attention(
         )
     if query.dtype is not key.dtype and autocast_dtype(query) is not None:
         query = query.to(key.dtype)
+    if is_traced and position_bias is not None:
+        raise ValueError(_NO_BIAS_IN_GRAPHS)
     metadata, layer = attention_mask.metadata, getattr(module, "layer_idx", -1)
     options = (scale, softcap, s_aux)
     source = layer_of(key, value) if hasattr(key, NEW) else None
@@ -114,7 +111,7 @@ def paged_flex_attention(
         run = torch.ops.hf_paged.attend_to_others if _HAS_OPERATIONS else _attend_between_graphs
         output = run(metadata, query, key, value, layer, *options)
     else:
-        output = attend(metadata, query, key, value, layer, *options)
+        output = attend(metadata, query, key, value, layer, *options, position_bias)
     return output, None
 
 
@@ -134,13 +131,15 @@ def attend(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """A layer's attention; arguments and result are those of `paged_flex_attention`, with the metadata of the mask.
 
     If it fails, so does the pass, of which nothing is left.
     """
     try:
-        return _attend(metadata, query, key, value, layer, AttentionParams(scale, softcap, sinks is not None), sinks)
+        params = AttentionParams(scale, softcap, sinks is not None)
+        return _attend(metadata, query, key, value, layer, params, sinks, bias)
     except BaseException:
         metadata.sequences.roll_back(metadata.step)
         raise
@@ -154,6 +153,7 @@ def _attend(
     layer: int,
     params: AttentionParams,
     sinks: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     step = metadata.step
     num_rows, _, num_queries, _ = metadata.shape
@@ -168,7 +168,7 @@ def _attend(
             "the model in one dtype."
         )
     if step.view is not View.PAGES:
-        return _attend_to_columns(query, key, value, metadata.by_column, True, params, sinks)
+        return _attend_to_columns(query, key, value, metadata.by_column, True, params, sinks, bias)
     if query.is_meta:
         return query.new_empty((num_rows, num_queries, query.shape[1], value.shape[3]))
     handed = None if step.is_cancelled else step.handed.get(key.data_ptr())
@@ -177,10 +177,10 @@ def _attend(
     else:
         _, table, storage = handed
     # All layers of a group have the same, as a rule: what depends on it is made once per pass.
-    shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, params)
+    shapes = (query.shape, key.shape, value.shape, query.dtype, query.device, params, bias)
     attention = metadata.attentions.get((table, table.version, *shapes))
     if attention is None:
-        attention, key, value = bind(metadata, table, storage, query, key, value, params)
+        attention, key, value = bind(metadata, table, storage, query, key, value, params, bias)
         shapes = (query.shape, key.shape, value.shape, *shapes[3:])
         metadata.attentions[table, table.version, *shapes] = attention
     with profiled("paged_attention"):
@@ -195,9 +195,12 @@ def _attend_to_columns(
     is_causal: bool,
     params: AttentionParams,
     sinks: Tensor | None,
+    bias: Tensor | None,
     dropout: float = 0.0,
 ) -> Tensor:
     scale, softcap, _ = params
+    if bias is not None:
+        mask, is_causal = _added(bias, mask, is_causal), False
     # Without a mask SDPA takes the queries for the first ones, not the last.
     is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
     if softcap is not None or sinks is not None or is_last:
@@ -210,6 +213,17 @@ def _attend_to_columns(
     return output
 
 
+def _added(bias: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Put what a mask hides, and what is added to the scores, into one mask to be added."""
+    num_queries, num_columns = bias.shape[2:]
+    if mask is None and is_causal and num_queries > 1:
+        last = torch.arange(num_columns - num_queries, num_columns, device=bias.device)
+        mask = torch.arange(num_columns, device=bias.device) <= last[:, None]
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
 def _no_dropout(dropout: float) -> str:
     return (
         f"Attention dropout is {dropout}, but {NAME!r} computes no dropout over pages, nor with softcap or sinks. "
@@ -217,6 +231,10 @@ def _no_dropout(dropout: float) -> str:
     )
 
 
+_NO_BIAS_IN_GRAPHS = (
+    f"{NAME!r} can't add a position_bias in compiled steps. Run this model uncompiled: leave out compiled(), or call "
+    "generate() with disable_compile=True."
+)
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _attend_between_graphs = outside_of_graphs(attend)
 

@@ -21,6 +21,7 @@ from hf_paged._transformers import num_decoder_layers
 from hf_paged.attention.dispatch import reads_pages
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.sequences import Sequences
+from hf_paged.batch.steps.ragged import RaggedStep
 from hf_paged.batch.steps.step import View
 
 NAME = "paged_flex"
@@ -241,20 +242,20 @@ def _reserved(
         num_layers=None if config is None else num_decoder_layers(config),
         reads_pages=reads_pages(sequences.pool, q_length),
     )
+    window = _window_of(mask_function)
+    is_by_range = step.past_is_visible and (mask_function is causal_mask_function or window is not None)
     if step.view is not View.PAGES:
         # Contiguous keys and values, those that are new if they are all there is: SDPA reads them faster.
+        by_column = dense(**kwargs | {"allow_is_bidirectional_skip": False})
         return PagedMask(
-            AttentionMetadata(sequences, step, by_column=dense(**kwargs | {"allow_is_bidirectional_skip": False}))
+            AttentionMetadata(sequences, step, by_column=by_column, window=window, is_by_range=is_by_range)
         )
-    if step.past_is_visible:
-        if mask_function is causal_mask_function:
-            return PagedMask(AttentionMetadata(sequences, step))
-        window = _window_of(mask_function)
-        if window is not None:
-            return PagedMask(AttentionMetadata(sequences, step, window=window))
+    if is_by_range:
+        return PagedMask(AttentionMetadata(sequences, step, window=window))
     mask = dense(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     assert mask is not None  # both ways to skip it are closed
-    return PagedMask(AttentionMetadata(sequences, step, visible=step.by_token(mask, kv_offset)))
+    visible = step.by_token(mask, kv_offset)
+    return PagedMask(AttentionMetadata(sequences, step, visible=visible, is_by_range=False))
 
 
 def next_mask(mask: PagedMask, attention_mask: Tensor | None) -> PagedMask | None:
@@ -280,6 +281,27 @@ def next_mask(mask: PagedMask, attention_mask: Tensor | None) -> PagedMask | Non
     if step.view is not View.PAGES or not step.past_is_visible:
         return None
     return PagedMask(AttentionMetadata(sequences, step, window=metadata.window))
+
+
+def ragged_mask(mask: PagedMask, step: RaggedStep) -> PagedMask | None:
+    """Make the mask of a pass in which each row goes on from a column of its own.
+
+    Args:
+        mask: of a pass of the same layers over one new column of all rows.
+        step: of the pass, which is under way.
+
+    Returns:
+        The mask; None where more has to be known than that the mask before was causal, or a window.
+    """
+    metadata = mask.metadata
+    if not metadata.is_by_range:
+        return None
+    by_column = None
+    if step.view is not View.PAGES:
+        storage = metadata.sequences.pool.any_storage()
+        by_column = torch.from_numpy(step.by_column(metadata.window))
+        by_column = by_column if storage is None else by_column.to(storage.device)
+    return PagedMask(AttentionMetadata(metadata.sequences, step, by_column=by_column, window=metadata.window))
 
 
 def _window_of(mask_function: Callable[..., Any]) -> int | None:

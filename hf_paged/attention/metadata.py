@@ -2,6 +2,7 @@
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from hf_paged._torch.opaque import Opaque, opaque
@@ -27,10 +28,11 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         step: the forward pass.
         by_column: without `View.PAGES`, `(num_rows, 1, num_queries, num_columns)`, the mask as `sdpa` wants it; None:
             causal.
-        window: with `View.PAGES`, tokens that a query sees, itself included; None: all before it.
+        window: tokens that a query sees, itself included; None: all before it.
         visible: with `View.PAGES`, `(num_rows, num_new, max_tokens)` bool, what each query sees of its row instead;
             None: as above.
         queries: which of the new columns ask.
+        is_by_range: whether they see all before them, or those in `window`; False: as the mask says.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         window: int | None = None,
         visible: BoolMatrix | None = None,
         queries: slice = slice(None),
+        is_by_range: bool = True,
     ) -> None:
         self.sequences = sequences
         self.step = step
@@ -49,11 +52,11 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         self.by_column = by_column
         self.window = window
         self.visible = visible
+        self.is_by_range = is_by_range
         self._queries = queries
         self.shape = step.num_rows, 1, len(range(step.num_new)[queries]), step.next_columns.count
         """`(num_rows, 1, num_queries, num_columns)`, the mask as Transformers would see it."""
-        is_by_range = step.view is View.PAGES and visible is None
-        self.ranges = step.kv_ranges(window, queries) if is_by_range else None
+        self.ranges = step.kv_ranges(window, queries) if is_by_range and step.view is View.PAGES else None
         """What each query sees of its row; None without `View.PAGES`, or where `visible` says it."""
         self.attentions: dict[tuple[object, ...], Attention] = {}
         """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
@@ -83,6 +86,7 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
             window=self.window,
             visible=self.visible,
             queries=slice(chosen.start, chosen.stop, chosen.step),
+            is_by_range=self.is_by_range,
         )
 
     def read(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +106,32 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
             elif self.visible is not None:
                 check_tokens_kept(table, self.visible)
         return self.ranges
+
+    def bias_by_token(self, bias: Tensor, table: BlockTable) -> Tensor:
+        """Turn a position bias over columns into one over the tokens of each row.
+
+        Args:
+            bias: `(num_rows, num_heads, num_queries, num_columns)`, or of one row for all; of the columns that layers
+                of this group see.
+            table: the rows, in the layers' group.
+
+        Returns:
+            `(num_rows, num_heads, num_queries, max_tokens)`, with `max_tokens` rounded up to whole pages.
+
+        Raises:
+            ValueError: if it is over something else, as where a model makes it of the size of the storage.
+        """
+        num_rows, _, num_queries, num_columns = self.shape
+        first = self.step.first_column(table.group.window)
+        if bias.shape[0] not in (1, num_rows) or bias.shape[2:] != (num_queries, num_columns - first):
+            raise ValueError(
+                f"A position_bias of shape {tuple(bias.shape)} was given for {num_rows} rows, {num_queries} new and "
+                f'{num_columns - first} visible columns. Load the model with attn_implementation="eager" or "sdpa"; '
+                "PagedCache works with both."
+            )
+        columns = torch.from_numpy(self.step.columns_of_tokens() - first).clamp_(0, num_columns - first - 1)
+        index = columns.to(bias.device)[:, None, None].expand(-1, *bias.shape[1:3], -1)
+        return bias.expand(num_rows, -1, -1, -1).gather(3, index)
 
     @overload
     def device_lists(self, table: BlockTable, layout: Layout, num_slots: int) -> BlockLists: ...

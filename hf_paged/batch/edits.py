@@ -163,6 +163,12 @@ class Edits:
             )
         if (num_rows, count) == _held_shape(sequences):
             rewrite(sequences.rows, {layer: _pair(copy) for layer, copy in changed.items()})
+        elif sequences.pool.has_states:
+            raise ValueError(
+                f"Keys and values of {num_rows} rows and {count} columns were assigned to a cache of "
+                f"{' rows and '.join(map(str, _held_shape(sequences)))} columns, whose recurrent layers have a state "
+                "for each row, of all columns. Assign as many rows and columns as there are, or call cache.reset()."
+            )
         else:
             replace(
                 sequences,

@@ -17,6 +17,7 @@ from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage
 
 _NOTHING = torch.empty(0)
+_OF_SHAPE = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _ALIKE = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")}
 
 
@@ -79,8 +80,7 @@ class HandedOnStates:
         if self._copies is None:
             assert self._step is not None
             table, storage = self._source
-            window = table.group.window
-            first_column = 0 if window is None else max(0, self._step.columns.count + 1 - window)
+            first_column = self._step.first_column(table.group.window)
             with torch.inference_mode(False), torch.no_grad():
                 keys, values = gather_columns(storage, table, self._step.next_columns, first_column)
             self._copies, self._versions = (keys, values), (keys._version, values._version)
@@ -91,6 +91,15 @@ class HandedOnStates:
         self._pages = self.copies()
         self._step = None
         del self._source
+
+    def shape(self, which: int) -> torch.Size:
+        """The shape of the copy of the keys (0) or values (1), which is not made for it."""
+        if self._copies is not None or self._step is None:
+            return self.copies()[which].shape
+        table, _ = self._source
+        num_columns = self._step.next_columns.count - self._step.first_column(table.group.window)
+        _, num_kv_heads, _, head_dim = self._pages[which].shape
+        return torch.Size((table.num_rows, num_kv_heads, num_columns, head_dim))
 
     def example(self, which: int) -> Tensor:
         """Return a tensor of the same dtype, device and number of dimensions as the keys (0) or values (1)."""
@@ -141,6 +150,8 @@ class HandedOnTensor(Tensor):
                 return answer
             if answer is example:
                 return shared
+        if isinstance(shared, HandedOnTensor) and func in _OF_SHAPE:
+            return func(torch.empty(shared.states.shape(shared.which), device="meta"), *args[1:], **kwargs)
         return func(*_copied(args), **_copied(kwargs))
 
 

@@ -200,8 +200,7 @@ class KnownIds:
                 f"The cache holds {columns.count} tokens, but generate() computes the whole prompt once more where it "
                 "is assisted by a draft. Pass an empty cache (cache.reset() makes it one), or leave out the assistant."
             )
-        num_masked = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
-        if num_masked == ids.shape[1]:  # else `generate()` takes them all for new ones
+        if is_whole_prompt(ids, mask, config):
             self.compare(ids, mask, columns)
 
     def compare(self, ids: Tensor, mask: Tensor | None, columns: Columns) -> None:
@@ -231,6 +230,18 @@ class KnownIds:
             f"cache for each prompt; or call {remedy if common else ''}cache.reset() to start over, or cache.fork() "
             "before prompts part."
         )
+
+
+def is_whole_prompt(ids: Tensor, mask: Tensor | None, config: Any) -> bool:
+    """Whether `generate()` takes ids for those of all columns, or else for new ones behind those that are cached.
+
+    Args:
+        ids: `(num_rows, num_columns)`.
+        mask: `(num_rows, any)`, as it has prepared it; None without padding.
+        config: of the call.
+    """
+    num_masked = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    return bool(num_masked == ids.shape[1])
 
 
 def _check_checkpointing(model: Any) -> None:

@@ -103,19 +103,44 @@ class Columns:
         return Columns(self.count + num_new, np.concatenate([past, added], axis=1), self.released)
 
     def num_tokens_before(self, columns: Counts, num_rows: int) -> Counts:
-        """`(num_rows, len(columns))` tokens of each row before each of `columns`."""
+        """`(num_rows, n)` tokens of each row before each of `columns`, `(n,)` or `(num_rows, n)`, up to `count`."""
         columns = np.maximum(columns, 0)
         if self.real is None:
-            return np.broadcast_to(columns, (num_rows, len(columns)))
-        if len(columns) == 1:
+            return np.broadcast_to(columns, (num_rows, columns.shape[-1]))
+        if columns.shape == (1,):
             return np.asarray(self.real[:, : int(columns[0])].sum(axis=1, dtype=np.int64))[:, None]
         running = np.zeros((num_rows, self.count + 1), dtype=np.int64)
         self.real.cumsum(axis=1, out=running[:, 1:])
-        return np.asarray(running[:, columns])
+        return np.take_along_axis(running, np.broadcast_to(columns, (num_rows, columns.shape[-1])), axis=1)
 
     def truncated(self, count: int) -> "Columns":
         """Return the record of the first `count` columns."""
         return Columns(count, None if self.real is None else self.real[:, :count], self.released if count else None)
+
+    def ends_of(self, lengths: Counts) -> Counts:
+        """`(num_rows,)` the column behind the first `lengths[row]` tokens of each row, which has as many."""
+        if self.real is None:
+            return lengths
+        is_kept = self.real & (self.real.cumsum(axis=1) <= lengths[:, None])
+        return np.asarray((is_kept * np.arange(1, self.count + 1)).max(axis=1, initial=0))
+
+    def cut(self, ends: Counts) -> "Columns":
+        """Return the record of the columns of each row before its one of `ends`, `(num_rows,)`."""
+        columns = self.truncated(int(ends.max(initial=0)))
+        if (ends < columns.count).any():
+            is_kept = np.arange(columns.count) < ends[:, None]
+            columns.real = is_kept if columns.real is None else columns.real & is_kept
+        return columns
+
+    def extended_from(self, ends: Counts, counts: Counts) -> "Columns":
+        """Return the record with `counts[row]` tokens in the columns from `ends[row]` on, which hold none so far."""
+        count = max(self.count, int((ends + counts).max()))
+        if self.real is None and (ends + counts == count).all():
+            return Columns(count)
+        column = np.arange(count)
+        real = (column >= ends[:, None]) & (column < (ends + counts)[:, None])
+        real[:, : self.count] |= True if self.real is None else self.real
+        return Columns(count, real, self.released)
 
     def selected(self, indices: Sequence[int]) -> "Columns":
         """Return the record where row `i` is what row `indices[i]` is here."""

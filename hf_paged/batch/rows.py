@@ -8,11 +8,11 @@ from torch import Tensor
 
 from hf_paged.batch.known_ids import KnownIds
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts, gather_columns
-from hf_paged.batch.swapped import IdleRows, SwappedRows
+from hf_paged.batch.recurrent.states import States
+from hf_paged.batch.swapped import IdleRows, SwappedRows, host_of
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.pool import PagePool
 from hf_paged.pages.stats import MemoryStats
-from hf_paged.pages.tiers.host import HostTier
 from hf_paged.pages.views.memory_map import MemoryMap
 
 
@@ -28,6 +28,7 @@ class Rows:
     Attributes:
         columns: which columns of the padded view are tokens.
         known_ids: which tokens they are, as far as that is known.
+        states: what recurrent layers keep of them. They stay on the device when the pages are swapped out.
         absent: layers that hold none of the tokens, as the model passes over them.
         is_fanned_out: whether the step under way made several rows of one.
         origin: what made all keys and values of the rows, of causal attention and of positions that are their places,
@@ -42,6 +43,7 @@ class Rows:
         self._idle: IdleRows | None = None  # while others may touch the tables
         self.columns = Columns()
         self.known_ids = KnownIds()
+        self.states = States(pool)
         self.absent: frozenset[int] = frozenset()
         self.is_fanned_out = False
         self.origin: Hashable | None = None
@@ -155,12 +157,14 @@ class Rows:
             self.is_plain = False
         for table in self.tables:
             table.commit(counts)
+        self.states.commit()
         self.columns = columns
         self.known_ids.end_pass()
         self.is_fanned_out = False
 
     def roll_back(self) -> None:
-        """Give back the room that a step has reserved."""
+        """Give back the room that a step has reserved, and put back the states before it."""
+        self.states.restore()
         self.known_ids.roll_back()
         for table in self.tables:
             table.roll_back()
@@ -178,6 +182,7 @@ class Rows:
             table.clear()
         self.columns = Columns()
         self.known_ids = KnownIds()
+        self.states.clear()
         self.absent = frozenset()
         self.origin = None
         self.is_plain = False
@@ -186,6 +191,7 @@ class Rows:
         """Let row `i` be what row `indices[i]` was."""
         for table in self.tables:
             table.select(indices)
+        self.states.select(indices)
         self.columns = self.columns.selected(indices)
         self.known_ids.select(indices)
 
@@ -197,27 +203,30 @@ class Rows:
             table.release(rows)
         self.columns = self.columns.without(rows, self.count)
 
-    def truncate(self, count: int) -> None:
-        """Keep the first `count` columns.
+    def truncate(self, ends: Counts | int) -> None:
+        """Keep the columns before the one of `ends`, `(count,)`, of each row, or of all.
 
         Raises:
-            ValueError: if that takes tokens which have left a window; nothing has changed.
+            ValueError: if that takes what has left a window, or what a state can't forget; nothing has changed.
         """
-        kept = self.columns.num_tokens_before(np.array([count]), self.count)[:, 0]
+        ends = np.broadcast_to(ends, self.count)
+        self.states.check_truncation(self.columns.count, ends)
+        kept = self.columns.num_tokens_before(ends[:, None], self.count)[:, 0]
         for table in self.tables:
-            if table.group.window is None or count == 0:
+            if table.group.window is None:
                 continue
-            first = self.columns.num_tokens_before(np.array([count + 1 - table.group.window]), self.count)[:, 0]
-            if (first < table.starts).any():
+            first = self.columns.num_tokens_before(ends[:, None] + 1 - table.group.window, self.count)[:, 0]
+            if (first < table.starts)[kept > 0].any():
                 raise ValueError(
-                    f"Taking {self.columns.count - count} tokens back would need tokens that have left the window of "
-                    f"{table.group.window} and were dropped. Call cache.activate_past_recording() before the passes "
-                    "that may be taken back."
+                    f"Taking {int((self.columns.count - ends).max())} tokens back would need tokens that have left "
+                    f"the window of {table.group.window} and were dropped. Call cache.activate_past_recording() "
+                    "before the passes that may be taken back."
                 )
         for table in self.tables:
             table.truncate(kept)
-        self.columns = self.columns.truncated(count)
-        self.known_ids.truncate(count)
+        self.states.truncate(self.columns.count, ends)
+        self.columns = self.columns.cut(ends)
+        self.known_ids.truncate(self.columns.count)
 
     def keep(self, lengths: Counts, columns: Columns) -> None:
         """Keep the first tokens of each row, or of as many rows made of the one that there is.
@@ -233,13 +242,17 @@ class Rows:
         self.columns = columns
         self.known_ids = KnownIds()
 
-    def drop_past(self) -> None:
-        """Release the pages whose tokens no query will see any more, since they have left a window."""
+    def drop_past(self, ends: Counts | None = None) -> None:
+        """Release the pages whose tokens no query will see any more, since they have left a window.
+
+        Args:
+            ends: `(count,)` the column of each row's next query; None: that behind the last one.
+        """
+        queries = np.array([self.columns.count]) if ends is None else ends[:, None]
         for table in self.tables:
             window = table.group.window
             if window is not None and self.columns.count >= window:
-                first = np.array([self.columns.count + 1 - window])
-                starts = self.columns.num_tokens_before(first, self.count)[:, 0]
+                starts = self.columns.num_tokens_before(queries + 1 - window, self.count)[:, 0]
                 table.drop(table.group.first_kept(starts, table.lengths))
 
     @property
@@ -254,7 +267,7 @@ class Rows:
             OutOfPagesError: if there is too little; nothing has changed.
             ValueError: if the pool has none; nothing has changed.
         """
-        host = self._host()
+        host = host_of(self.pool)
         self._wake()
         if self.columns.count and self._swapped is None:
             self._swapped = SwappedRows(self._tables, host)
@@ -265,7 +278,7 @@ class Rows:
         Raises:
             ValueError: if the pool has no memory of the host; nothing has changed.
         """
-        host = self._host()
+        host = host_of(self.pool)
         if self.columns.count and not self.are_out:
             self._idle = IdleRows(self._tables, host)
 
@@ -286,6 +299,7 @@ class Rows:
             self._idle.abandon()
             return
         self._swapped = None
+        self.states.clear()
         for table in self._tables:
             table.give_back()
 
@@ -293,7 +307,7 @@ class Rows:
         """Account for the pages and bytes that the rows hold, and for those that they have on the host."""
         with self._awake():
             num_bytes = 0 if self._swapped is None else self._swapped.num_bytes
-            return self.pool.account([[table] for table in self._tables], num_bytes)
+            return self.pool.account([[table] for table in self._tables], [self.states], num_bytes)
 
     def memory_map(self, width: int) -> MemoryMap:
         """Draw the pages that the rows hold, `width` on a line."""
@@ -314,15 +328,6 @@ class Rows:
         if self._idle is not None:
             self._swapped, self._idle = self._idle.withdraw(), None
 
-    def _host(self) -> HostTier:
-        if self.pool.host is None:
-            raise ValueError(
-                "A cache was to be swapped out whose pool may keep nothing in memory of the host. Make the pool with "
-                "host_bytes, as in PagePool.from_model(model, host_bytes=2**30), and the cache by "
-                "PagedCache(pool=pool)."
-            )
-        return self.pool.host
-
     def fork(self) -> "Rows":
         """Return rows that hold the same, sharing the pages."""
         other = Rows.__new__(Rows)
@@ -331,6 +336,7 @@ class Rows:
         other._tables = [table.fork() for table in self.tables]
         other.columns = self.columns
         other.known_ids = self.known_ids.fork()
+        other.states = self.states.fork(self.pool)
         other.absent = self.absent
         other.is_fanned_out = False
         other.origin = self.origin
@@ -354,6 +360,7 @@ class Rows:
                     row += 1
         self.columns = Columns.joined([(part.columns, part.count) for part in parts])
         self.known_ids.join([(part.known_ids, part.columns, part.count) for part in parts])
+        self.states.join([part.states for part in parts])
         self.absent = parts[0].absent
         origins = {part.origin for part in parts}
         self.origin = origins.pop() if len(origins) == 1 else None

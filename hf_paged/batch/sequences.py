@@ -1,6 +1,6 @@
 """The sequences of one cache, and the step that they are in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -9,7 +9,9 @@ from hf_paged._torch.surroundings import check_surroundings
 from hf_paged.batch.edits import Edits
 from hf_paged.batch.handed_on import HandedOn
 from hf_paged.batch.padding import BoolMatrix, Counts
+from hf_paged.batch.recurrent.states import State
 from hf_paged.batch.rows import Rows
+from hf_paged.batch.steps.between import BetweenSteps
 from hf_paged.batch.steps.decode_writer import DecodeWriter, decode_writers
 from hf_paged.batch.steps.padded import PaddedStep
 from hf_paged.batch.steps.progress import Progress, in_turn, too_deep
@@ -21,7 +23,7 @@ from hf_paged.pages.pool import PagePool
 _OWN_WAY = "it makes a pass of its own while it is given a packed one"
 
 
-class Sequences:
+class Sequences(BetweenSteps):
     """Rows, and the step under way: it is reserved, then committed or rolled back.
 
     A step is reserved before the first layer and committed when the last layer was written. Layers that the model
@@ -45,7 +47,8 @@ class Sequences:
         self.pool = pool
         self.rows = Rows(pool)
         self.step: Step | None = None
-        self.progress = Progress(pool.group_of_layer, len(pool.layers))
+        recurrent = [layer for layer, spec in enumerate(pool.layers) if spec.num_states]
+        self.progress = Progress(pool.group_of_layer, recurrent, len(pool.layers))
         self.edits = Edits()
         self.handed_on = HandedOn()
         self.salt: str | None = None
@@ -62,16 +65,6 @@ class Sequences:
         self.apply_edits()
         return self.rows.lengths[: self.rows.num_committed]
 
-    @property
-    def records_past(self) -> bool:
-        """Whether tokens that have left a window are kept until `truncate` or `end_step`."""
-        return self._records_past
-
-    @records_past.setter
-    def records_past(self, value: bool) -> None:
-        self.commit_first()
-        self._records_past = value
-
     # A step is reserved
 
     @in_turn
@@ -82,8 +75,12 @@ class Sequences:
             UnclearPassError: if the pass before may have failed, or another thread is in one; nothing has changed.
         """
         self.apply_edits()
-        if self.step is not None and (layer <= self.progress.last or self.progress.is_of_another_thread):
+        is_over = self.step is not None and (layer <= self.progress.last or self.progress.is_of_another_thread)
+        if is_over or self.rows.states.last > layer:
             self._close_step()
+        elif self.rows.states.have_changed:
+            return  # a layer wants to know, in mid-pass
+        self.rows.states.restore()
         self._is_reserved_by_mask = False
         self.progress.own(begins=True)
         self.rows.known_ids.begin_pass(self, self.rows.columns.count, num_new, self.told)
@@ -126,6 +123,7 @@ class Sequences:
 
     def begin(self, step: Step, num_layers: int | None = None) -> None:
         """Begin a step whose pages are reserved, of a model that has so many layers; None: as many as ever."""
+        self._is_reserved_by_mask |= step.has_own_mask
         is_first = self.rows.are_empty
         if is_first:
             self.rows.absent = frozenset()
@@ -153,8 +151,9 @@ class Sequences:
     ) -> Step:
         if not self._begins_steps:
             raise NotPackable(_OWN_WAY)
-        self._close_step()
-        self.drop_past()
+        if self.step is not None or not self.rows.states.are_touched:  # else by layers of this pass
+            self._close_step()
+            self.drop_past()
         rows = self.rows
         rows.admit(num_rows)
         try:
@@ -212,8 +211,36 @@ class Sequences:
         progress = self.progress
         progress.missing.discard(layer)
         progress.last = max(layer, progress.last)
-        if not progress.missing:
+        if not progress.missing and self.rows.states.are_complete(self.rows.absent):
             self._commit()
+
+    @in_turn
+    def open_state(self, state: State, *, updates: bool) -> None:
+        """Let a recurrent layer have a state that it may change, and keep the one before until the step is committed.
+
+        Attention may come later, and keep its mask to itself, so that there may be no step yet.
+
+        Args:
+            state: that it asks for, or is about to update.
+            updates: which of both.
+
+        Raises:
+            UnclearPassError: if the pass before may have failed, or another thread is in one; nothing has changed.
+            ValueError: if the passes before have left the layer out; nothing has changed.
+        """
+        states, step = self.rows.states, self.step
+        is_abandoned = step is not None and not step.masks and not self.progress.has_begun
+        if (is_again := states.is_of_another_pass(state, updates)) and not states.have_changed:
+            states.restore()
+        elif is_again or (is_abandoned and not states.are_touched):
+            self._close_step()
+        if self.step is None and not states.are_touched:
+            self.drop_past()
+        self.progress.own()
+        if state.layer in self.rows.absent:
+            raise self.progress.left_out(state.layer)
+        self.rows.states.open(state, updates, self._records_past)
+        self.progress.touched = self.rows.states.last
 
     @contextmanager
     def capturing(self) -> Iterator[list[int]]:
@@ -271,10 +298,15 @@ class Sequences:
     def commit_first(self) -> None:
         """Commit the first step, if it is over: its last layer says that those not written are passed over.
 
-        Any later step is committed as soon as the last of the layers that hold tokens is written.
+        Any later step is committed as soon as its last layer is written, unless that is a recurrent one, of which
+        only its states say that it is over.
         """
-        if self.step is not None and self.progress.has_reached_the_end and self.rows.are_empty:
-            self.rows.absent = frozenset(self.progress.missing)
+        if self.step is None or not self.rows.states.are_done:
+            return
+        if not self.progress.missing and self.rows.states.are_complete(self.rows.absent):
+            self._commit()
+        elif self.progress.has_reached_the_end and self.rows.are_empty:
+            self.rows.absent = frozenset(self.progress.missing | self.rows.states.missing(()))
             self._commit()
 
     def _commit(self) -> None:
@@ -299,6 +331,8 @@ class Sequences:
 
     def _roll_back(self) -> None:
         self.handed_on.unshare()
+        self.rows.states.restore()
+        self.progress.touched = -1
         if self.step is not None:
             self.step.is_cancelled = True
             self.progress.end()
@@ -327,7 +361,8 @@ class Sequences:
     def _close_step(self) -> None:
         """Forget the step under way if it wrote nothing, since another one begins."""
         self.commit_first()
-        if self.step is not None and self.progress.is_unclear(self.step.masks):
+        step = self.step
+        if (step is not None and self.progress.is_unclear(step.masks)) or self.rows.states.have_changed:
             raise self.progress.unclear(len(self.pool.layers))
         self._roll_back()
 
@@ -348,12 +383,6 @@ class Sequences:
             self.handed_on.unshare()
             self.rows.drop_past()
 
-    def clear(self) -> None:
-        """Release all pages and have no rows."""
-        self.edits.copies.clear()
-        self.roll_back()
-        self.rows.clear()
-
     def truncate(self, count: int, *, keeps_past: bool = False) -> None:
         """Keep the first `count` columns, and drop what no query will see any more, unless `keeps_past`.
 
@@ -366,35 +395,3 @@ class Sequences:
         self.edits.hold(self, copies)
         if not keeps_past:
             self.rows.drop_past()
-
-    def select(self, indices: Sequence[int]) -> None:
-        """Let row `i` be what row `indices[i]` was.
-
-        Raises:
-            ValueError: if a row does not exist; nothing has changed.
-        """
-        self.end_step()
-        if self.rows.columns.count:  # else as for Transformers' own caches
-            self.rows.select(self.rows.existing(indices))
-
-    def release(self, rows: Sequence[int]) -> None:
-        """Give back the pages of rows that are finished.
-
-        Raises:
-            ValueError: if a row does not exist; nothing has changed.
-        """
-        self.end_step()
-        self.rows.release(sorted(set(self.rows.existing(rows))))
-
-    def become_fork_of(self, other: "Sequences") -> None:
-        """Hold what `other` holds, sharing its pages."""
-        other.end_step()
-        self.clear()
-        self.rows = other.rows.fork()
-        self._records_past = other._records_past
-        self.progress.num_layers = other.progress.num_layers
-        self.salt = other.salt
-
-    def exchange(self, other: "Sequences") -> None:
-        """Hold what `other` holds, and let it hold what this does."""
-        self.rows, other.rows = other.rows, self.rows

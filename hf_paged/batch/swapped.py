@@ -7,9 +7,21 @@ from dataclasses import dataclass
 
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.block_table import BlockTable, Counts
+from hf_paged.pages.pool import PagePool
 from hf_paged.pages.storage import LayerStorage
 from hf_paged.pages.tiers.host import HostTier
 from hf_paged.pages.tiers.transport import page_host_bytes, read_pages, write_pages
+
+
+def host_of(pool: PagePool) -> HostTier:
+    """The memory of the host that a pool has for rows; raise ValueError if there is none."""
+    if pool.host is None:
+        raise ValueError(
+            "A cache was to be swapped out whose pool may keep nothing in memory of the host. Make the pool with "
+            "host_bytes, as in PagePool.from_model(model, host_bytes=2**30), and the cache by "
+            "PagedCache(pool=pool)."
+        )
+    return pool.host
 
 
 class SwappedRows:

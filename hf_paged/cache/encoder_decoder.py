@@ -78,7 +78,8 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the decoder before the forward pass under way, padding included."""
         length = self.self_attention_cache.get_seq_length(layer_idx)
-        if length == 0 and any(self.is_updated.values()):
+        # A pass begins with the first layer; T5 asks again in each.
+        if length == 0 and layer_idx == 0 and any(self.is_updated.values()):
             self._forget_encoder()  # the first pass failed half-way or was taken back: the next may have another input
         return length
 

@@ -1,17 +1,19 @@
 """One layer of a cache over pages."""
 
-from typing import Any
+from typing import Any, Literal
 from weakref import finalize
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 
 from hf_paged._torch.dynamo import autocast_dtype, outside_of_graphs
 from hf_paged._torch.opaque import OPAQUE_INPUTS
-from hf_paged._transformers import LayerSpec, num_unlisted_layers
+from hf_paged._transformers import LayerSpec, has_position_bias, num_unlisted_layers
 from hf_paged.attention.marks import marked
 from hf_paged.attention.mask import NAME, PastLength, PlannedLength
+from hf_paged.batch.recurrent.layer_states import LayerStates
+from hf_paged.batch.recurrent.states import State
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.padded import PaddedStep
 from hf_paged.pages.storage import holds_pages
@@ -22,14 +24,22 @@ def layers_over(sequences: Sequences) -> list[Any]:
     config, specs = sequences.pool.config, sequences.pool.layers
     # Layers that store nothing read what others were handed; a newer configuration says which.
     modes = getattr(config, "kv_sharing_modes", None) or ["store"] * len(specs)
-    hands_on = num_unlisted_layers(config) or not all(spec.stores for spec in specs)
+    # A position bias is made for as many columns as there are keys, which the storage of a layer has other numbers of.
+    reads_shapes = has_position_bias(config)
+    hands_on = num_unlisted_layers(config) or not all(spec.stores for spec in specs) or reads_shapes
     is_shared = [mode == "store" and hands_on for mode in modes]
     return [
-        (HandingOnLayer if shared else PagedLayer)(sequences, index, spec)
-        if spec.stores
+        _layer_class(spec, bool(shared))(sequences, index, spec)
+        if spec.stores or spec.num_states
         else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
         for index, (spec, shared) in enumerate(zip(specs, is_shared, strict=True))
     ]
+
+
+def _layer_class(spec: LayerSpec, is_shared: bool) -> type[Any]:
+    if spec.num_states:
+        return HybridLayer if spec.stores else RecurrentLayer
+    return HandingOnLayer if is_shared else PagedLayer
 
 
 class _Owner:
@@ -53,8 +63,8 @@ def _give_back(sequences: Sequences) -> None:
         sequences.rows.give_back()
 
 
-class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a `PagedCache`. Its rows, lengths and pages are those of the cache.
+class _Layer:
+    """A layer of a `PagedCache`, of which rows and lengths are those of the cache.
 
     Args:
         sequences: the rows of the cache.
@@ -62,22 +72,62 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         spec: what the layer stores.
     """
 
-    is_compileable = True
-    is_croppable = False  # not alone; the cache is
+    is_croppable = False  # not alone; the cache may be
 
     def __init__(self, sequences: Sequences, index: int, spec: LayerSpec) -> None:
         self._sequences = sequences
         self.index = index
         self.is_sliding = spec.window is not None
+        self.number_of_states = spec.num_states
 
     @property
     def record_past(self) -> bool:
-        """Whether tokens that have left a window are kept, so that `crop` can take back what came after."""
+        """Whether what has left a window or a state is kept, so that `crop` can take back what came after."""
         return self._sequences.records_past
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
         self._sequences.records_past = value
+
+    def offload(self) -> None:
+        """Refuse: pages of all layers stay where the model is."""
+        self._refuse("offload")
+
+    def prefetch(self) -> None:
+        """Refuse, as `offload`."""
+        self._refuse("prefetch")
+
+    def reset(self) -> None:
+        """Refuse: rows belong to the whole cache."""
+        self._refuse("reset")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse: rows belong to the whole cache."""
+        self._refuse("reorder_cache")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("crop")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse, as `reorder_cache`."""
+        self._refuse("batch_select_indices")
+
+    def _refuse(self, method: str) -> None:
+        raise ValueError(
+            f"{method}() was called on layer {self.index} alone, but the layers of a PagedCache share their pages. "
+            "Call it on the cache, if it has it."
+        )
+
+
+class PagedLayer(_Layer, CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """A layer whose keys and values are in pages."""
+
+    is_compileable = True
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -189,40 +239,6 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         pool = self._sequences.pool
         return -1 if pool.max_pages is None or self.is_sliding else pool.max_pages * pool.page_size
 
-    def offload(self) -> None:
-        """Refuse: pages of all layers stay where the model is."""
-        self._refuse("offload")
-
-    def prefetch(self) -> None:
-        """Refuse, as `offload`."""
-        self._refuse("prefetch")
-
-    def reset(self) -> None:
-        """Refuse: rows belong to the whole cache."""
-        self._refuse("reset")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refuse: rows belong to the whole cache."""
-        self._refuse("reorder_cache")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse, as `reorder_cache`."""
-        self._refuse("crop")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse, as `reorder_cache`."""
-        self._refuse("batch_repeat_interleave")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Refuse, as `reorder_cache`."""
-        self._refuse("batch_select_indices")
-
-    def _refuse(self, method: str) -> None:
-        raise ValueError(
-            f"{method}() was called on layer {self.index} alone, but the layers of a PagedCache share their pages. "
-            "Call it on the cache, if it has it."
-        )
-
 
 class HandingOnLayer(PagedLayer):  # type: ignore[no-untyped-call]
     """A layer of a model that may hand on what `update` returned to other layers, and to its caller."""
@@ -240,5 +256,80 @@ class HandingOnLayer(PagedLayer):  # type: ignore[no-untyped-call]
         return self._sequences.handed_on.hand_out(step, table, storage, (keys, values))
 
 
+class RecurrentLayer(_Layer, LinearAttentionLayer):
+    """A layer that keeps a state of each row; how it changes is up to Transformers' layer."""
+
+    is_compileable = False
+    device: Any = None
+    dtype: Any = None
+
+    @property
+    def _states(self) -> LayerStates:
+        return self._sequences.rows.states[self.index]
+
+    @property
+    def conv_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
+        """The last inputs of each convolution, `(num_rows, ..., num_columns)`; None before the first."""
+        return self._states.conv_states
+
+    @property
+    def recurrent_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
+        """What each recurrence has come to, `(num_rows, ...)`; None before the first."""
+        return self._states.recurrent_states
+
+    @property
+    def is_conv_states_initialized(self) -> dict[int, bool]:  # type: ignore[override]
+        """Whether there is one."""
+        return self._states.is_conv_states_initialized
+
+    @property
+    def is_recurrent_states_initialized(self) -> dict[int, bool]:  # type: ignore[override]
+        """Whether there is one."""
+        return self._states.is_recurrent_states_initialized
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
+        """Whether it has seen tokens."""
+        return self._states.has_previous_state
+
+    @property
+    def conv_kernel_size(self) -> dict[int, int | None]:  # type: ignore[override]
+        """Columns that each convolution needs."""
+        return self._states.conv_kernel_size
+
+    def update_conv_state(  # type: ignore[override]
+        self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Take new inputs of a convolution; returns them behind those before, as Transformers' layer does."""
+        _open(self._sequences, State(self.index, "conv", state_idx), updates=True)
+        full: Tensor = super().update_conv_state(conv_states, state_idx, **kwargs)
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Take what a recurrence has come to, as Transformers' layer does."""
+        _open(self._sequences, State(self.index, "recurrent", state_idx), updates=True)
+        state: Tensor = super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+        return state
+
+    def hand_out(self, kind: Literal["conv", "recurrent"], state_idx: int) -> None:
+        """Note that the model asks for a state, which it may change in place."""
+        _open(self._sequences, State(self.index, kind, state_idx), updates=False)
+
+
+class HybridLayer(PagedLayer, RecurrentLayer):  # type: ignore[no-untyped-call]
+    """A layer that attends, and keeps a state as well."""
+
+    is_compileable = False
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make the storage of keys and values, which are given by place, or of a state, which is given by name."""
+        (PagedLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)
+
+    def get_max_length(self) -> int:
+        """Tokens that fit into the pool; -1 without a bound."""
+        return PagedLayer.get_max_length(self)
+
+
+_open = outside_of_graphs(Sequences.open_state)
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _write = outside_of_graphs(Sequences.write)

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 from weakref import ref
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_paged._transformers import model_in, num_attention_layers, obstacle
+from hf_paged._transformers import compile_obstacle, model_in, num_attention_layers, obstacle
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.contents import Contents
-from hf_paged.cache.layer import PagedLayer, layers_over, owned
+from hf_paged.cache.layer import PagedLayer, RecurrentLayer, layers_over, owned
 from hf_paged.cache.prompt.known_prefix import goes_on_alike
 from hf_paged.cache.prompt.prompted import Prompted
 from hf_paged.cache.prompt.resume import note_generating
@@ -45,7 +45,7 @@ class PagedCache(Prompted, Contents):
 
     Raises:
         ValueError: for arguments that exclude each other, a page size that the kernel can't take, or a model whose
-            layers keep another state than keys and values.
+            layers keep no keys and values.
 
     Source:
         PagedAttention: Kwon et al., 2023. With FlexAttention: Joshi et al., 2025.
@@ -77,6 +77,7 @@ class PagedCache(Prompted, Contents):
     def _hold(self, pool: PagePool) -> None:
         self.pool = pool
         self._sequences = Sequences(pool)
+        self._can_be_compiled = compile_obstacle(pool.config) is None
         self._was_given = False
         self._model: ref[PreTrainedModel] | None = None  # that computes it, as far as is known
         super().__init__(layers=owned(layers_over(self._sequences), self._sequences))
@@ -164,8 +165,16 @@ class PagedCache(Prompted, Contents):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate()` prepares each step outside of the forward pass: with `paged_flex` it does."""
-        return bool(self.pool.config._attn_implementation == NAME)
+        """Whether `generate()` prepares each step outside of the forward pass: with `paged_flex` it does.
+
+        Not for models whose steps can't be compiled, as it would compile them on a GPU.
+        """
+        return self._can_be_compiled and bool(self.pool.config._attn_implementation == NAME)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer, whether it keeps a state and no keys."""
+        return [spec.num_states > 0 and not spec.stores for spec in self.pool.layers]
 
     @property
     def is_initialized(self) -> bool:
@@ -174,8 +183,11 @@ class PagedCache(Prompted, Contents):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` puts the whole cache back as it was: yes, though no layer alone can be cropped."""
-        return True
+        """Whether `crop` puts the whole cache back as it was, though no layer alone can be cropped.
+
+        With recurrent layers only where these do no more than convolve, and record their past.
+        """
+        return not self.pool.has_states or (self._sequences.records_past and self._sequences.rows.states.only_convolve)
 
     @property
     def _is_user_defined(self) -> bool:
@@ -229,8 +241,28 @@ class PagedCache(Prompted, Contents):
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         return keys, values
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Return a state that a recurrent layer may change in place, until its pass is over; called by the layer."""
+        self._hand_out(layer_idx, "conv", state_idx)
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Return a state, as `get_conv_state`."""
+        self._hand_out(layer_idx, "recurrent", state_idx)
+        state: Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
+        return state
+
+    def _hand_out(self, layer_idx: int, kind: Literal["conv", "recurrent"], state_idx: int) -> None:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, RecurrentLayer):
+            layer.hand_out(kind, state_idx)
+
     def fork(self) -> "PagedCache":
-        """Return a cache of its own that holds the same tokens and shares every page until one of them writes."""
+        """Return a cache of its own that holds the same tokens and shares every page until one of them writes.
+
+        States of recurrent layers are shared, too, until one of them goes on.
+        """
         fork = PagedCache._of_decoder(None, None, None, self.pool)
         fork._sequences.become_fork_of(self._sequences)
         fork._model = self._model
@@ -250,8 +282,8 @@ class PagedCache(Prompted, Contents):
 
         Raises:
             OSError: if it can't be written.
-            ValueError: if the model isn't known, isn't all in memory or keeps positions of images to itself, or if the
-                cache is that of an encoder-decoder.
+            ValueError: if the model isn't known, isn't all in memory, has recurrent layers or keeps positions of
+                images to itself, or if the cache is that of an encoder-decoder.
         """
         save(self._sequences, path, model if model is not None or self._model is None else self._model())
 

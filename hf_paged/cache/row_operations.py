@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from hf_paged.batch.prompt.prefixes import let_finished_be_found
 from hf_paged.batch.sequences import Sequences
+from hf_paged.batch.steps.ragged import cut
 from hf_paged.cache.joining import join, take_apart
 
 if TYPE_CHECKING:
@@ -33,18 +35,23 @@ class RowOperations(Cache):
         """Release all pages; the cache is as new."""
         self._sequences.clear()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last columns.
+    def crop(self, tokens_to_remove: int | Sequence[int] | Tensor) -> None:
+        """Remove the last columns, or the last tokens of each row.
 
         Args:
-            tokens_to_remove: 0 or negative, minus the number of columns.
+            tokens_to_remove: 0 or negative, minus the number of columns. Or `(num_rows,)` such numbers, minus the
+                tokens of each row, whose places are padding afterwards as long as another row is longer.
 
         Raises:
             TypeError: for what is no whole number; nothing has changed.
-            ValueError: for a positive number, one that is larger than what is cached, or one that needs tokens which
-                have left a sliding window; nothing has changed.
+            ValueError: for a positive number, one that is larger than what is cached, one that needs tokens which
+                have left a sliding window, or which a recurrent layer can't forget, or other rows than are cached;
+                nothing has changed.
         """
         self._sequences.end_step()
+        if isinstance(tokens_to_remove, Sequence) or (isinstance(tokens_to_remove, Tensor) and tokens_to_remove.ndim):
+            self._crop_rows([index(number) for number in tokens_to_remove])
+            return
         held, tokens_to_remove = self._sequences.rows.columns.count, index(tokens_to_remove)
         if tokens_to_remove > 0 or held + tokens_to_remove < 0:
             raise ValueError(
@@ -53,6 +60,20 @@ class RowOperations(Cache):
                 "earlier versions of Transformers, call crop(n - cache.get_seq_length())."
             )
         self._sequences.truncate(held + tokens_to_remove)
+
+    def _crop_rows(self, tokens_to_remove: list[int]) -> None:
+        lengths = self._sequences.lengths
+        fits = len(tokens_to_remove) == len(lengths)
+        if not fits or any(not -held <= number <= 0 for number, held in zip(tokens_to_remove, lengths, strict=True)):
+            raise ValueError(
+                f"crop({tokens_to_remove}) was called on a cache whose rows hold {lengths.tolist()} tokens. Give a "
+                "number for each row, 0 or negative: minus the number of its tokens to remove."
+            )
+        if not len(lengths):
+            return
+        kept = lengths + np.array(tokens_to_remove, dtype=np.int64)
+        cut(self._sequences, self._sequences.rows.columns.ends_of(kept))
+        self._sequences.rows.drop_past()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row `i` be what row `beam_idx[i]` was; no token is copied.
@@ -88,7 +109,9 @@ class RowOperations(Cache):
         """Give back the pages of rows that are finished, at once.
 
         The rows stay in the batch and `generate()` may go on filling them up, but they store nothing and attend to
-        nothing any more; what the model computes for them means nothing. The other rows are not affected.
+        nothing any more; what the model computes for them means nothing. The other rows are not affected. Where the
+        pool has a prefix index that may have these rows, their full pages stay cached, to be found. States of
+        recurrent layers have a place for them until they are left out by `batch_select_indices`.
 
         Args:
             rows: their indices, or a bool mask over all rows.
@@ -96,10 +119,13 @@ class RowOperations(Cache):
         Raises:
             ValueError: if a row does not exist, or the mask has another length; nothing has changed.
         """
-        self._sequences.release(self._indices(rows))
+        self._sequences.end_step()
+        indices = self._sequences.rows.existing(self._indices(rows))
+        let_finished_be_found(self._sequences.rows, indices)
+        self._sequences.release(indices)
 
     def activate_past_recording(self) -> None:
-        """Keep what leaves a sliding window until the next `crop`, so that `crop` can be exact.
+        """Keep what leaves a sliding window, or a convolution, until the next `crop`, so that `crop` can be exact.
 
         Assisted decoding calls this by itself.
         """
@@ -135,6 +161,7 @@ class RowOperations(Cache):
 
         The next use brings it back, into other pages; `lengths`, `stats()` and `reset()` do without it. Pages that
         forks hold too are copied, and stay theirs. The memory of a pool that grows is given back by `pool.trim()`.
+        States of recurrent layers are in no page, and stay where they are.
 
         Raises:
             OutOfPagesError: if the `host_bytes` of the pool have too little room; nothing has changed.

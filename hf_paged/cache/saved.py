@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_paged._transformers import layer_devices, layer_specs, num_attention_layers
+from hf_paged._transformers import layer_devices, layer_specs, num_attention_layers, recurrent_layer
 from hf_paged.batch.padding import Columns, Counts
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.prompt.origin import origin_of
@@ -43,6 +43,11 @@ def save(sequences: Sequences, path: str | os.PathLike[str], model: PreTrainedMo
         raise ValueError(
             "save() was called on the cache of an encoder-decoder, but what it keeps of the encoder is in no pages "
             "and would be missing. Save the tokens, and compute both anew."
+        )
+    if sequences.pool.has_states:
+        raise ValueError(
+            f"save() was called on a cache of which {recurrent_layer(sequences.pool.config)} that is in no page, and "
+            "would be missing. Save the tokens, and compute them anew."
         )
     if model is None:
         raise ValueError(

@@ -26,7 +26,7 @@ from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._torch.inductor import hindrance
 from hf_paged._torch.opaque import OPAQUE_INPUTS
-from hf_paged._transformers import model_in
+from hf_paged._transformers import compile_obstacle, model_in
 from hf_paged.compile.cpu_replay import StepReplay
 from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
 from hf_paged.compile.linear import MANY_ROWS, choose_linear_layers
@@ -110,8 +110,8 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         A context, which gives the model.
 
     Raises:
-        ValueError: if the model is in training mode, can't be compiled as one graph, or changes its keys between cache
-            and attention.
+        ValueError: if the model is in training mode, has recurrent layers, can't be compiled as one graph, or changes
+            its keys between cache and attention.
     """
     return _Context(_compiled(model))
 
@@ -146,6 +146,12 @@ def _check(model: PreTrainedModel) -> None:
         raise ValueError(
             f"compiled() was given a {name}, which has no generate(). Pass a model for generation, such as one of "
             "AutoModelForCausalLM."
+        )
+    reason = compile_obstacle(model.config)
+    if reason is not None:
+        raise ValueError(
+            f"This {name} {reason}, so its steps over pages can't be compiled. Leave out compiled(): the same cache "
+            "works uncompiled."
         )
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(

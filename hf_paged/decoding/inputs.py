@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from hf_paged._transformers import CACHE, keeps_to
-from hf_paged.attention.mask import PagedMask, next_mask
+from hf_paged.attention.mask import PagedMask, next_mask, ragged_mask
 from hf_paged.batch.sequences import Sequences
+from hf_paged.batch.steps.ragged import RaggedStep
 
 _PREPARED = {"input_ids", "attention_mask", "position_ids"}
 _HANDED_ON = {CACHE, "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
@@ -61,6 +62,26 @@ class StepInputs:
         if self.position_ids is not None:
             self._next["position_ids"] = self.position_ids + 1
         return self._next
+
+    def ragged(self, step: RaggedStep, tokens: Tensor, offsets: Tensor) -> dict[str, Any] | None:
+        """Return the inputs of a pass in which each row goes on from a column of its own; None as for `next`.
+
+        Args:
+            step: of the pass, which is under way.
+            tokens: `(num_rows, num_new)`.
+            offsets: `(num_rows, num_new)` how many positions behind that of the step before.
+        """
+        masks = self._inputs["attention_mask"]
+        by_kind = masks if isinstance(masks, dict) else {None: masks}
+        following = {kind: ragged_mask(mask, step) for kind, mask in by_kind.items()}
+        if self.position_ids is None or any(mask is None for mask in following.values()):
+            return None
+        inputs = self._inputs | {
+            "input_ids": tokens,
+            "attention_mask": following if isinstance(masks, dict) else following[None],
+            "position_ids": self.position_ids + offsets,
+        }
+        return inputs | {"logits_to_keep": 0} if "logits_to_keep" in inputs else inputs
 
 
 def inputs_after(

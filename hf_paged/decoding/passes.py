@@ -56,6 +56,16 @@ class Passes:
         """What the passes fill; None without."""
         return cache_in(self._inputs)
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Of the model beside its ids, as they are now."""
+        return self._inputs
+
+    @property
+    def forward(self) -> Any:
+        """What computes a pass, compiled or not."""
+        return self._forward
+
     def optimized(self) -> AbstractContextManager[None]:
         """A context in which the model is set up for single tokens."""
         context: AbstractContextManager[None] = self._model._optimize_model_for_decode()

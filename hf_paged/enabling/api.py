@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from hf_paged._transformers import layer_specs, obstacle
+from hf_paged._transformers import layer_specs, model_in, not_a_model, obstacle, recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.enabling.generation import enabled_class, original_class
 from hf_paged.enabling.state import STATES, State
@@ -54,7 +54,7 @@ def enable(
         ValueError: for what is no model that generates, one that is enabled already, or arguments that exclude each
             other; nothing has changed.
     """
-    inner = _generating(model)
+    inner = generating_model(model, "enable()")
     if inner in STATES:
         raise ValueError(
             f"This {type(model).__name__} is enabled already. Call hf_paged.disable(model) first to enable it with "
@@ -94,7 +94,7 @@ def enable(
 
 def disable(model: torch.nn.Module) -> None:
     """Undo `enable`: the model is as it was, and its pool is given up. A model that is not enabled stays as it is."""
-    inner = _generating(model)
+    inner = generating_model(model, "disable()")
     state = STATES.pop(inner, None)
     if state is None:
         return
@@ -109,7 +109,7 @@ def explain(model: torch.nn.Module) -> str:
     Raises:
         ValueError: if the model is not enabled.
     """
-    inner = _generating(model)
+    inner = generating_model(model, "explain()")
     state = STATES.get(inner)
     if state is None:
         raise ValueError(f"This {type(model).__name__} is not enabled. Call hf_paged.enable(model) first.")
@@ -126,24 +126,37 @@ def explain(model: torch.nn.Module) -> str:
         )
         if pool.prefix_index is not None:
             lines.append(f"prefixes: {stats.num_hit_tokens} of {stats.num_looked_up_tokens} tokens were found so far")
+        elif (layer := recurrent_layer(inner.config)) is not None:
+            lines.append(f"prefixes: none are looked for, since {layer}")
     notes = [f"  {name}: {note}" for name, note in state.notes.items()]
     return "\n".join([*lines, "the last generate():", *(notes or ["  there was none yet"])])
 
 
-def _generating(model: Any) -> PreTrainedModel:
-    """The model that generates, of one that may wrap it."""
-    inner = model
-    while not isinstance(inner, PreTrainedModel):
-        if hasattr(inner, "get_base_model"):  # PEFT's
+def pool_for_prompts(model: torch.nn.Module) -> PagePool:
+    """Return the pool of a model that is enabled; for any other a new one, as the model would have."""
+    inner = generating_model(model, "pool_for_prompts()")
+    state = STATES.get(inner) or State({}, False, True, None, None, None)
+    return state.new_cache(inner).pool
+
+
+def generating_model(model: Any, asker: str) -> PreTrainedModel:
+    """Return the model that generates, of one that may wrap it.
+
+    Args:
+        model: that one.
+        asker: who wants it, as in "enable()".
+
+    Raises:
+        ValueError: if it is none that generates.
+    """
+    inner: Any = model_in(model, asker)
+    while not isinstance(inner, PreTrainedModel):  # but hands on what is asked of it, as PEFT's and torch.compile's
+        if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
-            continue
-        wrapped = [getattr(inner, name, None) for name in ("_orig_mod", "module")]  # torch's
-        inner = next((part for part in wrapped if isinstance(part, torch.nn.Module)), None)
-        if inner is None or not isinstance(model, torch.nn.Module):
-            raise ValueError(
-                f"A {type(model).__name__} was given, but a model of Transformers is needed, or one that wraps it; "
-                "that of a pipeline is pipe.model."
-            )
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            raise not_a_model(model, asker)
     if getattr(inner, "generation_config", None) is None:
         raise ValueError(
             f"A {type(inner).__name__} was given, which has no generate(). Pass a model for generation, such as one "

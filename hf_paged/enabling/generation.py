@@ -13,7 +13,7 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.decoding.passes import shows_passes
 from hf_paged.decoding.sample import sample
 from hf_paged.decoding.surplus import sequences_of
-from hf_paged.enabling.state import STATES, releasing
+from hf_paged.enabling.state import STATES
 
 
 class _Context:
@@ -69,7 +69,7 @@ class _Generating(_Context):
             )
         state.notes["loop"] = "hf_paged.sample"
         with state.decoding(model, generation_config) as watching:
-            watching += releasing(cache, generation_config, input_ids)
+            watching += state.releasing(cache, generation_config, input_ids)
             criteria = StoppingCriteriaList([*stopping_criteria, *watching])
             return sample(
                 model,

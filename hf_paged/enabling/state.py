@@ -5,17 +5,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
 from hf_paged._torch.inductor import hindrance
-from hf_paged._transformers import CACHE, cache_in
+from hf_paged._transformers import (
+    CACHE,
+    arguments_of_generate,
+    cache_in,
+    compile_obstacle,
+    is_synced,
+    recurrent_layer,
+)
 from hf_paged.cache.encoder_decoder import PagedEncoderDecoderCache
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
+from hf_paged.decoding.passes import shows_passes
+from hf_paged.decoding.sample import sample
 from hf_paged.decoding.stopping import ReleaseFinished
 from hf_paged.pages.pool import PagePool
 
@@ -56,6 +65,7 @@ class State:
         self._memory_fraction = memory_fraction
         self._decoded_seconds = 0.0
         self._lock = threading.Lock()
+        self._own: WeakSet[Any] = WeakSet()  # caches that nobody else has
 
     def give_cache(self, model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Let `generate()` take a paged cache, where it was given none and may choose.
@@ -65,11 +75,14 @@ class State:
             generation_config: how; this call's own.
             model_kwargs: what the model will be given.
         """
-        self.notes = {"loop": "that of generate()", "compiled": "no"}
         given = cache_in(model_kwargs)
+        is_other = isinstance(given, PagedCache) and _resumed(given, model, generation_config)
+        self.notes = {"loop": "that of generate()", "compiled": "no"}
         chosen = generation_config.cache_implementation
         if given is not None:
             self.notes["cache"] = f"the {type(given).__name__} that generate() was given"
+            if is_other:
+                self.notes["prompt"] = "another one than the cache held"
         elif generation_config.use_cache is False:
             self.notes["cache"] = "none, since use_cache=False"
         elif chosen is not None and chosen != getattr(model.generation_config, "cache_implementation", None):
@@ -77,6 +90,7 @@ class State:
         else:
             generation_config.cache_implementation = None
             cache = self.new_cache(model)
+            self._own.add(cache)
             model_kwargs[CACHE] = cache
             self.notes["cache"] = f"a new {type(cache).__name__}, in the pool of this model"
 
@@ -90,7 +104,7 @@ class State:
                     model,
                     page_size=self._size(model),
                     memory_fraction=self._memory_fraction,
-                    prefix_cache=self._prefix_cache,
+                    prefix_cache=self._prefix_cache and recurrent_layer(model.config) is None,
                 )
         return PagedCache(pool=self.pool)
 
@@ -115,6 +129,20 @@ class State:
             generation_config.compile_config = settings.compile_config
             yield []
 
+    def releasing(self, cache: Any, generation_config: Any, input_ids: Tensor) -> list[StoppingCriteria]:
+        """Criteria that let rows give their pages back once they have ended, where nobody sees what becomes of them.
+
+        Args:
+            cache: that is decoded with.
+            generation_config: how.
+            input_ids: `(num_rows, num_columns)`.
+        """
+        ends: Tensor | None = generation_config._eos_token_tensor
+        is_seen = cache not in self._own or generation_config.return_dict_in_generate
+        if ends is None or len(input_ids) == 1 or is_seen:
+            return []
+        return [ReleaseFinished(cache, ends.tolist())]
+
     def _not_compiled(self, model: PreTrainedModel) -> str | None:
         if self._compile is False:
             return "since compile=False"
@@ -126,6 +154,9 @@ class State:
             return "since accelerate moves tensors between its layers"
         if model.config.is_encoder_decoder:
             return "since it has an encoder"
+        reason = compile_obstacle(model.config)
+        if reason is not None:
+            return f"since it {reason}"
         reason = hindrance(model.device)
         if reason is not None or model.device.type != "cpu":
             return reason
@@ -140,18 +171,15 @@ class State:
         return self._page_size or (_PAGE_SIZE_ON_CPU if model.device.type == "cpu" else _PAGE_SIZE)
 
 
-def releasing(cache: Any, generation_config: Any, input_ids: Tensor) -> list[StoppingCriteria]:
-    """Criteria that let rows give their pages back once they have ended, where nobody sees what becomes of them.
-
-    Args:
-        cache: that is decoded with.
-        generation_config: how.
-        input_ids: `(num_rows, num_columns)`.
-    """
-    ends: Tensor | None = generation_config._eos_token_tensor
-    if ends is None or len(input_ids) == 1 or generation_config.return_dict_in_generate:
-        return []
-    return [ReleaseFinished(cache, ends.tolist())]
+def _resumed(cache: PagedCache, model: Any, generation_config: Any) -> bool:
+    """Let a used cache go on with the prompt that `generate()` is given; return whether it is another one."""
+    call = arguments_of_generate(model)
+    if call.get("decoding_method") not in (type(model)._sample, type(model)._beam_search, sample) or is_synced(model):
+        return False
+    ids, inputs = call["input_ids"], call["model_kwargs"]
+    if ids.ndim != 2 or inputs.get("inputs_embeds") is not None:
+        return False
+    return cache._resume_prepared(model, ids, inputs, generation_config, keeps=not shows_passes(generation_config))
 
 
 class _Clock(StoppingCriteria):

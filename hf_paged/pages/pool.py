@@ -1,20 +1,22 @@
 """The pages of all layers, which several caches may share."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakSet
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged._torch.host_memory import free_bytes
 from hf_paged._torch.surroundings import check_dense, check_surroundings
-from hf_paged._transformers import layer_specs, least_token_bytes, model_in, token_bytes_by_device
+from hf_paged._transformers import layer_specs, least_token_bytes, model_in, recurrent_layer, token_bytes_by_device
 from hf_paged.pages.group import PageGroup, PageHolder
 from hf_paged.pages.prefix_index import PrefixIndex
-from hf_paged.pages.stats import MemoryStats
+from hf_paged.pages.stats import HoldsStates, MemoryStats, bytes_of_states
 from hf_paged.pages.storage import LayerStorage, check_room, disagreement
 from hf_paged.pages.tiers.base import PageTier
 from hf_paged.pages.tiers.host import HostTier
@@ -53,9 +55,9 @@ class PagePool:
         store: as given.
 
     Raises:
-        ValueError: for a page size that the kernel can't take, a model whose layers keep another state, a prefix
-            cache for a model with an encoder, a store without a prefix cache, or more pages than there is memory for:
-            as far as the configuration says how large they are, else by the first key.
+        ValueError: for a page size that the kernel can't take, a model whose layers keep no keys and values, a prefix
+            cache for a model with recurrent layers or an encoder, a store without a prefix cache, or more pages than
+            there is memory for: as far as the configuration says how large they are, else by the first key.
     """
 
     def __init__(
@@ -99,8 +101,18 @@ class PagePool:
                 group.move_idle = self.host.move_one
         self.group_of_layer = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         """Index of the group of each layer that stores keys and values."""
+        self.has_states = any(spec.num_states for spec in self.layers)
+        """Whether some layers are recurrent, whose states are in no page."""
+        self._states: WeakSet[HoldsStates] = WeakSet()
+        self._states_lock = threading.Lock()
         self.prefix_index = None
         if prefix_cache:
+            if self.has_states:
+                raise ValueError(
+                    f"prefix_cache=True was asked for, but of this {self.config.model_type!r} model "
+                    f"{recurrent_layer(config)} that is in no page, so that nothing could go on from a prefix. Leave "
+                    "it out."
+                )
             if self.has_encoder:
                 raise ValueError(
                     f"prefix_cache=True was asked for, but this {self.config.model_type!r} model has an encoder, and "
@@ -228,7 +240,9 @@ class PagePool:
     def stats(self) -> MemoryStats:
         """Account for the pages and bytes of every cache on this pool."""
         swapped_bytes = 0 if self.host is None else self.host.set_aside_bytes
-        stats = self.account([group.holders() for group in self.groups], swapped_bytes)
+        with self._states_lock:
+            states = list(self._states)
+        stats = self.account([group.holders() for group in self.groups], states, swapped_bytes)
         tiers = None if self.prefix_index is None else self.prefix_index.tiers
         if tiers is None:
             return stats
@@ -240,8 +254,15 @@ class PagePool:
             num_promoted_pages=tiers.num_promoted_pages,
         )
 
-    def account(self, holders: Sequence[Sequence[PageHolder]], swapped_bytes: int = 0) -> MemoryStats:
-        """Account for what `holders`, given for each group, hold, beside what they have on the host."""
+    def count_in(self, states: HoldsStates) -> None:
+        """Account for the states of recurrent layers, too, as long as somebody has them."""
+        with self._states_lock:
+            self._states.add(states)
+
+    def account(
+        self, holders: Sequence[Sequence[PageHolder]], states: Sequence[HoldsStates] = (), swapped_bytes: int = 0
+    ) -> MemoryStats:
+        """Account for what `holders`, given for each group, hold, beside states and what they have on the host."""
         num_active = num_shared = active_bytes = live_bytes = shared_bytes = padded_bytes = num_unique = 0
         for group, members in zip(self.groups, holders, strict=True):
             used: dict[int, int] = {}
@@ -282,6 +303,7 @@ class PagePool:
             num_hit_tokens=0 if index is None else index.num_hit_tokens,
             num_evicted_pages=0 if index is None else index.num_evicted_pages,
             swapped_bytes=swapped_bytes,
+            state_bytes=bytes_of_states(states),
         )
 
     def check_integrity(self) -> None:

@@ -1,8 +1,27 @@
 """How much memory is held, and how little would do."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 from hf_paged.pages.views.report import report
+
+
+class HoldsStates(Protocol):
+    """What holds the states of recurrent layers."""
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All of them."""
+        ...
+
+
+def bytes_of_states(holders: Iterable[HoldsStates]) -> int:
+    """Count the bytes of states, of tensors that several have once."""
+    tensors = {id(tensor): tensor for holder in holders for tensor in holder.tensors}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,7 @@ class MemoryStats:
         store_bytes: what the store takes, by whoever it was filled.
         num_demoted_pages: pages of the pool of which the content went to the host, ever.
         num_promoted_pages: pages of the pool of which the content was brought back from there or from the store, ever.
+        state_bytes: states of recurrent layers, which are in no page. What forks share counts once.
     """
 
     num_pages: int
@@ -62,6 +82,7 @@ class MemoryStats:
     store_bytes: int = 0
     num_demoted_pages: int = 0
     num_promoted_pages: int = 0
+    state_bytes: int = 0
 
     def __str__(self) -> str:
         return report(self)

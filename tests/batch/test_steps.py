@@ -8,7 +8,6 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
-from hf_paged.attention.interface import paged_flex_attention
 from tests.models import generate, left_padded, plain, random_ids, run, tiny_llama
 
 FP32 = {"atol": 2e-4, "rtol": 1e-4}
@@ -201,12 +200,6 @@ def test_gradients_and_dropout_raise(model):
     model.eval()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(run(model, cache, ids, [20]), plain(model, ids, [20]), **FP32)
-
-
-def test_a_position_bias_raises(model):
-    query = torch.zeros(1, 6, 1, 16)
-    with pytest.raises(ValueError, match=r"position_bias.*eager"):
-        paged_flex_attention(model, query, query, query, None, position_bias=torch.zeros(6))
 
 
 def test_a_model_with_its_own_attention_raises(model):

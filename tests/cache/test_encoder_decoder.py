@@ -81,7 +81,6 @@ MODELS = {
     "T5": t5,
     "T5Gemma": t5gemma,
 }
-WITHOUT_INTERFACE = {"T5": "sdpa"}  # its position bias
 ORACLE = {"T5Gemma": "eager"}
 
 
@@ -93,7 +92,7 @@ def load(name: str, attention: str | None = None, seed: int = 0) -> PreTrainedMo
 
 
 def paged(name: str = "BART") -> tuple[PreTrainedModel, PagedEncoderDecoderCache]:
-    model = load(name, WITHOUT_INTERFACE.get(name, "paged_flex"))
+    model = load(name, "paged_flex")
     return model, PagedCache.from_model(model, page_size=16)
 
 
@@ -152,7 +151,7 @@ def test_every_mode_gives_the_tokens_of_transformers_own_cache(name, mode):
     cache.pool.check_integrity()
 
 
-@pytest.mark.parametrize("name", ["BART", "T5Gemma"])
+@pytest.mark.parametrize("name", ["BART", "T5", "T5Gemma"])
 def test_logits_after_every_change_of_the_rows_are_those_of_transformers_own_cache(name):
     ids, prompt = random_ids(3, 20), random_ids(3, 17, seed=3)
     model, cache = paged(name)
@@ -193,6 +192,23 @@ def test_copies_go_their_own_way(copied):
         torch.testing.assert_close(logits(model, each, ids, more), expected, atol=5e-4, rtol=1e-4)
     other.cross_attention_cache.layers[0].keys.zero_()
     assert cache.cross_attention_cache.layers[0].keys.any()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", ["BART", "Whisper", "T5"])
+def test_keys_of_the_encoder_are_computed_once_for_all_steps(name, num_beams):
+    model, cache = paged(name)
+    projections = [
+        module
+        for name, module in model.get_decoder().named_modules()
+        if name.endswith(("encoder_attn.k_proj", "EncDecAttention.k"))
+    ]
+    calls = []
+    for projection in projections:
+        projection.register_forward_hook(lambda module, *_: calls.append(module))
+    tokens(model, cache, inputs(name, 3) | {"num_beams": num_beams})
+    assert len(projections) == 2
+    assert calls == projections
 
 
 @pytest.mark.parametrize("begin_anew", ["failed pass", "reset", "crop"])

@@ -129,7 +129,7 @@ MISTAKES = {
     ),
     "from_model(pipeline)": (
         lambda: PagedCache.from_model(with_pipeline()),
-        "was given a TextGenerationPipeline, but it takes a model of Transformers. Pass the model that it has",
+        "was given a TextGenerationPipeline, but it takes a model of Transformers. Pass the model that it h",
     ),
     "from_model(module)": (
         lambda: PagedCache.from_model(torch.nn.Linear(2, 2)),
@@ -153,7 +153,7 @@ MISTAKES = {
     ),
     "enable(pipeline)": (
         lambda: enable(with_pipeline()),
-        "A TextGenerationPipeline was given, but a model of Transformers is needed, or one that wraps it; that of a p",
+        "enable() was given a TextGenerationPipeline, but it takes a model of Transformers. Pass the model that it h",
     ),
     "gather_weights(name)": (
         lambda: gather_weights("gpt2"),

@@ -298,6 +298,28 @@ def test_the_next_turn_finds_what_was_generated(model):
     pool.check_integrity()
 
 
+def test_rows_that_were_released_are_found(model):
+    pool = pool_for(model)
+    ids = random_ids(3, 40)
+    cache = PagedCache(pool=pool)
+
+    def release_early(generated, scores):
+        if generated.shape[1] == 50:
+            cache.release([0, -1])
+        return scores
+
+    settings = {"custom_generate": hf_paged.sample, "max_new_tokens": 20}
+    tokens = go_on(model, cache, ids, logits_processor=[release_early], **settings)
+    cache.reset()
+    assert torch.equal(tokens[1], expected(model, ids, max_new_tokens=20)[1])
+    for row, num_found in ((0, 48), (1, 48), (2, 48)):
+        before = pool.stats().num_hit_tokens
+        history = torch.cat([tokens[row : row + 1, :50], random_ids(1, 9)], dim=1)
+        assert torch.equal(go_on(model, prefilled(model, pool, history), history), expected(model, history))
+        assert pool.stats().num_hit_tokens - before == num_found
+    pool.check_integrity()
+
+
 def test_a_history_that_was_changed_is_found_up_to_the_change(llama):
     pool = pool_for(llama)
     ids = random_ids(1, 100)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -306,6 +307,38 @@ def test_peft_models(llama):
     assert type(llama) is LlamaForCausalLM
 
 
+@pytest.fixture
+def processes(tmp_path):
+    """A group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_wrapped_for_several_processes(llama, processes):
+    ids = random_ids(2, 40)
+    wrapped = DistributedDataParallel(llama)
+    expected = generate(llama, ids)
+    with hf_paged.enable(wrapped, compile=False) as enabled:
+        assert enabled is wrapped
+        assert torch.equal(generate(wrapped.module, ids), expected)
+        assert "loop: hf_paged.sample" in hf_paged.explain(wrapped)
+        wrapped(ids, labels=ids).loss.backward()
+        assert llama.lm_head.weight.grad is not None
+    assert type(wrapped) is DistributedDataParallel
+    assert type(llama) is LlamaForCausalLM
+
+
+def test_wrapped_by_torch_compile(llama):
+    ids = random_ids(2, 40)
+    expected = generate(llama, ids)
+    wrapped = torch.compile(llama, backend="eager")
+    with hf_paged.enable(wrapped, compile=False):
+        assert torch.equal(generate(wrapped, ids), expected)
+        assert "loop: hf_paged.sample" in hf_paged.explain(wrapped)
+    assert type(llama) is LlamaForCausalLM
+
+
 # What is changed, and what is not
 
 
@@ -394,7 +427,7 @@ def test_arguments_that_make_no_sense_change_nothing(llama, arguments, message):
 
 def test_what_is_no_model_is_refused(llama):
     for wrong in (llama.config, "name", pipeline("text-generation", model=llama, tokenizer=letter_tokenizer())):
-        with pytest.raises(ValueError, match="was given, but a model of Transformers is needed"):
+        with pytest.raises(ValueError, match=r"enable\(\) was given .*, but it takes a model of Transformers"):
             hf_paged.enable(wrong)
     with pytest.raises(ValueError, match=r"A LlamaModel was given, which has no generate\(\)"):
         hf_paged.enable(tiny_model(LlamaModel, type(llama.config)))

@@ -80,6 +80,7 @@ _MROPE = {
 
 CHANGES: dict[str, dict[str, Any]] = {
     "AriaConfig": {"projector_patch_to_query_dict": {4: 4}},
+    "BambaConfig": {"attn_layer_indices": [1], "mamba_d_head": "auto"},
     "Blip2Config": {"image_token_index": 199, "num_query_tokens": 8},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 199, **{f"IMGIMG{index}": index for index in range(64)}}},
     "ChameleonVQVAEConfig": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1},
@@ -121,6 +122,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "Glm5NextTextConfig": _LATENT | {"qk_rope_head_dim": 0, "index_topk": 16, "index_kpool": 4},
+    "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"], "mamba_d_head": "auto"},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "Granite4VisionConfig": {
         "image_grid_pinpoints": [[28, 28]],
@@ -132,7 +134,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "JanusVQVAEConfig": {"base_channels": 32, "channel_multiplier": [1, 2], "latent_channels": 32}
     | {"image_token_embed_dim": HIDDEN, "num_res_blocks": 1},
     "KyutaiSpeechToTextConfig": {"codec_config": {"num_filters": 16, "model_type": "mimi", "hidden_size": 64}},
-    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    **_all("Lfm2Config Lfm2MoeConfig", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}),
     "Llama4VisionConfig": {"intermediate_size": 256, "vision_output_dim": HIDDEN}
     | {"projector_input_dim": HIDDEN, "projector_output_dim": HIDDEN},
     **_all("LlavaNextConfig LlavaNextVideoConfig LlavaOnevisionConfig", {"image_grid_pinpoints": [[28, 28]]}),
@@ -145,6 +147,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MoonshineConfig": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
     "MoonshineStreamingConfig": {"num_key_value_heads": HEADS},
     "MuseSparkAudioConfig": {"hidden_sizes": [16, 16, 32, 64], "depths": [1, 1, 1, 1]},
+    "NemotronHConfig": {"n_groups": 2},
     "NemotronH_Omni_Reasoning_V3_Config": {"vision_config": {"video_temporal_patch_size": 2}},
     "Qwen4ExpTextConfig": _MROPE
     | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}

@@ -31,6 +31,7 @@ class Variant:
         head_dims: head size of the keys and of the values.
         page_size: tokens per page.
         params: what the layer wants.
+        has_bias: whether a position bias is added to the scores.
         is_dense: whether the mask is given token by token.
         lists_full: whether full pages have a list of their own.
         num_tiles: tiles, where the kernel is made for one number of them; None for any.
@@ -43,6 +44,7 @@ class Variant:
     head_dims: tuple[int, int]
     page_size: int
     params: AttentionParams
+    has_bias: bool
     is_dense: bool
     lists_full: bool
     num_tiles: int | None
@@ -95,6 +97,8 @@ class _Arguments(NamedTuple):
     kv_indices: Tensor
     physical_to_logical: Tensor
     seen: Tensor
+    bias: Tensor | None
+    bias_strides: Tensor | None
     sinks: Tensor
 
 
@@ -105,6 +109,7 @@ def paged_attention(
     block_lists: BlockLists,
     page_size: int,
     params: AttentionParams,
+    bias: Tensor | None = None,
 ) -> Attention:
     """Return the attention of layers with tensors of these shapes, dtype and device.
 
@@ -115,6 +120,8 @@ def paged_attention(
         block_lists: the pages to read, for `num_queries` queries and `num_heads // num_kv_heads` as gqa_ratio.
         page_size: tokens per page.
         params: what the layer wants. The sink page of `block_lists` is the token of its sinks.
+        bias: `(num_rows, num_heads, num_queries, max_tokens)`, added to the score of each token of a row, with
+            `max_tokens` in whole pages; None without.
 
     Raises:
         ValueError: for a dtype that FlexAttention does not take.
@@ -138,6 +145,7 @@ def paged_attention(
         head_dims=(keys.shape[3], values.shape[3]),
         page_size=page_size,
         params=params,
+        has_bias=bias is not None,
         is_dense=block_lists.seen.dtype == torch.bool,
         lists_full=block_lists.full_kv_indices is not None,
         num_tiles=_fixed_num_tiles(query.shape[2], block_lists),
@@ -153,7 +161,8 @@ def paged_attention(
     num_rows, num_heads, num_queries, _ = query.shape
     by_kv_head = (keys.shape[1], block_lists.gqa_ratio)
     scores = query.new_zeros(by_kv_head) if params.has_sinks else NO_SINKS
-    arguments = _Arguments(pack_gqa(query, block_lists), keys, values, *lists, scores)
+    flat_bias, strides = (None, None) if bias is None else _in_tiles(bias.to(query.dtype), block_lists)
+    arguments = _Arguments(pack_gqa(query, block_lists), keys, values, *lists, flat_bias, strides, scores)
     kernel = _kernel(variant, arguments).bound_to(arguments)
     num_missing = len(block_lists.kv_num_blocks) - len(query) if num_queries == 1 else 0
     one_query, one_output = (num_rows, *by_kv_head, query.shape[3]), (num_rows, 1, num_heads, values.shape[3])
@@ -216,6 +225,10 @@ def _dynamic_sizes(variant: Variant, name: str) -> tuple[int, ...]:
             return (0,)
         case "paged_partial":
             return (0, 3) if has_any_tiles else (3,)
+        case "paged_bias_strides":
+            return ()
+        case "paged_position_bias":
+            return (0,)
         case _ if not has_any_tiles:
             return ()
         case "paged_query":
@@ -247,6 +260,8 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
         paged_partial: Tensor,
         paged_page_index: Tensor,
         paged_seen: Tensor,
+        paged_position_bias: Tensor | None,
+        paged_bias_strides: Tensor | None,
         paged_sinks: Tensor,
     ) -> Tensor:
         def token_at(slot: Tensor) -> Tensor:
@@ -254,7 +269,9 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
 
         def mask_mod(tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
             token = token_at(slot)
-            if variant.is_dense:
+            if variant.is_dense and variant.has_bias:
+                is_seen = token >= 0  # what is hidden has a bias of -inf
+            elif variant.is_dense:
                 is_seen = paged_seen[tile, row // gqa_ratio, token.clamp(min=0) if has_sinks else token]
             else:
                 is_seen = (token < paged_seen[tile, row, 0]) & (token >= paged_seen[tile, row, 1])
@@ -266,6 +283,11 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
         def score_mod(score: Tensor, tile: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)
+            if paged_position_bias is not None and paged_bias_strides is not None:
+                query_head, query = head * gqa_ratio + row % gqa_ratio, row // gqa_ratio
+                place = tile * paged_bias_strides[0] + query_head * paged_bias_strides[1]
+                place = place + query * paged_bias_strides[2] + token_at(slot)
+                score = score + paged_position_bias[place.clamp(min=0) if has_sinks else place]
             if has_sinks:
                 score = torch.where(token_at(slot) < 0, paged_sinks[head, row % gqa_ratio], score)
             return score
@@ -287,7 +309,7 @@ def _build(variant: Variant) -> Callable[..., Tensor]:
             paged_query,
             paged_keys,
             paged_values,
-            score_mod=None if softcap is None and not has_sinks else score_mod,
+            score_mod=score_mod if softcap is not None or has_sinks or variant.has_bias else None,
             block_mask=block_mask,
             scale=scale,
             kernel_options=kernel_options,
@@ -318,6 +340,29 @@ def pack_gqa(query: Tensor, block_lists: BlockLists) -> Tensor:
         .contiguous()
     )
     return fill_up(stacked, block_lists)
+
+
+def _in_tiles(bias: Tensor, block_lists: BlockLists) -> tuple[Tensor, Tensor]:
+    """Lay out a bias as the kernel reads it, with -inf for what `block_lists` hides token by token.
+
+    Flat, with strides in a tensor: of the sizes of four dimensions the CPU template would have more symbols than it
+    can tell apart.
+
+    Args:
+        bias: `(num_rows, num_heads, num_queries, max_tokens)`.
+        block_lists: what the queries see.
+
+    Returns:
+        `(num_tiles * num_heads * tile_length * max_tokens,)`, and the strides of the first three of these, int64.
+    """
+    num_rows, num_heads, num_queries, max_tokens = bias.shape
+    tiles_per_row, tile_length = block_lists.tiles_per_row, block_lists.tile_length
+    padded = torch.nn.functional.pad(bias, (0, 0, 0, tiles_per_row * tile_length - num_queries))
+    tiled = padded.view(num_rows, num_heads, tiles_per_row, tile_length, max_tokens).transpose(1, 2).flatten(0, 1)
+    if block_lists.seen.dtype == torch.bool:
+        tiled = tiled.masked_fill(~block_lists.seen[:, None], -torch.inf)
+    filled = fill_up(tiled, block_lists).contiguous()
+    return filled.flatten(), torch.tensor(filled.stride()[:3], device=bias.device)
 
 
 def fill_up(stacked: Tensor, block_lists: BlockLists) -> Tensor:

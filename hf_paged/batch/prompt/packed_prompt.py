@@ -34,6 +34,7 @@ class PackedPrompt:
 
     Attributes:
         sequences: the fork. The model is given a cache over it.
+        stand_ins: `(num_rows,)` for each row of the cache, which row of the fork stands for it.
 
     Raises:
         NotPackable: if the mask hides tokens that are cached.
@@ -56,7 +57,7 @@ class PackedPrompt:
         self._max_tokens = max_tokens
         self._packing: Packing
         self._next_columns: Columns
-        self._followed: Counts  # for each row of the cache, which row of the fork stands for it
+        self.stand_ins: Counts
         self._tokens: Counts  # of the fork
         self._is_new: BoolMatrix
         self._prefixes: RowPrefixes | None = None
@@ -110,7 +111,7 @@ class PackedPrompt:
             Columns that the prompt has now; None if it is to be computed in waves, as there are several rows, or
             padding, or more than a chunk is left, or pages are still on their way when a pass begins.
         """
-        is_simple = len(self._followed) == 1 and self._next_columns.real is None and self._has_all_columns
+        is_simple = len(self.stand_ins) == 1 and self._next_columns.real is None and self._has_all_columns
         if not is_simple or self._prefixes is None or self._arrivals is not None:
             return None
         self._prefixes.adopt(self.sequences.rows.tables, [0])
@@ -160,7 +161,7 @@ class PackedPrompt:
         self._settle()
         rows = self.sequences.rows
         for table in rows.tables:
-            table.select(self._followed.tolist())
+            table.select(self.stand_ins.tolist())
         rows.columns = self._next_columns
         rows.origin = self._origin
         self.sequences.drop_past()
@@ -203,7 +204,7 @@ class PackedPrompt:
         self._next_columns = columns.extended(new, num_rows, num_new)
         is_new = np.ones((num_rows, num_new), dtype=bool) if new is None else new
         tokens = np.where(is_new, ids[:, num_cached:], 0)
-        originals, self._followed = np.unique(equal_rows(rows.tables, tokens, new), return_inverse=True)
+        originals, self.stand_ins = np.unique(equal_rows(rows.tables, tokens, new), return_inverse=True)
         self._originals: list[int] = originals.tolist()
         for table in rows.tables:
             table.select(self._originals)

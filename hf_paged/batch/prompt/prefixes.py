@@ -1,6 +1,6 @@
 """The rows of a prompt as a prefix index knows them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -23,12 +23,15 @@ class RowPrefixes:
         origin: what makes the keys and values.
         ids: `(num_rows, num_columns)` what is in the columns, those before the prompt included.
         columns: which of them are tokens.
+        only: the rows that are meant; None for all.
 
     Attributes:
         arrivals: of pages that are brought back from the tiers of the pool; None without.
     """
 
-    def __init__(self, pool: PagePool, origin: Hashable, ids: Counts, columns: Columns) -> None:
+    def __init__(
+        self, pool: PagePool, origin: Hashable, ids: Counts, columns: Columns, only: Iterable[int] | None = None
+    ) -> None:
         assert pool.prefix_index is not None
         self._index = index = pool.prefix_index
         self.arrivals: Arrivals | None = None if index.tiers is None else index.tiers.arrivals()
@@ -38,11 +41,11 @@ class RowPrefixes:
         self._origin = origin
         self._page_bytes = index.page_size * TOKEN_BYTES
         real = real_columns(columns, len(ids))
-        self._rows = [
-            row_ids[chosen].astype("<i4").tobytes()
-            for row_ids, chosen in zip(ids, first_run(real) if has_windows else real, strict=True)
-        ]
-        self._num_indexed = [0] * len(ids)  # pages that can be found, or that others have
+        chosen = first_run(real) if has_windows else real
+        self._rows = {
+            row: ids[row][chosen[row]].astype("<i4").tobytes() for row in (range(len(ids)) if only is None else only)
+        }
+        self._num_indexed = dict.fromkeys(self._rows, 0)  # pages that can be found, or that others have
 
     def adopt(self, tables: Sequence[BlockTable], rows: Sequence[int]) -> list[int]:
         """Let rows begin with the pages that are found, where these hold more tokens than the rows do.
@@ -91,12 +94,12 @@ class RowPrefixes:
         return tiers.extend(self._origin, tokens, prefix, ahead, self.arrivals)
 
     def add(self, tables: Sequence[BlockTable]) -> None:
-        """Let the full pages of all rows be found.
+        """Let the full pages of the rows be found.
 
         Args:
             tables: the rows, in each group.
         """
-        for row, tokens in enumerate(self._rows):
+        for row, tokens in self._rows.items():
             num_tokens = min(len(tokens) // TOKEN_BYTES, int(tables[0].lengths[row]))
             num_full = num_tokens // self._index.page_size
             if num_full <= self._num_indexed[row]:
@@ -114,10 +117,25 @@ def is_findable(rows: Rows) -> bool:
     return rows.origin is not None and rows.known_ids.are_all(rows.columns.count)
 
 
-def let_be_found(rows: Rows, ids: Tensor) -> None:
-    """Let the full pages of rows that are findable be found by `ids`, `(num_rows, at least num_columns)`."""
-    found = RowPrefixes(rows.pool, rows.origin, ids[:, : rows.columns.count].cpu().numpy(), rows.columns)
-    found.add(rows.tables)
+def let_be_found(rows: Rows, ids: Tensor, only: Iterable[int] | None = None) -> None:
+    """Let the full pages of rows that are findable be found.
+
+    Args:
+        rows: that are findable.
+        ids: `(num_rows, at least num_columns)`.
+        only: the rows that are meant; None for all.
+    """
+    on_host = ids[:, : rows.columns.count].cpu().numpy()
+    RowPrefixes(rows.pool, rows.origin, on_host, rows.columns, only).add(rows.tables)
+
+
+def let_finished_be_found(rows: Rows, only: Sequence[int]) -> None:
+    """Let the full pages of rows be found that are about to be released, where that may be."""
+    if rows.pool.prefix_index is None or not rows.columns.count or not is_findable(rows):
+        return
+    known = rows.known_ids.known
+    assert known is not None
+    let_be_found(rows, known[0].expand(rows.count, -1), only)
 
 
 def _let_go(prefix: Prefix, tables: Sequence[BlockTable]) -> None:

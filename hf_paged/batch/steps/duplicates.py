@@ -17,16 +17,15 @@ Originals = npt.NDArray[np.int64]
 """`(num_rows,)` for each row the first row that it is a duplicate of; itself if there is none."""
 
 
-def possible_duplicates(tables: list[BlockTable], num_new: int, new: BoolMatrix | None) -> Originals | None:
+def possible_duplicates(tables: list[BlockTable], new: BoolMatrix | None) -> Originals | None:
     """Find rows that hold the same pages and get tokens in the same columns; None if there are none.
 
     Args:
         tables: the rows, in each group.
-        num_new: new columns. With a single one rows are not compared: beams go apart there.
         new: `(num_rows, num_new)` True for tokens; None: everywhere.
     """
     num_rows = tables[0].num_rows
-    if num_new == 1 or num_rows == 1:
+    if num_rows == 1:
         return None
     seen: dict[object, int] = {}
     originals = np.arange(num_rows)
@@ -64,7 +63,7 @@ def equal_rows(tables: list[BlockTable], tokens: npt.NDArray[np.int64], new: Boo
         tokens: `(num_rows, num_new)`, 0 for padding.
         new: as for `possible_duplicates`.
     """
-    originals = possible_duplicates(tables, tokens.shape[1], new)
+    originals = possible_duplicates(tables, new)
     if originals is not None:
         given = torch.from_numpy(tokens)
         originals = confirmed_duplicates(originals, given, given)

@@ -132,3 +132,7 @@ class PackedStep(Step):
     def by_token(self, mask: Tensor, first_column: int) -> BoolMatrix:
         """Refuse: a mask over the columns of a packed chunk says nothing about its rows."""
         raise NotPackable("it asks for another mask than a causal one or a causal one with a window")
+
+    def columns_of_tokens(self) -> Counts:
+        """Refuse, as `by_token`."""
+        raise NotPackable("it adds a bias to the scores of columns")

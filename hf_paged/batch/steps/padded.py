@@ -22,6 +22,7 @@ class PaddedStep(Step):
         past_is_visible: whether every cached token may be seen.
         reads_pages: whether attention is to read pages, if any are filled.
         keeps_all: whether tokens that have left a window are stored, too.
+        next_columns: the padded view after this step; None where the new columns follow those before.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class PaddedStep(Step):
         past_is_visible: bool,
         reads_pages: bool,
         keeps_all: bool,
+        next_columns: Columns | None = None,
     ) -> None:
         num_rows = tables[0].num_rows
         super().__init__(
             View.NEW if columns.count == 0 else View.PAGES if reads_pages else View.DENSE,
             columns,
-            columns.extended(new, num_rows, num_new),
+            next_columns or columns.extended(new, num_rows, num_new),
             (num_rows, num_new),
             past_is_visible,
         )
@@ -54,7 +56,8 @@ class PaddedStep(Step):
             self.kv_stop = starts + new.cumsum(axis=1)
         self.placements = [Placement(table, None if keeps_all else self._unread(table)) for table in tables]
         self.originals: Originals | None = None
-        self._possible_duplicates = possible_duplicates(tables, num_new, new)
+        # With a single one rows are not compared: beams go apart there.
+        self._possible_duplicates = None if num_new == 1 else possible_duplicates(tables, new)
         self._is_reserved = False
         if self._possible_duplicates is None:
             self._reserve()
@@ -122,9 +125,7 @@ class PaddedStep(Step):
         self.hides_tokens = True
         by_column = mask[:, 0].cpu().numpy()
         lengths = self.placements[0].table.lengths + self.counts
-        page_size = self.placements[0].table.group.page_size
-        max_tokens = -(-max(1, int(lengths.max())) // page_size) * page_size
-        by_token = np.zeros((self.num_rows, self.num_new, max_tokens), dtype=bool)
+        by_token = np.zeros((self.num_rows, self.num_new, self._max_tokens), dtype=bool)
         real = self.next_columns.real
         if real is None:
             by_token[:, :, first_column : self.next_columns.count] = by_column
@@ -133,6 +134,20 @@ class PaddedStep(Step):
             for row in range(self.num_rows):
                 by_token[row, :, kv_start[row] : lengths[row]] = by_column[row][:, real[row, first_column:]]
         return by_token
+
+    @override
+    def columns_of_tokens(self) -> Counts:
+        real, max_tokens = self.next_columns.real, self._max_tokens
+        if real is None:
+            return np.broadcast_to(np.arange(max_tokens), (self.num_rows, max_tokens)).copy()
+        first = np.argsort(~real, axis=1, kind="stable")[:, :max_tokens]  # those of tokens before those of padding
+        return np.pad(first, ((0, 0), (0, max_tokens - first.shape[1])))
+
+    @property
+    def _max_tokens(self) -> int:
+        """Tokens of the longest row afterwards, rounded up to whole pages."""
+        page_size = self.placements[0].table.group.page_size
+        return -(-max(1, int(self.kv_stop[:, -1].max())) // page_size) * page_size
 
     def _unread(self, table: BlockTable) -> Counts | None:
         """`(num_rows,)` new tokens at the beginning of each row that nobody looks for in pages; None: none."""

@@ -47,16 +47,20 @@ class Progress:
 
     Args:
         layers: indices of the layers that may hold tokens.
+        recurrent: indices of those that may keep a state of them.
         num_layers: layers that the model has; more may be counted by its configuration.
     """
 
-    def __init__(self, layers: Iterable[int], num_layers: int) -> None:
+    def __init__(self, layers: Iterable[int], recurrent: Iterable[int], num_layers: int) -> None:
         self._layers = sorted(layers)
+        self._recurrent = set(recurrent)
         self.num_layers = num_layers
         self.missing: set[int] = set()
         """Layers that are still to be written."""
         self.last = -1
         """The last layer that was written; -1 for none."""
+        self.touched = -1
+        """The last layer that has asked for its state; -1 for none."""
         self._last_awaited = -1
         self.lock = threading.RLock()
         self._thread: int | None = None  # that makes the pass under way
@@ -70,12 +74,14 @@ class Progress:
         """
         self.missing = set(self._layers) - absent
         end = self.num_layers if num_layers is None else min(num_layers, self.num_layers)
-        self._last_awaited = max((layer for layer in self.missing if layer < end), default=self._layers[-1])
+        awaited = self.missing | (self._recurrent - absent)
+        self._last_awaited = max((layer for layer in awaited if layer < end), default=self._layers[-1])
         self.last = -1
 
     def end(self) -> None:
         """Take note that the step is over."""
         self.missing.clear()
+        self.touched = -1
         self._thread = None
 
     def own(self, *, begins: bool = False) -> None:
@@ -106,13 +112,14 @@ class Progress:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a layer was written."""
+        """Whether keys and values of a layer were written."""
         return self.last >= 0
 
     @property
     def has_reached_the_end(self) -> bool:
         """Whether the last layer was written, whichever were passed over."""
-        return self.last >= self._last_awaited
+        end = self._last_awaited
+        return self.last >= end or (self.touched >= end and end not in self.missing)
 
     def unclear(self, num_layers: int) -> UnclearPassError:
         """Return what is raised when another pass begins and the step is not complete.
@@ -122,6 +129,12 @@ class Progress:
         """
         if self.is_of_another_thread:
             return another_thread()
+        if self.has_reached_the_end and not self.missing:
+            return UnclearPassError(
+                f"The forward pass before left out the states of some layers, or ended within layer {self.touched}. "
+                "Call cache.roll_back() to forget that pass; when the layers of a model are changed, use a new "
+                "PagedCache, or reset() this one."
+            )
         if self.has_reached_the_end:
             return UnclearPassError(
                 f"The forward pass before left out layers {sorted(self.missing)}, which hold the tokens before it. "
@@ -129,9 +142,10 @@ class Progress:
                 "PagedCache, or reset() this one."
             )
         return UnclearPassError(
-            f"The forward pass before went through layer {self.last} and no further, but this cache was made for a "
-            f"model with {num_layers} layers. If that pass failed, call cache.roll_back() to forget it. If the model "
-            "ends there, make its cache by PagedCache.from_model(model) after its layers are cut off."
+            f"The forward pass before went through layer {max(self.last, self.touched)} and no further, but this "
+            f"cache was made for a model with {num_layers} layers. If that pass failed, call cache.roll_back() to "
+            "forget it. If the model ends there, make its cache by PagedCache.from_model(model) after its layers are "
+            "cut off."
         )
 
     def updated_twice(self, layer: int) -> UnclearPassError:

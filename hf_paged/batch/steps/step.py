@@ -102,6 +102,8 @@ class Step(ABC):
     """`(num_rows,)` new tokens of each row of the tables."""
     placements: list["Placement"]
     """Where they go, in each group of layers."""
+    has_own_mask = False
+    """Whether whoever begins it makes its mask, too."""
     arrivals: Arrivals | None = None
     """Of pages that attention is going to read, and that may still be on their way; None: they are all there."""
 
@@ -189,6 +191,20 @@ class Step(ABC):
             ValueError: if there is no such mask.
         """
 
+    def first_column(self, window: int | None) -> int:
+        """The first column that a query of this pass sees through a window; None: all before it."""
+        return 0 if window is None else max(0, self.columns.count + 1 - window)
+
+    @abstractmethod
+    def columns_of_tokens(self) -> Counts:
+        """Say which column each token of a row stands in, `(num_rows, max_tokens)`, any where it has no such token.
+
+        `max_tokens` is rounded up to whole pages.
+
+        Raises:
+            ValueError: if there are no columns.
+        """
+
     def write(self, group: int, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
         """Store the new tokens of a layer, leaving out padding.
 
@@ -221,9 +237,7 @@ class Step(ABC):
         table = self.placements[group].table
         if self.view is View.PAGES:
             return self.hand_out(table, storage)
-        window = table.group.window
-        first_column = 0 if window is None else max(0, self.columns.count + 1 - window)
-        return gather_columns(storage, table, self.next_columns, first_column)
+        return gather_columns(storage, table, self.next_columns, self.first_column(table.group.window))
 
     def hand_out(self, table: BlockTable, storage: LayerStorage) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a storage, and note that they stand for the pages of these rows."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from transformers import Cache, PreTrainedModel
 
-from hf_paged._transformers import CACHE
+from hf_paged._transformers import CACHE, recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.errors import NotPackable
 
@@ -51,6 +51,9 @@ def check_model(model: PreTrainedModel) -> torch.nn.Module:
     attention = model.config.get_text_config(decoder=True)._attn_implementation
     if attention != NAME:
         raise NotPackable(f"attn_implementation={attention!r} can't tell packed rows apart, as {NAME!r} can")
+    layer = recurrent_layer(model.config)
+    if layer is not None:
+        raise NotPackable(f"{layer}, and what it makes of one row would go on in the next")
     decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     if decoder is not model.base_model:
         raise NotPackable(f"its {type(decoder).__name__} is within a {type(model.base_model).__name__}")

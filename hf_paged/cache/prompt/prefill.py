@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = 0.05  # of the largest score: above what rounding makes in 16 bit, far below what other positions make
 _PADDING = 0.1  # of a prompt, above which it is worth a pass more to compute none
+_BY_COLUMN = {"attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"}
 _CHUNK_ON_CPU, _CHUNK = 1536, 4096  # tokens at a time; a GPU takes as long for a few hundred
 
 
@@ -114,8 +115,8 @@ def prefill(
         mask, kept = inputs.get("attention_mask"), None
         if is_other:
             kept = kept_lengths(generating, sequences, input_ids, mask)
-            if given_inputs:
-                kept[:] = 0  # what made the tokens that are cached was ids alone
+            if given_inputs or sequences.pool.has_states:
+                kept[:] = 0  # what made the tokens that are cached was ids alone; no state goes back
         try:
             _compute_packed(generating, sequences, filled._sequences, input_ids, inputs, max_tokens, kept)
         except NotPackable as reason:
@@ -130,7 +131,7 @@ def prefill(
 
     given: Any = model
     generate = partial(given.generate, input_ids, attention_mask=attention_mask)
-    settings = _settings(model, num_columns)
+    settings = first_pass_settings(model, num_columns)
     try:
         generate(generation_config=settings, custom_generate=compute, **{CACHE: filled}, **given_inputs)
         if not was_called:
@@ -302,6 +303,8 @@ def _compute_padded(
 ) -> Tensor | None:
     """Let `generate()` make its first pass over `filled`, a fork of `sequences`, and take the last column back.
 
+    A state can't be taken back, so that with recurrent layers the pass leaves this column out.
+
     Args:
         model: that generates.
         sequences: the rows.
@@ -313,8 +316,11 @@ def _compute_padded(
     Returns:
         `(num_rows, vocab_size)` scores of the last column; None if there are none.
     """
+    takes_back = not sequences.pool.has_states
+    if not takes_back:
+        input_ids, inputs = input_ids[:, :-1], _without_last_column(input_ids, inputs)
     num_columns = input_ids.shape[1]
-    filled.records_past = True
+    filled.records_past = takes_back
     note_generating(filled, model, input_ids, inputs)
     scores = getattr(model._prefill(input_ids, generation_config, inputs), "logits", None)  # type: ignore[operator]
     filled.end_step()
@@ -324,8 +330,18 @@ def _compute_padded(
             f"{filled.rows.columns.count} columns, so that generate() could not go on from there. Leave out "
             "cache.prefill(): generate() computes this prompt by itself."
         )
+    if not takes_back:
+        filled.records_past = sequences.records_past
+        return None
     filled.truncate(num_columns - 1, keeps_past=sequences.records_past)
     return None if scores is None else scores[:, -1]
+
+
+def _without_last_column(input_ids: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a model beside its ids, for all columns but the last one."""
+    given = {"attention_mask": torch.ones_like(input_ids)}
+    given |= {name: value for name, value in inputs.items() if value is not None}
+    return {name: value[..., :-1] if name in _BY_COLUMN else value for name, value in given.items()}
 
 
 @once
@@ -338,7 +354,7 @@ def _say_missed(name: str, reason: str) -> None:
     logger.warning("The prompt of %s is computed at once and padded, as generate() does: %s.", name, reason)
 
 
-def _settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
+def first_pass_settings(model: PreTrainedModel, num_columns: int) -> GenerationConfig:
     """The settings of the model, but for what is asked of `generate()` beside its first pass."""
     settings: Any = copy.deepcopy(model.generation_config)
     if settings.max_new_tokens is None:

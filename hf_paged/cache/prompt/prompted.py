@@ -3,11 +3,13 @@
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_paged.cache.prompt.known_prefix import commit
 from hf_paged.cache.prompt.prefill import prefill, prefill_prepared
+from hf_paged.cache.prompt.resume import is_other_than, is_plain_prompt
 from hf_paged.cache.row_operations import RowOperations
 
 
@@ -31,8 +33,8 @@ class Prompted(RowOperations):
         fails, nothing has changed. The tokens of all rows follow one another in chunks of `max_tokens`, without any
         padding; equal rows are computed once. That takes a decoder set to `"paged_flex"`, whose rows and columns are
         told apart by causality, positions and padding alone. For all other models (set to `"sdpa"` or `"eager"`, with
-        images, hooks, or adapters for each row, for example) the prompt is computed at once and padded, as
-        `generate()` does, and one log line says why.
+        images, hooks, recurrent layers, or adapters for each row, for example) the prompt is computed at once and
+        padded, as `generate()` does, and one log line says why.
 
         What was an input of the prompt alone, such as `pixel_values`, is to be left out of the `generate()` that
         follows.
@@ -71,7 +73,8 @@ class Prompted(RowOperations):
         `prefill` does it. A row of which a window has dropped what the next token would see is computed anew. If it
         fails, nothing has changed.
 
-        A prompt that can't be computed packed goes on from the first column in which any row has something new.
+        A prompt that can't be computed packed goes on from the first column in which any row has something new; with
+        recurrent layers, whose states can't go back, it is computed anew.
 
         Args:
             model: the one that has computed what is cached.
@@ -94,6 +97,28 @@ class Prompted(RowOperations):
     ) -> None:
         """Compute a prompt within a loop that `generate()` calls, as far as the prefix index, or packing, helps."""
         prefill_prepared(model, self._sequences, input_ids, inputs, packs=packs)
+
+    def _resume_prepared(
+        self, model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], config: Any, *, keeps: bool
+    ) -> bool:
+        """Go on with another prompt, if `generate()` is about to go on with one, and return whether it is.
+
+        Args:
+            model: that generates.
+            input_ids: `(num_rows, num_columns)`.
+            inputs: what else it has prepared for the model.
+            config: of the call.
+            keeps: whether what both have in common may stay.
+        """
+        self._sequences.end_step()
+        mask: Tensor | None = inputs.get("attention_mask")
+        if not is_other_than(self._sequences, input_ids, mask, config):
+            return False
+        if keeps and is_plain_prompt(model, input_ids, inputs):
+            self.resume(model, input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        else:
+            self.reset()
+        return True
 
     def commit(self, sequences: Tensor) -> None:
         """Let what was generated be found by later prompts, such as the next turn of a conversation.

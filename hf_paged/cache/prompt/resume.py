@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from hf_paged.attention.mask import NAME
+from hf_paged.batch.known_ids import is_whole_prompt
 from hf_paged.batch.padding import BoolMatrix, Counts
 from hf_paged.batch.prompt.common_prefix import common_columns, common_lengths, is_continued
+from hf_paged.batch.rows import Rows
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.prompt.origin import origin_of
 
@@ -32,7 +34,7 @@ def is_other_prompt(
     rows = sequences.rows
     if rows.columns.count == 0:
         return False
-    if not (rows.is_plain and rows.known_ids.are_all(rows.columns.count)):
+    if not _is_known(rows):
         if must_know:
             raise ValueError(
                 "resume() was called on a cache of which it isn't known that a model made it of these ids by "
@@ -44,6 +46,27 @@ def is_other_prompt(
     rows.check_shape(len(input_ids), 1)
     mask = None if attention_mask is None else _on_host(attention_mask)
     return not is_continued(rows, input_ids.cpu().numpy(), mask, may_hide=not must_know)
+
+
+def is_other_than(
+    sequences: Sequences, input_ids: Tensor, attention_mask: Tensor | None, generation_config: Any
+) -> bool:
+    """Whether what `generate()` is about to go on with is known to be another prompt than what is cached.
+
+    Args:
+        sequences: the rows, between two steps.
+        input_ids: `(num_rows, num_columns)`, as it has prepared them.
+        attention_mask: like `input_ids`, 0 for padding; None without padding.
+        generation_config: of the call.
+
+    Raises:
+        ValueError: if rows don't fit those that are cached.
+    """
+    is_whole = is_whole_prompt(input_ids, attention_mask, generation_config)
+    if not (is_whole and _is_known(sequences.rows)):
+        return False
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return is_other_prompt(sequences, input_ids, mask, must_know=True)
 
 
 def kept_lengths(model: torch.nn.Module, sequences: Sequences, input_ids: Tensor, mask: Tensor | None) -> Counts:
@@ -90,10 +113,17 @@ def note_generating(sequences: Sequences, model: Any, input_ids: Any, inputs: di
         inputs: its other inputs.
     """
     rows = sequences.rows
-    rows.is_plain = (rows.is_plain or rows.columns.count == 0) and _is_plain(sequences, model, input_ids, inputs)
+    rows.is_plain = (rows.is_plain or rows.columns.count == 0) and is_plain_prompt(model, input_ids, inputs)
 
 
-def _is_plain(sequences: Sequences, model: Any, input_ids: Any, inputs: dict[str, Any]) -> bool:
+def is_plain_prompt(model: Any, input_ids: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a model will be given ids at their places and nothing else.
+
+    Args:
+        model: that generates.
+        input_ids: `(num_rows, num_columns)`.
+        inputs: its other inputs, as `generate()` has prepared them.
+    """
     attention = model.config.get_text_config(decoder=True)._attn_implementation
     given = {name: value for name, value in inputs.items() if not (value is None or value is False)}
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
@@ -109,6 +139,10 @@ def _is_plain(sequences: Sequences, model: Any, input_ids: Any, inputs: dict[str
         return bool((positions == torch.arange(positions.shape[1], device=positions.device)).all())
     places = mask.long().cumsum(1) - 1
     return positions.shape[1] == mask.shape[1] and not bool(((positions != places) & mask.bool()).any())
+
+
+def _is_known(rows: Rows) -> bool:
+    return rows.is_plain and rows.known_ids.are_all(rows.columns.count)
 
 
 def _on_host(mask: Tensor) -> BoolMatrix:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 from typing_extensions import override
 
-from hf_paged._transformers import model_in
+from hf_paged._transformers import model_in, recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.prompt.checks import check_fits
@@ -122,7 +122,7 @@ def generate_many(
     owns_pool = pool is None
     if pool is None:
         page_size = _PAGE_SIZE_ON_CPU if model.device.type == "cpu" else _PAGE_SIZE
-        pool = PagePool.from_model(model, page_size=page_size, prefix_cache=True)
+        pool = PagePool.from_model(model, page_size=page_size, prefix_cache=recurrent_layer(model.config) is None)
     check_fits(model, PagedCache(pool=pool)._sequences)
     schedule = Schedule(model, prompts, generation_config, generate_kwargs, pool, max_rows, owns_pool)
     return Answers(schedule, len(prompts) if isinstance(prompts, Sized) else None)

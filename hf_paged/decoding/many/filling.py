@@ -27,7 +27,8 @@ def padded(rows: Sequence[Row], device: torch.device, num_empty: int = 0) -> tup
 class Filling:
     """Some rows of a cache of their own, computed packed, but for their last tokens.
 
-    Several rows are computed at once. One that is longer than a piece is computed alone, piece by piece.
+    Several rows are computed at once. One that is longer than a piece is computed alone, piece by piece, unless the
+    model has recurrent layers.
 
     Args:
         model: that computes them.
@@ -42,7 +43,9 @@ class Filling:
         self._model = model
         self._max_tokens = max_tokens
         self._ids, self._mask = padded(self.rows, model.device)
-        self._end = 1 if len(self.rows) == 1 else self._ids.shape[1]
+        # Some recurrent layers of Transformers go on from a state by single tokens alone.
+        is_whole = len(self.rows) > 1 or cache.pool.has_states
+        self._end = self._ids.shape[1] if is_whole else 1
 
     def advance(self) -> bool:
         """Compute a piece; return whether it was the last one.

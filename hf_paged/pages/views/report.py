@@ -31,6 +31,8 @@ def report(stats: "MemoryStats") -> str:
         f"{name:13} {num_bytes / _MIB:10,.2f} MiB {_per_cent(num_bytes, held):>10}   {words}".rstrip()
         for name, num_bytes, words in lines
     ]
+    if stats.state_bytes:
+        shown.append(f"states        {stats.state_bytes / _MIB:10,.2f} MiB{'':14}of recurrent layers, in no page")
     if asked := stats.num_looked_up_tokens:
         found = f"{stats.num_hit_tokens:,} of {asked:,} tokens, {_per_cent(stats.num_hit_tokens, asked)}"
         shown.append(f"found again   {found}")

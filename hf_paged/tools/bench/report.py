@@ -1,6 +1,7 @@
-"""Results as the tables of a page: `python -m hf_paged.tools.bench.report docs/performance.md docs/results/bench`.
+"""Tables and plots of a page: `python -m hf_paged.tools.bench.report docs/performance.md docs/results/bench`.
 
 A table stands between `<!-- table: NAME/SCENARIO -->` and `<!-- end -->`, and is that of the results in `NAME.json`.
+Where a page shows `assets/NAME-latency.svg`, this is drawn: the time of a token against its context.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 from hf_paged.tools.bench.scenario import FITS, with_speed
 from hf_paged.tools.bench.scenarios import SCENARIOS
+from hf_paged.tools.lab.chart import draw
 from hf_paged.tools.lab.table import table
 
 
@@ -52,9 +54,25 @@ def fill(page: str, made: Mapping[str, str]) -> str:
     return re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)
 
 
+def plot(page: str, folder: Path, assets: Path) -> None:
+    """Draw the plots that a page shows.
+
+    Args:
+        page: its text.
+        folder: with the results.
+        assets: folder for the plots.
+    """
+    for name in re.findall(r"\(assets/(.*?)-latency\.svg\)", page):
+        results: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        title = f"{results['model']}, {results['settings']['dtype']}, one row\n{results['machine']}"
+        draw(results["latency"]["rows"], "ms_per_step", assets / f"{name}-latency.svg", title)
+
+
 def main(page: Path, folder: Path) -> None:
-    """Fill the tables of a page."""
-    page.write_text(fill(page.read_text(encoding="utf-8"), tables(folder)), encoding="utf-8")
+    """Fill the tables of a page, and draw its plots."""
+    text = fill(page.read_text(encoding="utf-8"), tables(folder))
+    page.write_text(text, encoding="utf-8")
+    plot(text, folder, page.parent / "assets")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_paged._transformers import recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.compile.api import compiled
 from hf_paged.compile.weights import gather_weights
@@ -103,7 +104,8 @@ def _answer(
     _draw_or_not(drawn)
     pool = None
     if settings.num_pages is not None:
-        pool = PagePool.from_model(model, settings.num_pages, _PAGE_SIZE, prefix_cache=True)
+        finds_prefixes = recurrent_layer(model.config) is None
+        pool = PagePool.from_model(model, settings.num_pages, _PAGE_SIZE, prefix_cache=finds_prefixes)
     with generate_many(
         model,
         prompts(),

@@ -1,6 +1,6 @@
 """The scenarios: a file each, and a line of this list."""
 
-from hf_paged.tools.bench.scenarios import attention, beam, growing, latency, many, mixed, prefix
+from hf_paged.tools.bench.scenarios import attention, beam, growing, latency, many, mixed, prefix, speculate
 from hf_paged.tools.bench.scenarios.inside import ablation, compile, host, profile
 
 SCENARIOS = {
@@ -13,6 +13,7 @@ SCENARIOS = {
         beam.BEAM,
         prefix.PREFIX,
         many.MANY,
+        speculate.SPECULATE,
         mixed.PAGE_SIZE,
         profile.PROFILE,
         attention.ATTENTION,

@@ -13,6 +13,7 @@ from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.decoding.sample import sample
 from hf_paged.pages.pool import PagePool
+from hf_paged.scoring.choices import score_choices
 from hf_paged.tools.bench.scenario import Scenario
 from hf_paged.tools.bench.settings import Settings, load
 from hf_paged.tools.lab.baseline import synchronize
@@ -108,18 +109,15 @@ class Requests:
         context = self.text[:, :CONTEXT]
         answers = self.text[0, CONTEXT : CONTEXT + CHOICES * CHOICE].view(CHOICES, CHOICE)
         begin = time.perf_counter()
-        with torch.no_grad():
-            if pool.prefix_index is None:
+        if pool.prefix_index is not None:
+            (scores,) = score_choices(self.model, context.tolist(), [answers.tolist()], pool)
+            score = sum(choice.log_probability for choice in scores)
+        else:
+            with torch.no_grad():
                 ids = torch.cat([context.repeat(CHOICES, 1), answers], dim=1)
                 logits = self.model(ids, use_cache=False, logits_to_keep=CHOICE + 1).logits[:, :-1]
-            else:
-                cache = PagedCache(pool=pool)
-                cache.prefill(self.model, context)
-                cache.batch_repeat_interleave(CHOICES)
-                ids = torch.cat([context[:, -1:].repeat(CHOICES, 1), answers[:, :-1]], dim=1)
-                logits = self.model(ids, **{CACHE: cache}).logits
-            scores = logits.log_softmax(-1).gather(2, answers[..., None]).sum()
-        return {"total_s": time.perf_counter() - begin, "score": float(scores)}
+                score = float(logits.log_softmax(-1).gather(2, answers[..., None]).sum())
+        return {"total_s": time.perf_counter() - begin, "score": score}
 
 
 def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
