@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hf_paged.batch.known_ids import KnownIds
+from hf_paged.batch.padding import Columns
 from hf_paged.batch.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -47,6 +49,41 @@ def join(caches: Sequence["PagedCache"]) -> "PagedCache":
     finally:
         for fork in forks:
             fork._sequences.clear()
+
+
+def take_over(cache: "PagedCache", other: "PagedCache") -> None:
+    """Let the rows of another cache follow those of a cache, which stays what it is: what was captured of it counts.
+
+    Args:
+        cache: between two passes.
+        other: on the same pool, of the same model and salt; is empty afterwards.
+
+    Raises:
+        OutOfPagesError: if the other is in memory of the host, and the pool has too few pages; nothing has changed.
+    """
+    first, second = cache._sequences, other._sequences
+    for sequences in (first, second):
+        sequences.end_step()
+    rows, added = first.rows, second.rows
+    tables, num_rows, num_added = added.tables, rows.count if rows.columns.count else 0, added.count
+    for table, part in zip(rows.tables, tables, strict=True):
+        if num_rows:
+            table.select([*range(num_rows), *[0] * num_added])
+            table.release(range(num_rows, num_rows + num_added))
+        else:
+            table.open_rows(num_added)
+        for row in range(num_added):
+            pages = part.row_pages(row)
+            table.group.allocator.retain(pages)
+            table.adopt(num_rows + row, pages, int(part.starts[row]), int(part.lengths[row]))
+    parts = [(each, count) for each, count in ((rows, num_rows), (added, num_added)) if count]
+    known = KnownIds()
+    known.join([(each.known_ids, each.columns, count) for each, count in parts])
+    rows.columns, rows.known_ids = Columns.joined([(each.columns, count) for each, count in parts]), known
+    rows.absent = added.absent
+    rows.origin = added.origin if all(each.origin == added.origin for each, _ in parts) else None
+    rows.is_plain = all(each.is_plain for each, _ in parts)
+    second.clear()
 
 
 def _join(first: Sequences, others: Sequence[Sequences]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_paged.decoding.acting import ActingCriterion, waits_for_values
+from hf_paged.decoding.stopping import ActingCriterion, waits_for_values
 from hf_paged.decoding.transfer import Transfer
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged._torch.dynamo import let_vary
 from hf_paged._transformers import cache_in, keeps_to
 from hf_paged.batch.padding import BoolMatrix
 from hf_paged.batch.prompt.prefixes import is_findable, let_be_found
@@ -48,6 +49,7 @@ class Passes:
         self._num_new = 1 if inputs["use_cache"] else None
         self._step_inputs: StepInputs | None = None  # once they are known to be all that a step needs
         self._is_first_step = True
+        self._rows_vary = False
 
     @property
     def cache(self) -> Any:
@@ -81,7 +83,11 @@ class Passes:
         return outputs
 
     def go_on(self, num_columns: int) -> None:
-        """Begin with a cache that has all of `num_columns` columns but the last; `next` computes that one."""
+        """Begin with a cache that has all of `num_columns` columns but the last; `next` computes that one.
+
+        It is one of several numbers of rows, for which a compiled model has one graph.
+        """
+        self._rows_vary = True
         self._follow(self.cache, num_columns)
 
     def update(self, outputs: Any) -> None:
@@ -134,6 +140,9 @@ class Passes:
                 return inputs
             self._stop_short_cut(sequences, told)
         inputs = self._prepare(input_ids)
+        for name in ("input_ids", "position_ids") if self._rows_vary and len(token) > 1 else ():
+            if inputs.get(name) is not None:
+                let_vary(inputs[name], 0)
         if self._is_first_step and (told.mask is None or told.mask_on_host is not None):
             self._step_inputs = inputs_after(self._model, sequences, self._inputs, inputs, token)
         self._is_first_step = False

@@ -10,8 +10,8 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.decoding.many.row import Row
 
 
-def padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lay out the tokens of rows as a batch.
+def padded(rows: Sequence[Row], device: torch.device, num_empty: int = 0) -> tuple[Tensor, Tensor]:
+    """Lay out the tokens of rows as a batch, and behind them rows of padding alone.
 
     Returns:
         `(num_rows, num_columns)` ids, padded on the left to two columns at least, so that the last token of none is
@@ -20,7 +20,8 @@ def padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(2, *(len(row.ids) for row in rows))
     ids = [[0] * (width - len(row.ids)) + row.ids for row in rows]
     mask = [[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    empty = [[0] * width] * num_empty
+    return torch.tensor(ids + empty, device=device), torch.tensor(mask + empty, device=device)
 
 
 class Filling:

@@ -18,6 +18,8 @@ from transformers import (
 
 import hf_paged
 from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged.compile import api
+from hf_paged.decoding.many.batch import captured_count
 from tests.families import ENCODER
 from tests.models import letter_tokenizer, tiny_gemma, tiny_llama, tiny_model
 
@@ -90,6 +92,23 @@ def test_an_answer_does_not_depend_on_what_runs_beside_it(model, prompts, expect
     {"given": list, "reversed": list.reverse, "shuffled": random.Random(1).shuffle}[order](indices)
     found, _ = answers(model, [prompts[index] for index in indices], max_rows=max_rows)
     assert found == [expected[index] for index in indices]
+
+
+def test_compiled_steps_are_one_graph_for_any_number_of_rows(monkeypatch):
+    graphs = []
+    monkeypatch.setattr(api, "compile_graph", lambda graph, *arguments: graphs.append(graph) or graph)
+    torch._dynamo.reset()
+    model = tiny_llama()
+    prompts = random_prompts(12, longest=2)  # too short for a graph of prompts
+    expected = [alone(model, prompt) for prompt in prompts]
+    with hf_paged.compiled(model):
+        assert answers(model, prompts, max_rows=5)[0] == expected
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("device_type", "counts"), [("cpu", [2, 2, 3, 9]), ("cuda", [1, 2, 4, 16])])
+def test_compiled_batches_have_few_numbers_of_rows(device_type, counts):
+    assert [captured_count(num_rows, device_type) for num_rows in (1, 2, 3, 9)] == counts
 
 
 @pytest.mark.parametrize("window", [7, 20])

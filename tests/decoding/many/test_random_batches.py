@@ -1,6 +1,8 @@
 """Random sequences of rows that join a batch, take steps, leave and wait, beside a plain list of them."""
 
 import random
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged.decoding.many import batch
 from hf_paged.decoding.many.batch import Batch
 from hf_paged.decoding.many.filling import Filling
 from hf_paged.decoding.many.prompt import Prompt
@@ -48,6 +51,10 @@ class BatchMachine(RuleBasedStateMachine):
     """A batch, and the rows that are in it, or wait."""
 
     answered = LLAMA
+    rounds_up = False  # as for steps that are captured
+
+    def num_rows(self, num_running):
+        return num_running if not self.rounds_up else -(-num_running // 4) * 4
 
     @initialize(
         num_pages=st.sampled_from([None, 6, 14]),
@@ -56,6 +63,14 @@ class BatchMachine(RuleBasedStateMachine):
     )
     def build(self, num_pages, prefix_cache, host_bytes):
         self.model = self.answered.model
+        self.patches = ExitStack()
+        count = mock.patch.object(batch, "captured_count", lambda num_rows, device_type: self.num_rows(num_rows))
+        # Asked by the batch, not by what makes its passes, which would compile them.
+        criteria = mock.patch.object(
+            self.model, "_valid_auto_compile_criteria", lambda inputs, config: len(inputs) == 1 and self.rounds_up
+        )
+        for patch in (count, criteria):
+            self.patches.enter_context(patch)
         self.pool = PagePool.from_model(
             self.model, num_pages, page_size=16, prefix_cache=prefix_cache, host_bytes=host_bytes
         )
@@ -141,7 +156,10 @@ class BatchMachine(RuleBasedStateMachine):
     def is_whole(self):
         self.pool.check_integrity()
         assert self.batch.rows == self.rows
-        assert self.batch.cache.lengths == [len(row.ids) - 1 for row in self.rows]
+        lengths = self.batch.cache.lengths
+        assert lengths[: len(self.rows)] == [len(row.ids) - 1 for row in self.rows]
+        assert len(lengths) == self.num_rows(len(self.rows))
+        assert not any(lengths[len(self.rows) :])
         if self.rows:
             longest = max(len(row.ids) - 1 for row in self.rows)
             assert self.batch.cache.get_seq_length() in (longest, longest + 1)  # rows without a token have a column
@@ -150,6 +168,7 @@ class BatchMachine(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "batch"):
+            self.patches.close()
             self.batch.cache.reset()
             for row in self.waiting:
                 if row.parked is not None:
@@ -164,8 +183,15 @@ class WindowMachine(BatchMachine):
     answered = GEMMA
 
 
+class CapturedMachine(BatchMachine):
+    """The same, with rows without a token behind the others."""
+
+    rounds_up = True
+
+
 TestBatch = BatchMachine.TestCase
+TestBatchOfFewNumbers = CapturedMachine.TestCase
 TestBatchWithWindows = WindowMachine.TestCase
-TestBatch.settings = TestBatchWithWindows.settings = settings(
+TestBatch.settings = TestBatchWithWindows.settings = TestBatchOfFewNumbers.settings = settings(
     max_examples=25, stateful_step_count=20, deadline=None, derandomize=True
 )
