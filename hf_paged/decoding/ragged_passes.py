@@ -39,7 +39,8 @@ class RaggedPasses:
         self._forward = forward
         self._sequences = sequences
         self._rows = RaggedRows(sequences)
-        self._first = self._rows.ends[:1].copy()
+        self._first = int(self._rows.ends[0])
+        self._num_ids = input_ids.shape[1] - 1  # there may be fewer than columns, behind those that were cached
         prepared = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
         token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
         step_inputs = inputs_after(model, sequences, inputs, prepared, token)
@@ -57,8 +58,8 @@ class RaggedPasses:
 
     @property
     def ends(self) -> Counts:
-        """`(num_rows,)` columns of each row that are computed."""
-        return self._rows.ends
+        """`(num_rows,)` columns of ids of each row that are computed."""
+        return self._rows.ends - self._first + self._num_ids
 
     def run(self, tokens: Counts, counts: Counts) -> Tensor:
         """Compute the next `counts[row]` of `(num_rows, num_new)` tokens; return `(num_rows, num_new, vocab_size)`.
@@ -68,7 +69,7 @@ class RaggedPasses:
         """
         num_new = tokens.shape[1]
         behind = np.minimum(np.arange(num_new), np.maximum(counts, 1)[:, None] - 1)  # no more for padding
-        offsets = (self.ends - self._first)[:, None] + behind
+        offsets = (self.ends - self._num_ids)[:, None] + behind
         pool = self._sequences.pool
         step = self._rows.begin(counts, num_new, reads_pages=reads_pages(pool, num_new))
         sent = [torch.from_numpy(array).to(self._device, non_blocking=True) for array in (tokens, offsets)]
@@ -81,8 +82,8 @@ class RaggedPasses:
         return logits
 
     def cut(self, ends: Counts) -> None:
-        """Take back what was computed of each row from these columns on."""
-        self._rows.cut(ends)
+        """Take back what was computed of each row from these columns of ids on."""
+        self._rows.cut(ends + self._first - self._num_ids)
 
 
 def refused(model: Any) -> ValueError:

@@ -167,6 +167,11 @@ def _make(draft: Any, model: Any, text: Text, inputs: dict[str, Any], processors
             f"A draft model with {sizes[1]} tokens was given for a model with {sizes[0]}, but both must have the "
             "same. Take one of the same family, or hf_paged.prompt_lookup()."
         )
+    if not text.num_prompt:
+        raise ValueError(
+            "A draft model was to go on from a prompt of embeddings, which are those of another model. Pass "
+            "input_ids, or use hf_paged.prompt_lookup()."
+        )
     num_weights = [sum(weight.numel() for weight in each.parameters()) for each in (draft, model)]
     cost = num_weights[0] / max(1, num_weights[1])
     return Assistant(draft, text, inputs, processors, bool(config.do_sample), cost)

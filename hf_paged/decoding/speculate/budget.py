@@ -10,7 +10,7 @@ Floats = npt.NDArray[np.float64]
 
 _WIDTHS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # tokens of each row that a pass has: few, as kernels are made for them
 # Tokens over which a pass takes twice as long as over none, since it computes as long as it reads weights.
-_BALANCE_ON_CPU, _BALANCE = 16, 256
+_BALANCE_ON_CPU, _BALANCE = 40, 256
 _FIRST = 0.8  # the share of drafted tokens that is taken for right as long as nothing is known
 _NEWS = 0.3  # weight of one pass in what is known of a row
 _FORGETTING = 0.005  # weight of knowing nothing, in each pass that tells nothing
