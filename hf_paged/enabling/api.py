@@ -153,9 +153,10 @@ def generating_model(model: Any, asker: str) -> PreTrainedModel:
     while not isinstance(inner, PreTrainedModel):  # but hands on what is asked of it, as PEFT's and torch.compile's
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        else:
+            continue
+        wrapped = [getattr(inner, name, None) for name in ("_orig_mod", "module")]  # torch's
+        inner = next((part for part in wrapped if isinstance(part, torch.nn.Module)), None)
+        if inner is None:
             raise not_a_model(model, asker)
     if getattr(inner, "generation_config", None) is None:
         raise ValueError(
