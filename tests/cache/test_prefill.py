@@ -37,6 +37,9 @@ WINDOW = 24
 
 PADDED = {
     "Llama 4": "asks for another mask than a causal one",
+    "Qwen3-Next": "layer 0 is a 'linear_attention' layer, which keeps a state",
+    "Falcon-H1": "layer 0 is a 'hybrid' layer, which keeps a state",
+    "LFM2": "layer 0 is a 'conv' layer, which keeps a state",
 }
 """Families whose prompts are computed padded, and what the log says; all others are packed."""
 
@@ -46,6 +49,7 @@ REFUSED = {
     "BART": "has an encoder",
     "Whisper": "has an encoder",
     "T5": "has an encoder",
+    "UMT5": "has an encoder",
 }
 """Families that `PagedCache` takes and `paged_flex` or `prefill` doesn't, and what the error says."""
 

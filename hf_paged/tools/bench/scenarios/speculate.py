@@ -15,6 +15,7 @@ from hf_paged._transformers import CACHE
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.compile.api import compiled
+from hf_paged.compile.weights import gather_weights
 from hf_paged.decoding.sample import sample
 from hf_paged.decoding.speculate.assistant import assisted
 from hf_paged.decoding.speculate.lookup import prompt_lookup
@@ -48,6 +49,7 @@ def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
         ("nothing repeats (sampled)", prose, {"do_sample": True, "top_k": 0}, (PLAIN, LOOKUP)),
     ]
     loops = {PLAIN: sample, LOOKUP: prompt_lookup(), RANDOM: assisted(_random_model(model))}
+    gather_weights(model)
     with compiled(model):
         for case, ids, options, names in progress(cases, "speculate"):
             runs: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in names}
