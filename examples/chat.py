@@ -64,7 +64,7 @@ def main() -> None:
     while True:
         try:
             line = input(f"{number}> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             break
         messages = conversations[number]
         match line.split():
@@ -77,11 +77,17 @@ def main() -> None:
                 conversations.append(list(messages))
             case ["/switch", digits] if digits.isdigit() and int(digits) < len(conversations):
                 number = int(digits)
-            case ["/save", path]:
-                save(path, messages)
+            case ["/save", path] if messages:
+                try:
+                    save(path, messages)
+                except OSError as error:
+                    print(error)
             case ["/load", path]:
-                number = len(conversations)
-                conversations.append(load(path))
+                try:
+                    conversations.append(load(path))
+                    number = len(conversations) - 1
+                except (OSError, ValueError) as error:
+                    print(error)
             case [command, *_] if command.startswith("/"):
                 print(f"/back, /fork, /switch and a number below {len(conversations)}, /save or /load and a file")
             case _:

@@ -20,8 +20,11 @@ QUESTIONS = ("What does assert do?", "When is an error raised?", "What is a targ
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_packaged_model(attn_implementation="paged_flex")
-    hello = tokenizer("Hello", return_tensors="pt")
-    model.generate(**hello, past_key_values=PagedCache.from_model(model), max_new_tokens=2)  # compiles attention
+    beginning = tokenizer(SYSTEM[:400], return_tensors="pt")
+    tried = PagePool.from_model(model, page_size=16, prefix_cache=True)
+    for _ in range(2):  # compiles attention: that of a decoding step, then that of a prompt that finds its beginning
+        with PagedCache(pool=tried) as cache:
+            model.generate(**beginning, past_key_values=cache, max_new_tokens=2, custom_generate=sample)
     pools = {
         "with": PagePool.from_model(model, num_pages=200, page_size=16, prefix_cache=True),
         "without": PagePool.from_model(model, num_pages=200, page_size=16),

@@ -73,6 +73,20 @@ def test_a_chat_that_was_saved_is_resumed_without_computing_its_history(example,
     assert turns[1][1] // 16 * 16 <= turns[2][0] < turns[2][1]
 
 
+def test_a_chat_goes_on_where_a_file_can_t_be_read_or_written(example, monkeypatch, capsys, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(b"no cache")
+    damaged.with_suffix(".json").write_text("[]")
+    none = tmp_path / "none"
+    lines = f"/load {none}\n/load {damaged}\nName a colour.\n/save {none / 'chat'}\nAnother one."
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    example("chat", "--max-new-tokens", "4").main()
+    printed = capsys.readouterr().out
+    assert printed.count("No such file or directory") == 2
+    assert f"{damaged} can't be loaded" in printed
+    assert len(numbers("[# of # tokens found]", printed)) == 2
+
+
 def test_requests_behind_a_system_prompt_find_it(example, monkeypatch, capsys):
     module = example("shared_prefix")
     monkeypatch.setattr(module, "QUESTIONS", module.QUESTIONS[:2])

@@ -71,8 +71,8 @@ class _Remainder(int):
         if self <= 0:
             raise ValueError(
                 f"The cache holds {self.num_cached} tokens, but input_ids has {self.num_ids}, so no token is left to "
-                "compute. Pass the whole conversation so far plus at least one new token, or call cache.crop(-n) to "
-                "take tokens away, or cache.reset() to start over."
+                "compute. Pass the whole conversation so far plus at least one new token, or call cache.resume(model, "
+                "input_ids) to keep what both have in common, or cache.reset() to start over."
             )
         return -int(self)
 

@@ -118,7 +118,7 @@ def _numbers(metadata: dict[str, str], model: PreTrainedModel) -> dict[str, Any]
     differences = model_digest(model).differences(ModelDigest(**saved))
     if differences:
         raise ValueError(
-            f"it holds what another model has computed: {' and '.join(differences)} of that {name} are not those of "
+            f"it holds what another model has computed: {', '.join(differences)} of that {name} are not those of "
             f"this {type(model).__name__}"
         )
     numbers: dict[str, Any] = json.loads(metadata["numbers"])

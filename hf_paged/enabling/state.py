@@ -79,7 +79,9 @@ class State:
         """
         given = cache_in(model_kwargs)
         is_other = isinstance(given, PagedCache) and self._resume(given, model, generation_config)
-        self.notes = {"loop": "that of generate()", "compiled": "no"}
+        is_custom = arguments_of_generate(model).get("custom_generate") is not None
+        loop = "the custom_generate that it was given" if is_custom else "that of generate()"
+        self.notes = {"loop": loop, "compiled": "no"}
         chosen = generation_config.cache_implementation
         if given is not None:
             self.notes["cache"] = f"the {type(given).__name__} that generate() was given"

@@ -158,7 +158,9 @@ def _check_packable(model: Any, pool: PagePool, ids: Counts, longest: int) -> No
 def _token_ids(values: Tokens, name: str) -> Counts:
     ids = np.asarray(values)
     if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-        raise ValueError(f"{name} is {values!r:.60}, but it has to be a list of token ids, such as [1, 2, 3].")
+        raise ValueError(
+            f"{name} is {values!r:.60}, but it has to be a list of token ids, such as tokenizer(text).input_ids."
+        )
     if not len(ids):
         raise ValueError(
             f"{name} is empty, but a score takes a token in front, such as tokenizer.bos_token_id, and one to score."

@@ -450,12 +450,12 @@ def other_scaling(model: PreTrainedModel) -> None:
 
 OTHERS = {
     "weight": (tiny_llama, other_weight, "weights"),
-    "size": (lambda: tiny_llama(num_heads=4), None, "weights and configuration and settings"),
+    "size": (lambda: tiny_llama(num_heads=4), None, "weights, configuration, settings"),
     "dtype": (lambda: tiny_llama(dtype=torch.bfloat16), None, "weights"),
     "frequencies": (tiny_llama, other_frequencies, "weights"),
     "theta": (tiny_llama, other_theta, "configuration"),
     "scaling": (tiny_llama, other_scaling, "settings"),
-    "adapter": (adapted, None, "weights and settings and adapters"),
+    "adapter": (adapted, None, "weights, settings, adapters"),
 }
 
 

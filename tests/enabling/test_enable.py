@@ -396,6 +396,8 @@ def test_explain_says_what_was_used(llama):
         assert "there was none yet" in hf_paged.explain(llama)
         generate(llama, random_ids(1, 40))
         text = hf_paged.explain(llama)
+        generate(llama, random_ids(1, 40), custom_generate=hf_paged.prompt_lookup())
+        assert "loop: the custom_generate that it was given" in hf_paged.explain(llama)
     for said in (
         "LlamaForCausalLM is enabled, with 'paged_flex' attention; before: 'sdpa'",
         "0 of 39 tokens were found",
