@@ -150,7 +150,8 @@ def _decode(
 def _wanted(budget: Budget, drafter: Drafter, text: Text, ends: Ends, is_in_step: bool) -> Counts:
     """`(num_rows,)` how many tokens to draft."""
     going = ends.are_going
-    room = np.minimum(ends.max_length - text.known - 1, budget.max_drafted)  # the last token is not drafted
+    room = ends.max_length - text.known if is_in_step else ends.room
+    room = np.minimum(room - 1, budget.max_drafted)  # the last token is not drafted
     available = np.where(going, np.minimum(drafter.available(), room), 0).astype(np.int64)
     if is_in_step:
         least = available[going].min(keepdims=True)
