@@ -80,6 +80,7 @@ def take_over(cache: "PagedCache", other: "PagedCache") -> None:
     known = KnownIds()
     known.join([(each.known_ids, each.columns, count) for each, count in parts])
     rows.columns, rows.known_ids = Columns.joined([(each.columns, count) for each, count in parts]), known
+    rows.states.join([each.states for each, _ in parts])
     rows.absent = added.absent
     rows.origin = added.origin if all(each.origin == added.origin for each, _ in parts) else None
     rows.is_plain = all(each.is_plain for each, _ in parts)

@@ -61,6 +61,11 @@ class RaggedPasses:
         """`(num_rows,)` columns of ids of each row that are computed."""
         return self._rows.ends - self._first + self._num_ids
 
+    @property
+    def have_all_ids(self) -> bool:
+        """Whether a column of the cache is the same one of ids, as none was cached before these."""
+        return self._first == self._num_ids
+
     def run(self, tokens: Counts, counts: Counts) -> Tensor:
         """Compute the next `counts[row]` of `(num_rows, num_new)` tokens; return `(num_rows, num_new, vocab_size)`.
 
@@ -84,6 +89,10 @@ class RaggedPasses:
     def cut(self, ends: Counts) -> None:
         """Take back what was computed of each row from these columns of ids on."""
         self._rows.cut(ends + self._first - self._num_ids)
+
+    def give_up(self, ends: Counts) -> None:
+        """Take back, after a failure, what was computed from these columns of ids on; no pass follows."""
+        self._rows.give_up(ends + self._first - self._num_ids)
 
 
 def refused(model: Any) -> ValueError:

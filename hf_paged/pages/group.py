@@ -236,7 +236,8 @@ class PageGroup:
     def first_kept(self, first: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The first token of each row that is to be kept, as those before it have left the window.
 
-        What is seen from behind the last full page of a row is looked for, where there is a prefix index.
+        What is seen from behind the last full page of a row is looked for, where there is a prefix index. It may hand
+        out any page, also to rows that see all of it, so that pages are kept whole.
 
         Args:
             first: `(num_rows,)` the first one that the next query sees.
@@ -244,7 +245,8 @@ class PageGroup:
         """
         if self.evict is None or self.window is None:
             return first
-        return np.minimum(first, np.maximum(0, lengths // self.page_size * self.page_size + 1 - self.window))
+        first = np.minimum(first, np.maximum(0, lengths // self.page_size * self.page_size + 1 - self.window))
+        return first // self.page_size * self.page_size
 
     def check_integrity(self, indexed: Mapping[int, int] = MappingProxyType({})) -> None:
         """Raise RuntimeError unless every page is free, cached or held, once, by exactly its holders.

@@ -376,6 +376,20 @@ def test_one_row_is_computed_in_a_single_pass(model, monkeypatch):
     assert torch.equal(tokens, expected(model, ids, max_new_tokens=2))
 
 
+@pytest.mark.parametrize("num_columns", [33, 40, 48])
+def test_a_shorter_prompt_finds_whole_pages_of_a_longer_one_whose_window_begins_in_them(num_columns):
+    model = paged(mistral(window=40))
+    pool = PagePool.from_model(model, num_pages=30, page_size=PAGE_SIZE, prefix_cache=True)
+    ids, settings = random_ids(1, 60), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for prompt in (ids, ids[:, :num_columns]):
+        with PagedCache(pool=pool) as cache:
+            found = model.generate(
+                prompt, past_key_values=cache, custom_generate=hf_paged.sample, max_new_tokens=NUM_NEW, **settings
+            )
+    assert pool.stats().num_hit_tokens == 32
+    assert torch.equal(found, plain_tokens(model, prompt, max_new_tokens=NUM_NEW))
+
+
 def test_a_prompt_is_found_while_its_answer_is_being_made(model):
     pool = pool_for(model)
     ids = random_ids(1, 60)

@@ -1,5 +1,6 @@
 """A forward pass over new tokens of rows that are not equally far."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,6 +9,7 @@ from typing_extensions import override
 from hf_paged._torch.surroundings import check_surroundings
 from hf_paged.batch.padding import BoolMatrix, Columns, Counts
 from hf_paged.batch.steps.padded import PaddedStep
+from hf_paged.errors import UnclearPassError
 from hf_paged.pages.block_table import BlockTable
 
 if TYPE_CHECKING:
@@ -119,6 +121,16 @@ class RaggedRows:
         if (ends < self.ends).any():
             cut(self._sequences, ends)
             self.ends = ends.copy()
+
+    def give_up(self, ends: Counts) -> None:
+        """Take tokens back after a failure, wherever it was: of a step that is over, or of none.
+
+        A step that stopped in the middle is left to whoever rolls it back, to what there was before it.
+        """
+        with suppress(UnclearPassError):
+            self._sequences.end_step()
+            rows = self._sequences.rows
+            cut(self._sequences, np.minimum(ends, rows.columns.ends_of(rows.lengths)))
 
 
 def cut(sequences: "Sequences", ends: Counts) -> None:

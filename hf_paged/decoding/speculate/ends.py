@@ -18,7 +18,7 @@ class Ends:
     """Where rows end.
 
     As in `generate()`, rows that have ended are filled up with padding where a token may end them; otherwise they go
-    on until all have ended.
+    on until all have ended, and no further, since layers with a window could not take that back.
 
     Args:
         criteria: what ends rows.
@@ -53,8 +53,18 @@ class Ends:
     @property
     def are_going(self) -> BoolVector:
         """`(num_rows,)` rows that go on."""
-        has_room: BoolVector = self._text.known < self.max_length
+        has_room: BoolVector = self.room > 0
         return has_room & ~self.have_ended if self.pads else has_room
+
+    @property
+    def room(self) -> Counts:
+        """`(num_rows,)` tokens that each row may still get, those that have ended if they are not filled up."""
+        known, are_short = self._text.known, ~self.have_ended
+        # The slowest of the others gets one in any case.
+        length = known[are_short].min() + 1 if are_short.any() else self._first_end.max()
+        limit = min(self.max_length, 2**62)
+        room: Counts = np.where(are_short, limit, np.minimum(limit, length)).astype(np.int64) - known
+        return np.maximum(room, 0)
 
     @property
     def length(self) -> int | None:
@@ -83,7 +93,7 @@ class Ends:
                 is_end[rows[places], columns[places]] |= criterion(ids, None).cpu().numpy()
         ends: BoolVector = np.asarray(is_end.any(axis=1))
         kept = np.where(ends & self.are_going, np.minimum(counts, is_end.argmax(axis=1) + 1), counts)
-        kept = np.where(self.have_ended, np.minimum(counts, self._room), kept)
+        kept = np.where(self.have_ended, np.minimum(counts, self.room), kept)
         text.add(tokens, kept)
         self._end(ends)
         return kept
@@ -102,11 +112,6 @@ class Ends:
         for criterion in self._criteria:
             is_end |= criterion(ids, scores).cpu().numpy()
         self._end(is_end)
-
-    @property
-    def _room(self) -> Counts:
-        """`(num_rows,)` tokens that each row may still get."""
-        return np.asarray(np.minimum(self.max_length, 2**62) - self._text.known, dtype=np.int64)
 
     def _end(self, are_ending: BoolVector) -> None:
         are_new = are_ending & ~self.have_ended

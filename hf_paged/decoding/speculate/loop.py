@@ -91,12 +91,18 @@ def speculate(
             with passes.optimized():
                 ragged = RaggedPasses(model, passes.forward, sequences, passes.inputs, text.up_to(text.num_prompt + 1))
                 with ragged:
-                    _decode(ragged, text, ends, verdict, drafter, num_tokens, streaming, no_drafts)
+                    try:
+                        _decode(ragged, text, ends, verdict, drafter, num_tokens, streaming, no_drafts)
+                    except BaseException:
+                        ragged.give_up(text.known - 1)
+                        raise
+                    finally:
+                        if ragged.have_all_ids:
+                            _make_known(sequences, text)
     finally:
         drafter.close()
     assert ends.length is not None  # or the loop would go on
     ids = text.up_to(ends.length)
-    _make_known(sequences, ids)
     passes.end(ids)
     if streamer is not None:
         streamer.end()
@@ -144,7 +150,8 @@ def _decode(
 def _wanted(budget: Budget, drafter: Drafter, text: Text, ends: Ends, is_in_step: bool) -> Counts:
     """`(num_rows,)` how many tokens to draft."""
     going = ends.are_going
-    room = np.minimum(ends.max_length - text.known - 1, budget.max_drafted)  # the last token is not drafted
+    room = ends.max_length - text.known if is_in_step else ends.room
+    room = np.minimum(room - 1, budget.max_drafted)  # the last token is not drafted
     available = np.where(going, np.minimum(drafter.available(), room), 0).astype(np.int64)
     if is_in_step:
         least = available[going].min(keepdims=True)
@@ -171,12 +178,11 @@ def _catch_up(passes: RaggedPasses, text: Text, length: int) -> None:
         passes.run(text.at(passes.ends, int(counts.max())), counts)
 
 
-def _make_known(sequences: Sequences, ids: Tensor) -> None:
-    """Note which ids the columns of the cache are, if all are in `ids`."""
-    rows = sequences.rows
-    known, count = rows.known_ids, rows.columns.count
-    if count == ids.shape[1] - 1 and known.are_all(1):
-        known.note(ids, 0, count)
+def _make_known(sequences: Sequences, text: Text) -> None:
+    """Note which ids the columns of the cache are, which are those of the text."""
+    known, count = sequences.rows.known_ids, sequences.rows.columns.count
+    if known.are_all(1):
+        known.note(text.up_to(count).clone(), 0, count)  # what is returned is the caller's, who may change it
 
 
 class _Streaming:

@@ -5,13 +5,13 @@ from functools import wraps
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor
 
 import hf_paged
 from hf_paged import OutOfPagesError, PagedCache, UnclearPassError, assisted, prompt_lookup
 from tests.cache.test_generate_modes import MODELS
 from tests.decoding.speculate.drafting import decode, draft_whatever_there_is, oracle
-from tests.models import paged_cache, random_ids, tiny_gemma, tiny_llama
+from tests.models import paged_cache, plain_tokens, random_ids, tiny_gemma, tiny_llama
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 40}
 
@@ -71,6 +71,47 @@ def test_a_pass_that_fails_is_forgotten(layer):
 def _cropped(kv_cache):
     kv_cache.crop(-1)
     return kv_cache
+
+
+class Fails(LogitsProcessor):
+    """Fails where the last pass is over, and what was drafted in vain is still to be taken back."""
+
+    def __init__(self, number, error):
+        self.number, self.error = number, error
+
+    def __call__(self, input_ids, scores):
+        self.number -= 1
+        if not self.number:
+            raise self.error
+        return scores
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, lambda: tiny_gemma(window=20)], ids=["causal", "windows"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("on purpose")], ids=["interrupt", "error"])
+def test_what_was_drafted_in_vain_is_not_gone_on_from_after_a_failure(make_model, error):
+    model, ids = make_model(), random_ids(1, 20)
+    expected, _, _ = decode(model, hf_paged.sample, ids)
+    kv_cache = paged_cache(model)
+    failing = {"custom_generate": oracle(expected, share_wrong=0.5), "logits_processor": [Fails(8, error)]}
+    with pytest.raises(type(error)):
+        model.generate(ids, past_key_values=kv_cache, **failing, **GREEDY)
+    assert 20 < kv_cache.lengths[0] < 40
+    other = expected.clone()
+    other[0, 22] += 1
+    with pytest.raises(ValueError, match=r"has token \d+ in column 22"):
+        model.generate(other, past_key_values=kv_cache, **GREEDY)
+    found = model.generate(expected, past_key_values=kv_cache, **GREEDY)
+    assert torch.equal(found, plain_tokens(model, expected, **GREEDY))
+
+
+def test_tokens_that_were_returned_are_the_callers_to_change():
+    model, ids = tiny_llama(), random_ids(1, 20)
+    expected, _, _ = decode(model, hf_paged.sample, ids)
+    returned, kv_cache, _ = decode(model, oracle(expected), ids)
+    returned[:, 20:] = 3
+    with pytest.raises(ValueError, match="has token"):
+        model.generate(returned, past_key_values=kv_cache, **GREEDY)
+    assert model.generate(expected, past_key_values=kv_cache, **GREEDY).shape == (1, 100)
 
 
 def test_a_draft_model_that_fails_leaves_the_cache_between_two_passes(monkeypatch):

@@ -1,5 +1,8 @@
 """Processors, criteria and streamers are given what `generate()` gives them."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -8,6 +11,8 @@ from tokenizers.models import BPE
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -17,8 +22,15 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_paged
 from hf_paged import ReleaseFinished
-from tests.decoding.speculate.drafting import assert_as_without_drafts, decode, oracle
-from tests.models import left_padded, paged_cache, random_ids, tiny_llama
+from hf_paged.decoding.speculate.loop import speculate
+from tests.decoding.speculate.drafting import (
+    Oracle,
+    assert_as_without_drafts,
+    decode,
+    draft_whatever_there_is,
+    oracle,
+)
+from tests.models import left_padded, paged_cache, random_ids, tiny_llama, tiny_model
 
 SETTINGS = {
     "repetition": {"repetition_penalty": 1.3},
@@ -112,15 +124,44 @@ def test_rows_that_are_released_stay_so():
     assert 0 in left.lengths
 
 
-def test_stop_strings_end_rows_in_the_middle_of_a_draft():
-    model, (ids, mask) = tiny_llama(), batch()
+def stops(strings):
+    """Criteria that end rows by characters, which are tokens 0 to 92, from "!" on."""
     tokenizer = Tokenizer(BPE({chr(33 + index): index for index in range(93)}, []))
     tokenizer.decoder = Fuse()
     letters = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    criteria = StoppingCriteriaList([StopStringCriteria(letters, ["a", "b", "c", "d", "ef", "<", "=", ">"])])
+    return StoppingCriteriaList([StopStringCriteria(letters, strings)])
+
+
+def test_stop_strings_end_rows_in_the_middle_of_a_draft():
+    model, (ids, mask) = tiny_llama(), batch()
+    criteria = stops(["a", "b", "c", "d", "ef", "<", "=", ">"])
     assert_as_without_drafts(
         model, lambda answers: oracle(answers, share_wrong=0.1), ids, mask, stopping_criteria=criteria
     )
+
+
+class OfFirstRow(Oracle):
+    """Drafts for the first row alone, and is always right."""
+
+    def available(self):
+        return np.array([7, 0])
+
+
+def test_a_row_that_has_ended_runs_no_further_ahead_than_a_window_lets_it_come_back(monkeypatch):
+    draft_whatever_there_is(monkeypatch)
+    model = tiny_model(MistralForCausalLM, MistralConfig, sliding_window=16)
+    ids, settings = random_ids(2, 20), {"suppress_tokens": list(range(93, 200)), "max_new_tokens": 80}
+    answers, _, _ = decode(model, hf_paged.sample, ids, **settings)
+    fast, slow = answers[:, 20:].tolist()
+    first = next(token for token in fast if token not in slow[:40])
+    second = next(token for place, token in enumerate(slow) if place >= 20 and token not in [*slow[:place], first])
+    criteria = stops([chr(33 + first), chr(33 + second)])
+
+    def loop_of(expected):
+        assert expected.shape[1] < 80
+        return partial(speculate, lambda model, text, *rest: OfFirstRow(text, answers, 0, 0.0), 7)
+
+    assert_as_without_drafts(model, loop_of, ids, stopping_criteria=criteria, **settings)
 
 
 class Columns(BaseStreamer):
