@@ -105,7 +105,9 @@ def load(sequences: Sequences, path: str | os.PathLike[str], model: PreTrainedMo
         raise
     sequences.progress.num_layers = num_attention_layers(model, len(sequences.pool.layers))
     sequences.rows.is_plain = content.numbers["is_plain"] is True
-    if content.numbers["is_findable"]:
+    # A page whose beginning has left a window, as in pages of another size, must not be handed out as a whole one.
+    begins_pages = all((table.starts % table.group.page_size == 0).all() for table in sequences.rows.tables)
+    if content.numbers["is_findable"] and begins_pages:
         sequences.rows.origin = origin_of(model, sequences)
 
 

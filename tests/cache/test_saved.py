@@ -18,6 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import hf_paged
 from hf_paged import OutOfPagesError, PagedCache, PagePool
 from hf_paged.cache import weights_digest
 from hf_paged.cache.weights_digest import model_digest
@@ -268,6 +269,23 @@ def test_what_was_loaded_goes_on_with_another_version_of_its_prompt(tmp_path, na
     loaded.resume(model, other, mask)
     found = generate(model, "paged_flex", loaded, other, attention_mask=mask)
     assert torch.equal(found, plain_tokens(model, other, attention_mask=mask))
+
+
+@pytest.mark.parametrize(("other_size", "is_found"), [(16, True), (32, False)])
+def test_pages_that_lack_their_beginning_are_not_found(tmp_path, other_size, is_found):
+    model, ids = tiny_gemma(24), random_ids(1, 150)
+    model.set_attn_implementation("paged_flex")
+    cache = PagedCache(pool=PagePool(model.config, 80, 16, prefix_cache=True))
+    said = generate(model, "paged_flex", cache, ids, max_new_tokens=2, custom_generate=hf_paged.sample)
+    cache.save(tmp_path / "cache", model)
+    pool = PagePool(model.config, 80, other_size, prefix_cache=True)
+    loaded = PagedCache.load(tmp_path / "cache", model, pool=pool)
+    if is_found:
+        loaded.commit(said)
+    else:
+        with pytest.raises(ValueError, match="may hold more than a model makes of these ids"):
+            loaded.commit(said)
+    pool.check_integrity()
 
 
 def test_a_pass_of_ones_own_is_not_forgotten_in_a_file(tmp_path):
