@@ -150,7 +150,7 @@ def test_every_default_is_in_the_help(capsys):
         words = re.sub(r"\s+", " ", capsys.readouterr().out)
         options = re.findall(r"(--[a-z-]+) [A-Z,.]+ (.*?)(?= --|$)", words.partition(" options: ")[2])
         without = [name for name, text in options if "default: " not in text]
-        assert set(without) <= {"--json", "--plot", "--shape", "--model"}
+        assert set(without) <= {"--json", "--plot", "--shape", "--model", "--out"}
         assert len(options) >= 3
 
 
