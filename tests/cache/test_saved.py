@@ -513,7 +513,7 @@ def test_an_adapter_must_be_the_same_active_and_scaled_alike(tmp_path):
     with pytest.raises(ValueError, match="computed: adapters of that"):
         PagedCache.load(tmp_path / "cache", adapted(lora_alpha=3))
     model.merge_adapter()
-    with pytest.raises(ValueError, match="computed: weights and adapters of that"):
+    with pytest.raises(ValueError, match="computed: weights, adapters of that"):
         PagedCache.load(tmp_path / "cache", model)
 
 
