@@ -470,6 +470,11 @@ class Worker:
 
 
 def work(pool, workers, num_steps, others=()):
+    take_steps(workers, num_steps)
+    check_books(pool, workers, others)
+
+
+def take_steps(workers, num_steps):
     start = threading.Barrier(len(workers))
 
     def run(worker):
@@ -480,6 +485,9 @@ def work(pool, workers, num_steps, others=()):
     with ThreadPoolExecutor(len(workers)) as executor:
         for future in [executor.submit(run, worker) for worker in workers]:
             future.result()
+
+
+def check_books(pool, workers, others=()):
     for worker in workers:
         worker.check()
     pool.check_integrity()
@@ -521,11 +529,11 @@ def test_threads_that_write_while_the_pool_grows_and_is_trimmed_lose_nothing():
     thread = threading.Thread(target=resize)
     thread.start()
     try:
-        work(pool, workers, num_steps=20)
+        take_steps(workers, num_steps=20)
     finally:
         done.set()
         thread.join()
-    pool.check_integrity()
+    check_books(pool, workers)  # now that nobody else holds a page
 
 
 @pytest.mark.timeout(120)
