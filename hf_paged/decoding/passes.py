@@ -76,10 +76,13 @@ class Passes:
         prefill = getattr(self.cache, "_prefill_prepared", None)
         if prefill is not None and not shows_passes(self._config):
             prefill(self._model, input_ids, self._inputs, packs=packs)
+        before = sequences_of(self.cache)
+        num_left = input_ids.shape[1] - (0 if before is None else before.rows.columns.count)
         is_first = not self._config.is_assistant
         outputs = self._model._prefill(input_ids, self._config, self._inputs, is_first_iteration=is_first)
         self._follow(cache_in(outputs), input_ids.shape[1])
-        self._let_be_found(input_ids)
+        if num_left > 1:  # else the packed prompt is found already
+            self._let_be_found(input_ids)
         return outputs
 
     def go_on(self, num_columns: int) -> None:

@@ -27,12 +27,10 @@ from hf_paged.compile.api import compiled
 from hf_paged.decoding.passes import shows_passes
 from hf_paged.decoding.sample import sample
 from hf_paged.decoding.stopping import ReleaseFinished
-from hf_paged.pages.pool import PagePool
+from hf_paged.pages.pool import PagePool, usual_page_size
 
 _COMPILE_SECONDS = 30.0
 """What compiling takes about on a CPU. Whoever has decoded as long uncompiled will have lost at most as much again."""
-
-_PAGE_SIZE_ON_CPU, _PAGE_SIZE = 32, 128
 
 
 class State:
@@ -193,7 +191,7 @@ class State:
         return None
 
     def _size(self, model: PreTrainedModel) -> int:
-        return self._page_size or (_PAGE_SIZE_ON_CPU if model.device.type == "cpu" else _PAGE_SIZE)
+        return self._page_size or usual_page_size(model.device)
 
 
 class _Clock(StoppingCriteria):

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -351,6 +352,11 @@ def check_config(config: PreTrainedConfig | None) -> PreTrainedConfig:
             "PagedCache.from_model(model)."
         )
     return config
+
+
+def usual_page_size(device: torch.device) -> int:
+    """Tokens per page where nobody says how many: small pages waste less, and a GPU wants large tiles."""
+    return 32 if device.type == "cpu" else 128
 
 
 def check_count(name: str, count: Any, least: int) -> int:

@@ -15,9 +15,8 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.prompt.checks import check_fits
 from hf_paged.decoding.many.result import ManyStats, Result
 from hf_paged.decoding.many.schedule import Schedule
-from hf_paged.pages.pool import PagePool, check_count
+from hf_paged.pages.pool import PagePool, check_count, usual_page_size
 
-_PAGE_SIZE_ON_CPU, _PAGE_SIZE = 32, 128
 _NOT_TAKEN = ("inputs", "input_ids", "attention_mask", "past_key_values", "cache", "custom_generate", "streamer")
 
 
@@ -121,7 +120,7 @@ def generate_many(
         )
     owns_pool = pool is None
     if pool is None:
-        page_size = _PAGE_SIZE_ON_CPU if model.device.type == "cpu" else _PAGE_SIZE
+        page_size = usual_page_size(model.device)
         pool = PagePool.from_model(model, page_size=page_size, prefix_cache=recurrent_layer(model.config) is None)
     check_fits(model, PagedCache(pool=pool)._sequences)
     schedule = Schedule(model, prompts, generation_config, generate_kwargs, pool, max_rows, owns_pool)
