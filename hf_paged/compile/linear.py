@@ -5,8 +5,8 @@ calls, reaches about half of the memory's bandwidth there. A plain sum, as induc
 
 With two or three tokens MKL reads the weights once, as fast as with one, if it is handed the tokens first. With a few
 more the product is much faster the other way round, `weight @ tokens.T`, since the small matrix, not the large one, is
-then the one that is brought into another layout on each call; there oneDNN, which torch takes for other dtypes only, is
-ahead of MKL. The result of both is the other way round: what inductor compiles around it reads it as it is. None of
+then the one that is brought into another layout on each call; there oneDNN, which torch takes for other dtypes only,
+is ahead of MKL. The result of both is the other way round: what inductor compiles around it reads it as it is. None of
 this needs a second copy of the weights.
 """
 
