@@ -215,6 +215,12 @@ def _attend_to_columns(
     scale, softcap, _ = params
     if bias is not None:
         mask, is_causal = _added(bias, mask, is_causal), False
+    if len(key) < len(query):
+        if is_causal and mask is None and query.shape[2] > 1:
+            repeats = len(query) // len(key)
+            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        else:
+            return _attend_to_repeated(query, key, value, mask, params, sinks, dropout)
     # Without a mask SDPA takes the queries for the first ones, not the last.
     is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
     if softcap is not None or sinks is not None or is_last:
@@ -225,6 +231,30 @@ def _attend_to_columns(
     options: Any = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
     output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, **options)[0]
     return output
+
+
+def _attend_to_repeated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    params: AttentionParams,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attend to keys that are there once for several rows, which follow one another: as more queries of one row."""
+    num_rows, num_heads, num_queries, _ = query.shape
+    repeats = num_rows // len(key)
+
+    def stack(by_query: Tensor) -> Tensor:
+        by_row = by_query.view(len(key), repeats, *by_query.shape[1:])
+        return by_row.transpose(1, 2).flatten(2, 3)
+
+    if mask is not None:
+        mask = mask.expand(-1, -1, num_queries, -1)
+        mask = mask.repeat(1, 1, repeats, 1) if len(mask) == 1 else stack(mask)
+    output = _attend_to_columns(stack(query), key, value, mask, False, params, sinks, None, dropout)
+    return output.reshape(num_rows, num_queries, num_heads, -1)
 
 
 def _added(bias: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
