@@ -30,6 +30,9 @@ _RECURRENT = ("linear_attention", "conv", *_HYBRID)
 _STORING = ("full_attention", *_WINDOWED, *_HYBRID)
 _EMPTY = ("dummy", "moe", "mlp")
 
+EXPAND_LATENTS = "expand_kv"
+"""The method of attention layers that makes keys and values of latents and of the rotary parts beside them."""
+
 _WINDOWED_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
 
@@ -182,6 +185,18 @@ def has_position_bias(config: PreTrainedConfig) -> bool:
 def has_latents(config: PreTrainedConfig) -> bool:
     """Whether a decoder caches latents, of which it makes keys and values after each update, as DeepSeek-V3 does."""
     return getattr(_of_decoder(config), "kv_lora_rank", None) is not None
+
+
+def expands_latents(config: PreTrainedConfig) -> bool:
+    """Whether its attention layers make these keys and values by a method, `EXPAND_LATENTS`, of what `update` returns.
+
+    Known once the code of the model is imported.
+    """
+    if not has_latents(config):
+        return False
+    homes = (kind.__module__.replace("configuration_", "modeling_") for kind in type(_of_decoder(config)).__mro__)
+    modules = (sys.modules[home] for home in homes if "modeling_" in home and home in sys.modules)
+    return any(hasattr(value, EXPAND_LATENTS) for module in modules for value in vars(module).values())
 
 
 def compile_obstacle(config: PreTrainedConfig) -> str | None:
