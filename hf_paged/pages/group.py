@@ -69,6 +69,8 @@ class PageGroup:
         """Lets so many of the cached pages be free; None where there are none."""
         self.move_idle: Callable[[], bool] | None = None
         """Moves rows to the host that may be; returns whether it did. None without memory of the host."""
+        self.storage_version = object()
+        """Another object whenever the storage of any layer is made or moved."""
         self._first_pages = num_pages
         self._holders: WeakSet[PageHolder] = WeakSet()
         self._storages: dict[int, LayerStorage] = {}
@@ -136,6 +138,7 @@ class PageGroup:
                     storage = LayerStorage(keys, values, self.num_pages, self.page_size)
                     self._prepare_others(layer, keys, values)
                 self._storages = self._storages | {layer: storage}  # not in place: other threads may go through it
+                self.storage_version = object()
             return storage
 
     def _make_room(self, device: torch.device) -> None:
@@ -311,6 +314,7 @@ class PageGroup:
         self.allocator.grow(num_pages)
 
     def _resize(self, num_pages: int) -> None:
+        self.storage_version = object()
         for storage in self._storages.values():
             if storage.num_pages != max(1, num_pages):
                 storage.resize(num_pages)
