@@ -82,7 +82,8 @@ def logits_of(model, cache, ids, mask=None):
 
 
 def states_of(cache):
-    return [tensor.clone() for tensor in cache._sequences.rows.states.tensors]
+    states = cache._sequences.rows.states
+    return [tensor.clone() for layer in states._layers for tensor in states[layer].tensors]
 
 
 def are_equal(some, others):
@@ -453,8 +454,6 @@ def test_what_would_lose_states_is_refused(tmp_path):
         ValueError, match="layer 0 is a 'linear_attention' layer, which keeps a state that is in no page"
     ):
         PagePool.from_model(model, page_size=16, prefix_cache=True)
-    with pytest.raises(ValueError, match="which keeps a state that no graph can follow"), hf_paged.compiled(model):
-        pass
     cache.layers[1].keys = cache.layers[1].keys[:, :, :9]
     cache.layers[1].values = cache.layers[1].values[:, :, :9]
     with pytest.raises(ValueError, match="whose recurrent layers have a state for each row"):
