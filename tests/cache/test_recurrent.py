@@ -576,6 +576,8 @@ def test_drafts_for_single_rows_are_refused(name):
     with pytest.raises(ValueError, match="which keeps a state, of which no token can be taken back"):
         tokens_of(model, cache, words(2, 17), custom_generate=hf_paged.prompt_lookup())
     assert cache.lengths == []
+    with pytest.raises(ValueError, match=r"can't draft: layer \d is a .* no token can be taken back"):
+        hf_paged.assisted(model)
 
 
 def test_sinks_of_each_query_are_refused():
