@@ -284,8 +284,8 @@ class PagedCache(Prompted, Contents):
 
         Raises:
             OSError: if it can't be written.
-            ValueError: if the model isn't known, isn't all in memory, has recurrent layers or keeps positions of
-                images to itself, or if the cache is that of an encoder-decoder.
+            ValueError: if the model isn't known, isn't all in memory or keeps positions of images to itself, or if
+                the cache is that of an encoder-decoder.
         """
         save(self._sequences, path, model if model is not None or self._model is None else self._model())
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 import hf_paged
 from hf_paged import PagedCache, PagePool, PrefixStore
 from hf_paged.errors import UnclearPassError
+from hf_paged.pages.tiers.checked_file import read_tensors, write_tensors
 from tests.models import left_padded
 from tests.sweep.checks import greedy
 from tests.sweep.subjects import subject_of, words
@@ -446,10 +447,6 @@ def test_what_would_lose_states_is_refused(tmp_path):
     cache = PagedCache.from_model(model, page_size=16)
     logits_of(model, cache, words(1, 17))
     before = states_of(cache)
-    with pytest.raises(
-        ValueError, match="layer 0 is a 'linear_attention' layer, which keeps a state that is in no page"
-    ):
-        cache.save(tmp_path / "cache", model)
     with pytest.raises(ValueError, match="which keeps a state that is in no page, so that nothing could go on from"):
         PagePool.from_model(model, page_size=16, prefix_cache=True, store=PrefixStore(tmp_path, 2**20))
     cache.layers[1].keys = cache.layers[1].keys[:, :, :9]
@@ -459,6 +456,26 @@ def test_what_would_lose_states_is_refused(tmp_path):
     cache.reset()
     logits_of(model, cache, words(1, 17))
     assert are_equal(states_of(cache), before)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_saved_batch_is_gone_on_from_with_its_states(name, tmp_path):
+    mask = left_padded(17, [17, 6])
+    ids, model = words(2, 17) * mask, model_of(name)
+    cache = PagedCache.from_model(model, page_size=16)
+    text = tokens_of(model, cache, ids, mask, new=4)
+    cache.save(tmp_path / "cache")
+    loaded = PagedCache.load(tmp_path / "cache", model, page_size=32)
+    assert are_equal(states_of(loaded), states_of(cache))
+    assert loaded.lengths == cache.lengths
+    longer = torch.cat([mask, torch.ones_like(text[:, 17:])], dim=1)
+    assert torch.equal(tokens_of(model, loaded, text, longer, new=9), plain_tokens(name, ids, mask, new=13))
+    assert are_equal(states_of(PagedCache.load(tmp_path / "cache", model)), states_of(cache))
+    tensors, metadata = read_tensors(tmp_path / "cache")
+    first = next(name for name in tensors if "_states." in name)
+    write_tensors(tmp_path / "cut", tensors | {first: tensors[first][:1]}, metadata)
+    with pytest.raises(ValueError, match="its parts don't belong together"):
+        PagedCache.load(tmp_path / "cut", model)
 
 
 @pytest.mark.parametrize("name", CHOSEN)

@@ -217,6 +217,10 @@ class States:
         self._room.clear()
         self._end()
 
+    def hold(self, layer: int, states: LayerStates) -> None:
+        """Have these states of a layer."""
+        self._layers[layer] = states
+
     def select(self, indices: Sequence[int]) -> None:
         """Let row `i` be what row `indices[i]` was."""
         on_device: dict[torch.device, Tensor] = {}
