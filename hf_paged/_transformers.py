@@ -139,14 +139,19 @@ def _has_config(model: Any) -> bool:
     return isinstance(getattr(model, "config", None), PreTrainedConfig)
 
 
+def decoder_of(model: Any) -> torch.nn.Module:
+    """The decoder of a model, which may be wrapped; not the head that a few models have under that name."""
+    decoder: torch.nn.Module = model.get_decoder()
+    return model.base_model if isinstance(decoder, torch.nn.Linear) else decoder
+
+
 def obstacle(model: PreTrainedModel) -> str | None:
     """Say why the steps of a model, or of its decoder, can't be reserved before a pass; None if they can."""
-    parts = (model, model.get_decoder())  # type: ignore[no-untyped-call]
-    for part in parts:
+    decoder = decoder_of(model)
+    for part in (model, decoder):
         if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
             return "it computes attention by itself instead of through Transformers' attention interface"
     # `generate()` makes the masks of a reserved step from the configuration. These models make others.
-    decoder = parts[-1]
     config = getattr(decoder, "config", model.config.get_text_config(decoder=True))
     if getattr(config, "is_decoder", True) is False and "config.is_decoder" in inspect.getsource(type(decoder)):
         return "its attention is bidirectional (is_decoder=False in its configuration)"
@@ -247,8 +252,7 @@ def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
 
 
 def _attention_layers(model: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
-    get_decoder = getattr(model, "get_decoder", None)
-    for module in (model if get_decoder is None else get_decoder()).modules():
+    for module in (decoder_of(model) if hasattr(model, "get_decoder") else model).modules():
         if isinstance(index := getattr(module, "layer_idx", None), int):
             yield index, module
 

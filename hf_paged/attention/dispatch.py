@@ -34,7 +34,7 @@ SPLIT_KV_GPU = Trick(
 
 VARLEN_SDPA = Trick(
     "varlen_sdpa",
-    "packed prompts are SDPA's on a CPU, row by row",
+    "several queries of a row are SDPA's on a CPU, row by row, packed or padded",
     "FlexAttention attends to them, for which a kernel is compiled",
     device_type="cpu",
 )
@@ -46,7 +46,7 @@ class Backend(enum.Enum):
     FLEX = "FlexAttention over block lists"
     SPLIT_KV_CPU = "single queries over pieces of pages, shared out among the threads of a CPU"
     SPLIT_KV_GPU = "few queries over equal pieces of rows, shared out among the programs of a GPU"
-    VARLEN_SDPA = "SDPA over one row of packed queries after another, copied out of the pages"
+    VARLEN_SDPA = "SDPA over one row after another, copied out of the pages"
 
 
 def reads_pages(pool: PagePool, num_new: int) -> bool:
@@ -65,16 +65,19 @@ def reads_pages(pool: PagePool, num_new: int) -> bool:
 def choose_backend(query: Tensor, key: Tensor, ranges: KVRanges | None, has_bias: bool = False) -> Backend:
     """Say what attends, from queries and keys, what they see (None: token by token), and whether a bias is added.
 
-    On a CPU packed queries, and single ones, have ways of their own, which are faster there. On a GPU a packed chunk
-    has many rows, each of which would be several launches; few queries for each row are read for in equal pieces.
+    On a CPU single queries, and several of a row, have ways of their own, which are faster there. On a GPU a packed
+    chunk has many rows, each of which would be several launches; few queries for each row are read for in equal
+    pieces.
     """
     is_on_cpu = query.device.type == "cpu"
     if ranges is None or has_bias or not (is_on_cpu or query.device.type == "cuda"):
         return Backend.FLEX
-    if ranges.rows is not None:
-        return Backend.VARLEN_SDPA if is_on_cpu and VARLEN_SDPA.is_on else Backend.FLEX
+    if is_on_cpu and ranges.rows is None and query.shape[2] == 1:
+        return Backend.SPLIT_KV_CPU if SPLIT_KV_CPU.is_on else Backend.FLEX
     if is_on_cpu:
-        return Backend.SPLIT_KV_CPU if query.shape[2] == 1 and SPLIT_KV_CPU.is_on else Backend.FLEX
+        return Backend.VARLEN_SDPA if VARLEN_SDPA.is_on else Backend.FLEX
+    if ranges.rows is not None:
+        return Backend.FLEX
     takes_gpu = SPLIT_KV_GPU.is_on and can_launch(query.device) and gpu.takes(query, key)
     return Backend.SPLIT_KV_GPU if takes_gpu else Backend.FLEX
 
@@ -113,7 +116,8 @@ def bind(
     ranges = metadata.ranges if table.group.window is None else metadata.ranges_of(table)
     backend = choose_backend(query, key, ranges, bias is not None)
     if backend is Backend.VARLEN_SDPA and ranges is not None:
-        return varlen_attention(query, value, varlen_rows_of(table, ranges), params), key, value
+        rows = varlen_rows_of(table, ranges)
+        return varlen_attention(query, value, rows, table.group.page_size, params), key, value
     if backend is Backend.SPLIT_KV_CPU and ranges is not None:
         return cpu.split_kv_attention(query, key, value, cpu.kv_splits_of(table, ranges), params), key, value
     if backend is Backend.SPLIT_KV_GPU:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.generation import utils as generation
 
+from hf_paged.batch.offsets import Offsets
 from hf_paged.batch.padding import Columns
 from hf_paged.batch.steps.progress import another_thread
 from hf_paged.batch.told import ToldPass
@@ -36,9 +37,14 @@ _SEQUENCES = {
 
 
 class KnownIds:
-    """The ids of consecutive columns of a cache, as they were given when the columns were computed."""
+    """The ids of consecutive columns of a cache, as they were given when the columns were computed.
+
+    Attributes:
+        offsets: of the positions behind their images, which the model keeps.
+    """
 
     def __init__(self) -> None:
+        self.offsets = Offsets()
         self._ids: Tensor | None = None  # `(any, at least _end)`
         self._rows: list[int] | None = None  # for each row of the cache, which of `_ids` it is; None: the same
         self._first, self._end = 0, 0  # columns that are known
@@ -50,6 +56,7 @@ class KnownIds:
         """Return a record of its own that says the same."""
         fork = KnownIds()
         fork._ids, fork._rows, fork._first, fork._end = self._ids, self._rows, self._first, self._end
+        fork.offsets = self.offsets.fork()
         return fork
 
     @property
@@ -86,8 +93,11 @@ class KnownIds:
 
         Raises:
             UnclearPassError: if it is a pass of a `generate()` of one thread, and another one has begun to generate.
+            ValueError: if the model has positions for another prompt by now.
         """
         end, self._pass = begin + num_new, None
+        if begin:
+            self.offsets.check()
         if told is not None:
             self._check_thread()
             if told.ids.shape[1] == end:
@@ -122,6 +132,7 @@ class KnownIds:
 
     def end_pass(self) -> None:
         """Take note that the pass under way was made."""
+        self.offsets.note()
         if self._pass is not None:
             self.note(*self._pass)
             self._pass = None
@@ -132,6 +143,7 @@ class KnownIds:
 
     def select(self, indices: Sequence[int]) -> None:
         """Let row `i` be what row `indices[i]` was."""
+        self.offsets.select(indices)
         if self._ids is not None:
             self._rows = [index if self._rows is None else self._rows[index] for index in indices]
 
@@ -155,6 +167,7 @@ class KnownIds:
         Args:
             parts: for each what is known of it, its columns, and its number of rows.
         """
+        self.offsets.join((known.offsets, num_rows) for known, _, num_rows in parts)
         count = max(columns.count for _, columns, _ in parts)
         first, tensors = 0, []
         for known, columns, num_rows in parts:
@@ -188,6 +201,10 @@ class KnownIds:
         local = call.f_locals
         ids, config = local.get("input_ids"), local.get("generation_config")
         inputs: dict[str, Any] = local.get("model_kwargs") or {}
+        self.offsets.watch(call.f_locals["self"])
+        kinds = inputs.get("mm_token_type_ids")
+        if isinstance(kinds, Tensor) and bool(kinds[:, columns.count :].any()):
+            self.offsets.forget()  # the model makes them of all images anew
         if columns.count and isinstance(ids, Tensor) and ids.ndim == 2 and inputs.get("inputs_embeds") is None:
             self._check_prompt(ids, inputs.get("attention_mask"), config, local.get("decoding_method"), columns)
         return local.get("self"), ids, inputs

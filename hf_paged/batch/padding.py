@@ -103,8 +103,8 @@ class Columns:
         return Columns(self.count + num_new, np.concatenate([past, added], axis=1), self.released)
 
     def num_tokens_before(self, columns: Counts, num_rows: int) -> Counts:
-        """`(num_rows, n)` tokens of each row before each of `columns`, `(n,)` or `(num_rows, n)`, up to `count`."""
-        columns = np.maximum(columns, 0)
+        """`(num_rows, n)` tokens of each row before `columns`, `(n,)` or `(num_rows, n)`, between 0 and `count`."""
+        columns = np.clip(columns, 0, self.count)
         if self.real is None:
             return np.broadcast_to(columns, (num_rows, columns.shape[-1]))
         if columns.shape == (1,):

@@ -123,6 +123,7 @@ class PagedCache(Prompted, Contents):
         decoder = cache if isinstance(cache, PagedCache) else cache.self_attention_cache
         decoder._sequences.progress.num_layers = num_attention_layers(model, len(decoder.layers))
         decoder._model = ref(model)
+        decoder._sequences.rows.known_ids.offsets.watch(model)
         return cache
 
     def __repr__(self) -> str:

@@ -26,7 +26,7 @@ from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._torch.inductor import hindrance
 from hf_paged._torch.opaque import OPAQUE_INPUTS
-from hf_paged._transformers import compile_obstacle, model_in
+from hf_paged._transformers import compile_obstacle, decoder_of, model_in
 from hf_paged.compile.convolutions import choose_convolutions
 from hf_paged.compile.cpu_replay import StepReplay
 from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
@@ -127,7 +127,7 @@ def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     if reason is not None or not (OPAQUE_INPUTS.is_on and HOOK_GUARDS.is_on):
         yield model
         return
-    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = decoder_of(model)
     settings: Any = model.generation_config
     with _lock:
         _begin(decoder, settings)

@@ -60,6 +60,16 @@ def test_many_queries_over_a_cache_that_is_not_empty(splits, num_rows):
     torch.testing.assert_close(paged(model, ids, splits), plain(model, ids, splits), **FP32)
 
 
+@pytest.mark.usefixtures("block_lists")
+@pytest.mark.parametrize("lengths", [[100], [100, 71, 90]], ids=str)
+def test_many_queries_are_flex_attention_s_where_block_lists_are_read(lengths):
+    model, ids, mask = tiny_gemma2(), random_ids(len(lengths), 100), left_padded(100, lengths)
+    model.set_attn_implementation("eager")
+    splits, real = [5, 1, 16, 2, 76], mask.bool()
+    expected = run(model, DynamicCache(config=model.config), ids, splits, mask)
+    torch.testing.assert_close(paged(model, ids, splits, mask)[real], expected[real], **FP32)
+
+
 @pytest.mark.parametrize("kind", ["left", "right", "holes"])
 def test_padding_is_not_seen_and_not_stored(kind):
     model, ids = tiny_llama(), random_ids(4, 90)

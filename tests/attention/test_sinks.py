@@ -60,11 +60,17 @@ def test_sinks_are_seen_beside_a_mask_that_hides_cached_tokens(model):
     torch.testing.assert_close(logits["paged_flex"], logits["eager"], **FP32)
 
 
+@pytest.mark.parametrize("splits", [[10, 1, 1], [10, 2]], ids=str)
+def test_on_a_cpu_sinks_take_no_page(model, splits):
+    cache = paged(model)
+    run(model, cache, random_ids(1, 12), splits)
+    assert [group.allocator.num_active for group in cache.pool.groups] == [1, 1]
+
+
+@pytest.mark.usefixtures("block_lists")
 def test_one_page_of_each_group_is_the_sink(model):
     cache = paged(model)
-    run(model, cache, random_ids(1, 12), [10, 1, 1])
-    assert [group.allocator.num_active for group in cache.pool.groups] == [1, 1], "single tokens need none on a CPU"
-    run(model, cache, random_ids(1, 8), [4, 4])
+    run(model, cache, random_ids(1, 20), [10, 1, 1, 4, 4])
     held = [group.allocator.num_active for group in cache.pool.groups]
     assert held == [2 + 1, 2 + 1]
     assert cache.stats().num_active_pages == 2 + 2
@@ -73,6 +79,7 @@ def test_one_page_of_each_group_is_the_sink(model):
     cache.pool.check_integrity()
 
 
+@pytest.mark.usefixtures("block_lists")
 def test_no_page_for_the_sink_is_said_and_changes_nothing(model):
     cache = paged(model, num_pages=2)
     run(model, cache, random_ids(1, 20), [20])

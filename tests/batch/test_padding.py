@@ -97,10 +97,10 @@ def test_extending_appends_columns_and_leaves_the_record_alone(stored, added, ex
 
 
 def test_tokens_before_a_column_are_counted_without_padding():
-    stops = np.array([-2, 0, 2, 4])
-    assert columns("0110", "1111").num_tokens_before(stops, 2).tolist() == [[0, 0, 1, 2], [0, 0, 2, 4]]
+    stops = np.array([-2, 0, 2, 4, 5])
+    assert columns("0110", "1111").num_tokens_before(stops, 2).tolist() == [[0, 0, 1, 2, 2], [0, 0, 2, 4, 4]]
     assert columns("0110", "1111").num_tokens_before(stops[2:3], 2).tolist() == [[1], [2]]
-    assert columns("1111", "1111").num_tokens_before(stops, 2).tolist() == [[0, 0, 2, 4], [0, 0, 2, 4]]
+    assert columns("1111", "1111").num_tokens_before(stops, 2).tolist() == [[0, 0, 2, 4, 4], [0, 0, 2, 4, 4]]
 
 
 @pytest.mark.parametrize("count", range(5))

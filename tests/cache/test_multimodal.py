@@ -239,3 +239,44 @@ def test_samples_of_one_image_hold_its_pages_once(family):
     tokens(model, cache, inputs, do_sample=True, num_return_sequences=3)
     num_shared = inputs["input_ids"].shape[1] // 16
     assert cache.stats().num_active_pages == num_shared + 3 * (-(-cache.lengths[0] // 16) - num_shared)
+
+
+QWEN = "Qwen3VL"
+
+
+def text_turn(model: PreTrainedModel, cache: PagedCache, answers: Tensor) -> Tensor:
+    return tokens(model, cache, {"input_ids": torch.cat([answers, words(len(answers), 6, seed=3)], dim=1)})
+
+
+def test_a_conversation_refuses_the_positions_of_another_one():
+    """The model keeps those of the prompt that it computed last."""
+    inputs, other = batch(QWEN, [(3, IMAGE, 5), (2, IMAGE, 6)]), {"input_ids": words(2, 30)}
+    del inputs["attention_mask"]
+    model, cache = paged(QWEN)
+    answers = tokens(model, cache, inputs)
+    offsets, fork = model.model.rope_deltas, cache.fork()
+    assert offsets.all()
+    expected = text_turn(model, cache, answers)
+    tokens(model, None, other)
+    held = fork.lengths
+    with pytest.raises(ValueError, match="has computed another prompt since"):
+        text_turn(model, fork, answers)
+    assert fork.lengths == held
+    model.model.rope_deltas = offsets
+    assert torch.equal(text_turn(model, fork, answers), expected)
+
+
+def test_rows_keep_to_their_own_positions():
+    inputs = batch(QWEN, [(3, IMAGE, 5), (2, IMAGE, 4, IMAGE, 7)])
+    model, cache = paged(QWEN)
+    tokens(model, cache, inputs)
+    cache.batch_select_indices(torch.tensor([1]))
+    new, place = words(1, 1), torch.full((3, 1, 1), 20)
+    with pytest.raises(ValueError, match="goes on with positions that are offset by"), torch.no_grad():
+        model(new, past_key_values=cache, position_ids=place)
+    model.model.rope_deltas = model.model.rope_deltas[1:]
+    with torch.no_grad():
+        model(new, past_key_values=cache, position_ids=place)
+    joined = PagedCache.concatenate([cache, cache.fork()])
+    with torch.no_grad():
+        model(new.repeat(2, 1), past_key_values=joined, position_ids=place.repeat(1, 2, 1))

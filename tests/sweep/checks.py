@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,13 @@ def run(model: PreTrainedModel, cache: Cache, case: str, inputs: dict[str, Any])
     return WAYS.get(case, generate)(model, cache, inputs)
 
 
+def forget(model: PreTrainedModel) -> None:
+    """Drop what a model keeps of the prompt of another case."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
 @dataclass
 class Difference:
     """How two runs differ: in words, empty if they don't, and by how much of the largest logit at most."""
@@ -265,6 +273,7 @@ def ask_oracle(subject: Subject, modes: list[str]) -> None:
     model = subject.load(subject.attention)
     for case, inputs in subject.inputs.items():
         if any(case in MODES[mode][1] for mode in modes):
+            forget(model)
             try:
                 subject.expected[case] = run(model, dynamic_cache(model), case, inputs)
             except Exception as error:
@@ -307,10 +316,11 @@ def find(subject: Subject, model: PreTrainedModel, case: str, mode: str) -> Find
     """Run a case with a `PagedCache`."""
     inputs, cache = subject.inputs[case], paged_cache(model)
     compilations.count = 0
+    forget(model)
     with compiled(model) if mode == "compiled" else nullcontext():
         if mode == "prefill":
             cache.prefill(model, **inputs)
-            if not IN_EACH_STEP & inputs.keys():
+            if not (IN_EACH_STEP | set(signature(model.generate).parameters)) & inputs.keys():
                 inputs = {name: value for name, value in inputs.items() if name in OF_TEXT}
         found = run(model, cache, case, inputs)
     judgement = compare(subject, case, found) if case in subject.expected else Finding(Outcome.SAME)

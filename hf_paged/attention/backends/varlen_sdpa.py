@@ -1,4 +1,4 @@
-"""Attention over packed tokens on a CPU, row by row.
+"""Attention of several queries on a CPU, row by row.
 
 There the fused kernel is faster than FlexAttention by more than it takes to copy the tokens of one row and layer out
 of their pages.
@@ -26,8 +26,8 @@ class Block:
     """A few queries of one row.
 
     Attributes:
-        queries: which of the packed queries they are.
-        tokens: which of the row's tokens any of them sees.
+        queries: which of all queries they are, one row's after another's.
+        tokens: which of the tokens in the row's pages any of them sees.
         kv_start: `(num_queries,)` of these tokens the first that each query sees.
         kv_stop: `(num_queries,)` and the first behind those that it sees.
     """
@@ -45,8 +45,12 @@ class Block:
     @property
     def is_causal(self) -> bool:
         """Whether the queries are those of the last tokens, and each sees all up to its own."""
-        num_queries = len(self.kv_stop)
-        return not self.kv_start[-1] and self.kv_stop[0] == self.kv_stop[-1] - num_queries + 1
+        return not self.kv_start[-1] and bool((np.diff(self.kv_stop) == 1).all())
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether each of the queries sees what any of them does."""
+        return not self.kv_start[-1] and bool(self.kv_stop[0] == self.kv_stop[-1])
 
 
 @dataclass(frozen=True)
@@ -54,97 +58,113 @@ class VarlenRow:
     """Queries of one row, and the tokens that any of them sees.
 
     Attributes:
-        slots: `(num_tokens,)` int64, where these tokens are, in their order.
+        pages: `(num_pages,)` int64, where these tokens are, in their order.
         blocks: the queries.
     """
 
-    slots: Tensor
+    pages: Tensor
     blocks: Sequence[Block]
 
 
 def varlen_rows_of(table: BlockTable, ranges: KVRanges) -> list[VarlenRow]:
-    """Cut packed queries by their rows.
+    """Cut queries by their rows.
 
     With 3 queries of a row that they begin, and 100 of one that holds 5 tokens already, one of these reads 3 tokens
     for a block of 3 queries. The other reads 105: the first 69 of them for a block of 64 queries, all for one of 36.
 
+    Queries of a padded batch are taken for packed ones: those of the row `r` are `r * num_queries` and following.
+    Where some of them see nothing, as padding before a row does, they are left out, and cut the row in two.
+
     Args:
         table: the rows whose pages are read.
-        ranges: of packed queries: `kv_stop` ascends within a row, `kv_start` does or stays the same.
+        ranges: within a row `kv_stop` ascends or stays the same, where it is not 0, and so does `kv_start`.
     """
-    rows, kv_stop, kv_start = ranges.rows, ranges.kv_stop, ranges.kv_start
-    assert rows is not None
-    if kv_start is None:
-        kv_start = np.zeros_like(kv_stop)
-    begins = np.unique(rows, return_index=True)[1].tolist()
+    kv_stop, kv_start, rows = ranges.kv_stop.ravel(), ranges.kv_start, ranges.rows
+    if rows is None:
+        rows = np.repeat(np.arange(len(ranges.kv_stop)), ranges.kv_stop.shape[1])
+    kv_start = np.zeros_like(kv_stop) if kv_start is None else kv_start.ravel()
+    sees = np.flatnonzero(kv_stop)
+    is_begun = (np.diff(sees, prepend=-2) > 1) | (np.diff(rows[sees], prepend=-1) > 0)
     return [
-        _varlen_row(table, int(rows[begin]), begin, kv_stop[begin:end], kv_start[begin:end])
-        for begin, end in zip(begins, [*begins[1:], len(rows)], strict=False)
+        _varlen_row(table, int(rows[run[0]]), int(run[0]), kv_stop[run], kv_start[run])
+        for run in np.split(sees, np.flatnonzero(is_begun)[1:])
+        if len(run)
     ]
 
 
 def _varlen_row(table: BlockTable, row: int, begin: int, kv_stop: Counts, kv_start: Counts) -> VarlenRow:
     page_size = table.group.page_size
-    tokens = np.arange(kv_start[0], kv_stop[-1])
-    slots = table.block_table[row, tokens // page_size].astype(np.int64) * page_size + tokens % page_size
+    first_page = int(kv_start[0]) // page_size
+    pages = table.block_table[row, first_page : -(-int(kv_stop[-1]) // page_size)].astype(np.int64)
     blocks = []
     for offset in range(0, len(kv_stop), _BLOCK):
         own_kv_start, own_kv_stop = kv_start[offset : offset + _BLOCK], kv_stop[offset : offset + _BLOCK]
         first, limit = int(own_kv_start[0]), int(own_kv_stop[-1])
         queries = slice(begin + offset, begin + offset + len(own_kv_stop))
-        seen = slice(first - int(kv_start[0]), limit - int(kv_start[0]))
+        seen = slice(first - first_page * page_size, limit - first_page * page_size)
         blocks.append(Block(queries, seen, own_kv_start - first, own_kv_stop - first))
-    return VarlenRow(torch.from_numpy(slots), blocks)
+    return VarlenRow(torch.from_numpy(pages), blocks)
 
 
 def varlen_attention(
     query: Tensor,
     values: Tensor,
     varlen_rows: Sequence[VarlenRow],
+    page_size: int,
     params: AttentionParams,
 ) -> Attention:
     """Return the attention of layers with tensors of these shapes and dtype.
 
     Args:
-        query: `(1, num_heads, num_queries, head_dim)`. Those behind the rows' belong to no row and give 0.
+        query: `(num_rows, num_heads, num_queries, head_dim)`.
         values: `(1, num_kv_heads, num_slots, value_head_dim)`.
-        varlen_rows: in the order of their queries, which leave none out before the last of them.
+        varlen_rows: what to read. Queries that are in none of them give 0.
+        page_size: tokens per page.
         params: what the layer wants.
     """
-    num_queries, num_kv_heads, value_dim = query.shape[2], values.shape[1], values.shape[3]
-    gqa_ratio = query.shape[1] // num_kv_heads
-    num_tokens = varlen_rows[-1].blocks[-1].queries.stop if varlen_rows else 0
+    num_rows, num_heads, num_queries, head_dim = query.shape
+    num_kv_heads, value_dim = values.shape[1], values.shape[3]
+    gqa_ratio = num_heads // num_kv_heads
     scale, softcap, has_sinks = params
     is_fused = softcap is None and not has_sinks
     # The query heads of a key/value head are stacked, so that a block has work for every thread.
-    masks = _Masks(varlen_rows, gqa_ratio if is_fused else 1, query.dtype)
+    num_stacked = gqa_ratio if is_fused else 1
+    masks = _Masks(varlen_rows, num_stacked, query.dtype)
     work = [
-        (varlen_row.slots, [(block, masks.of(block)) for block in varlen_row.blocks]) for varlen_row in varlen_rows
+        (varlen_row.pages, [(block, masks.of(block)) for block in varlen_row.blocks]) for varlen_row in varlen_rows
     ]
+    num_seeing = sum(len(block.kv_stop) for _, blocks in work for block, _ in blocks)
+    new_output = torch.Tensor.new_empty if num_seeing == num_rows * num_queries else torch.Tensor.new_zeros
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
-        output = query.new_empty(1, num_queries, num_kv_heads, gqa_ratio, value_dim)
-        output[:, num_tokens:] = 0
-        if is_fused:
-            query = query.view(1, num_kv_heads, gqa_ratio, num_queries, -1).transpose(2, 3).flatten(2, 3)
-        for slots, blocks in work:
-            row_keys, row_values = keys.index_select(2, slots), values.index_select(2, slots)
+        output = new_output(query, (1, num_rows * num_queries, num_heads, value_dim))
+        by_head = query.view(num_rows, -1, num_stacked, num_queries, head_dim).permute(1, 0, 3, 2, 4)
+        stacked = by_head.reshape(1, num_heads // num_stacked, -1, head_dim)
+        for pages, blocks in work:
+            row_keys, row_values = (_copy_of(tensor, pages, page_size) for tensor in (keys, values))
             for block, mask in blocks:
                 begin, end = block.queries.start, block.queries.stop
+                own = stacked[:, :, begin * num_stacked : end * num_stacked]
                 own_keys, own_values = row_keys[:, :, block.tokens], row_values[:, :, block.tokens]
                 if is_fused:
-                    own = query[:, :, begin * gqa_ratio : end * gqa_ratio]
                     attended = torch.nn.functional.scaled_dot_product_attention(
                         own, own_keys, own_values, attn_mask=mask, scale=scale
                     )
-                    output[:, begin:end] = attended.view(1, num_kv_heads, -1, gqa_ratio, value_dim).transpose(1, 2)
+                    by_query = attended.view(1, num_kv_heads, -1, gqa_ratio, value_dim).transpose(1, 2)
+                    output[:, begin:end].view(by_query.shape).copy_(by_query)
                 else:
-                    own = query[:, :, begin:end]
-                    attended = blockwise_attention(own, own_keys, own_values, mask, True, scale, softcap, sinks)
-                    output[:, begin:end] = attended.view(output[:, begin:end].shape)
-        return output.flatten(2, 3)
+                    output[:, begin:end] = blockwise_attention(
+                        own, own_keys, own_values, mask, False, scale, softcap, sinks
+                    )
+        return output.view(num_rows, num_queries, num_heads, value_dim)
 
     return attend
+
+
+def _copy_of(tensor: Tensor, pages: Tensor, page_size: int) -> Tensor:
+    """`(1, num_kv_heads, num_pages * page_size, head_dim)`."""
+    _, num_kv_heads, _, head_dim = tensor.shape
+    return tensor.view(1, num_kv_heads, -1, page_size, head_dim).index_select(2, pages).flatten(2, 3)
 
 
 class _Masks:
@@ -166,9 +186,9 @@ class _Masks:
         self._causal = self._hiding(np.zeros_like(kv_stop), kv_stop)
 
     def of(self, block: Block) -> Tensor | None:
-        """`(1, 1, num_queries * gqa_ratio, num_tokens)`; None for a single query, which sees all."""
+        """`(1, 1, num_queries * gqa_ratio, num_tokens)`; None where nothing is hidden."""
         num_queries = len(block.kv_stop)
-        if num_queries == 1:
+        if block.sees_all:
             return None
         if not block.is_causal:
             return self._hiding(block.kv_start, block.kv_stop)

@@ -19,7 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from hf_paged._torch.dynamo import let_vary
 from hf_paged._torch.host_memory import give_back_freed
-from hf_paged._transformers import CACHE, model_in
+from hf_paged._transformers import CACHE, decoder_of, model_in
 from hf_paged.batch.padding import Counts
 from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
@@ -131,7 +131,7 @@ def prefill(
         return input_ids
 
     given: Any = model
-    generate = partial(given.generate, input_ids, attention_mask=attention_mask)
+    generate = partial(given.generate, input_ids=input_ids, attention_mask=attention_mask)
     settings = first_pass_settings(model, num_columns)
     try:
         generate(generation_config=settings, custom_generate=compute, **{CACHE: filled}, **given_inputs)
@@ -396,5 +396,5 @@ def _run(
         arguments: dict[str, Any] = {CACHE: cache, "attention_mask": None, "position_ids": inputs["position_ids"]}
         shape = torch.empty((1, num_queries, 0), dtype=model.dtype, device=device)
         inputs["attention_mask"] = create_masks_for_generate(config=model.config, inputs_embeds=shape, **arguments)
-    run = fill or model.get_decoder()  # type: ignore[no-untyped-call]
+    run = fill or decoder_of(model)
     run(**inputs, **{CACHE: cache}, use_cache=True)

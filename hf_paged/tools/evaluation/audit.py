@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_paged._torch.dynamo import outside_of_graphs
+from hf_paged._transformers import decoder_of
 from hf_paged.cache.paged import PagedCache
 from hf_paged.pages.stats import MemoryStats
 from hf_paged.tools.evaluation.contiguous import padded_bytes, static_bytes
@@ -147,7 +148,7 @@ class MemoryAudit:
             )
         if self._memory is not None:
             raise ValueError("This MemoryAudit has been used before. Make a new one for each run.")
-        decoder = self._model.get_decoder()  # type: ignore[no-untyped-call]
+        decoder = decoder_of(self._model)
         self._num_columns = int(self._cache.get_seq_length())
         self._memory = PeakMemory(self._model.device)
         self._handle = decoder.register_forward_hook(self._note_pass, with_kwargs=True)
