@@ -205,8 +205,7 @@ def compile_obstacle(config: PreTrainedConfig) -> str | None:
         return "adds a position bias to its scores"
     if has_latents(config):
         return "makes keys and values of the latents that are cached"
-    layer = recurrent_layer(config)
-    return None if layer is None else f"has recurrent layers ({layer} that no graph can follow)"
+    return None
 
 
 def least_token_bytes(config: PreTrainedConfig) -> int:

@@ -119,7 +119,10 @@ class Sequences(BetweenSteps):
         self._is_reserved_by_mask = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
             return self.step  # another mask of the same pass
-        return self._begin_padded(num_rows, num_new, new, past_is_visible, reads_pages, num_layers)
+        step = self._begin_padded(num_rows, num_new, new, past_is_visible, reads_pages, num_layers)
+        if num_new == 1 and not self._records_past:
+            self.rows.states.prepare(self.rows.absent)
+        return step
 
     def begin(self, step: Step, num_layers: int | None = None) -> None:
         """Begin a step whose pages are reserved, of a model that has so many layers; None: as many as ever."""

@@ -281,7 +281,6 @@ class LatentLayer(PagedLayer):  # type: ignore[no-untyped-call]
 class RecurrentLayer(_Layer, LinearAttentionLayer):
     """A layer that keeps a state of each row; how it changes is up to Transformers' layer."""
 
-    is_compileable = False
     device: Any = None
     dtype: Any = None
 
@@ -290,14 +289,22 @@ class RecurrentLayer(_Layer, LinearAttentionLayer):
         return self._sequences.rows.states[self.index]
 
     @property
+    def _is_in_graph(self) -> bool:
+        return torch.compiler.is_dynamo_compiling() and self._sequences.rows.states.is_prepared
+
+    @property
+    def _states_to_change(self) -> LayerStates:
+        return self._sequences.rows.states.in_graph(self.index) if self._is_in_graph else self._states
+
+    @property
     def conv_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
         """The last inputs of each convolution, `(num_rows, ..., num_columns)`; None before the first."""
-        return self._states.conv_states
+        return self._states_to_change.conv_states
 
     @property
     def recurrent_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
         """What each recurrence has come to, `(num_rows, ...)`; None before the first."""
-        return self._states.recurrent_states
+        return self._states_to_change.recurrent_states
 
     @property
     def is_conv_states_initialized(self) -> dict[int, bool]:  # type: ignore[override]
@@ -319,29 +326,38 @@ class RecurrentLayer(_Layer, LinearAttentionLayer):
         """Columns that each convolution needs."""
         return self._states.conv_kernel_size
 
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make the tensors of a state."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+        # Transformers marks them as being at the only address that graphs are to know.
+        for states in (self.conv_states, self.recurrent_states):
+            states.update((index, None if state is None else state.detach()) for index, state in states.items())
+
     def update_conv_state(  # type: ignore[override]
         self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Take new inputs of a convolution; returns them behind those before, as Transformers' layer does."""
-        _open(self._sequences, State(self.index, "conv", state_idx), updates=True)
+        self._open("conv", state_idx, updates=True)
         full: Tensor = super().update_conv_state(conv_states, state_idx, **kwargs)
         return full
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Take what a recurrence has come to, as Transformers' layer does."""
-        _open(self._sequences, State(self.index, "recurrent", state_idx), updates=True)
+        self._open("recurrent", state_idx, updates=True)
         state: Tensor = super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
         return state
 
     def hand_out(self, kind: Literal["conv", "recurrent"], state_idx: int) -> None:
         """Note that the model asks for a state, which it may change in place."""
-        _open(self._sequences, State(self.index, kind, state_idx), updates=False)
+        self._open(kind, state_idx, updates=False)
+
+    def _open(self, kind: Literal["conv", "recurrent"], state_idx: int, *, updates: bool) -> None:
+        if not self._is_in_graph:
+            _open(self._sequences, State(self.index, kind, state_idx), updates=updates)
 
 
 class HybridLayer(PagedLayer, RecurrentLayer):  # type: ignore[no-untyped-call]
     """A layer that attends, and keeps a state as well."""
-
-    is_compileable = False
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Make the storage of keys and values, which are given by place, or of a state, which is given by name."""

@@ -168,9 +168,11 @@ class PagedCache(Prompted, Contents):
     def is_compileable(self) -> bool:
         """Whether `generate()` prepares each step outside of the forward pass: with `paged_flex` it does.
 
-        Not for models whose steps can't be compiled, as it would compile them on a GPU.
+        Not for models whose steps can't be compiled, as it would compile them on a GPU, nor while recurrent layers
+        record their past, which grows from step to step.
         """
-        return self._can_be_compiled and bool(self.pool.config._attn_implementation == NAME)
+        grows = self.pool.has_states and self._sequences.records_past
+        return self._can_be_compiled and not grows and bool(self.pool.config._attn_implementation == NAME)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -283,8 +285,8 @@ class PagedCache(Prompted, Contents):
 
         Raises:
             OSError: if it can't be written.
-            ValueError: if the model isn't known, isn't all in memory, has recurrent layers or keeps positions of
-                images to itself, or if the cache is that of an encoder-decoder.
+            ValueError: if the model isn't known, isn't all in memory or keeps positions of images to itself, or if
+                the cache is that of an encoder-decoder.
         """
         save(self._sequences, path, model if model is not None or self._model is None else self._model())
 

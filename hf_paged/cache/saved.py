@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_paged._transformers import layer_devices, layer_specs, num_attention_layers, recurrent_layer
+from hf_paged._transformers import layer_devices, layer_specs, num_attention_layers
 from hf_paged.batch.padding import Columns, Counts
 from hf_paged.batch.sequences import Sequences
 from hf_paged.cache.prompt.origin import origin_of
+from hf_paged.cache.saved_states import described_states, hold_states, read_states
 from hf_paged.cache.weights_digest import ModelDigest, model_digest
 from hf_paged.pages.block_table import BlockTable
 from hf_paged.pages.storage import LayerStorage
@@ -43,11 +44,6 @@ def save(sequences: Sequences, path: str | os.PathLike[str], model: PreTrainedMo
         raise ValueError(
             "save() was called on the cache of an encoder-decoder, but what it keeps of the encoder is in no pages "
             "and would be missing. Save the tokens, and compute both anew."
-        )
-    if sequences.pool.has_states:
-        raise ValueError(
-            f"save() was called on a cache of which {recurrent_layer(sequences.pool.config)} that is in no page, and "
-            "would be missing. Save the tokens, and compute them anew."
         )
     if model is None:
         raise ValueError(
@@ -99,7 +95,8 @@ def load(sequences: Sequences, path: str | os.PathLike[str], model: PreTrainedMo
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} can't be loaded: {error}. {_REMEDY}") from error
     try:
-        content.fill(sequences, {**dict.fromkeys(sequences.pool.group_of_layer, model.device), **layer_devices(model)})
+        layers = range(len(sequences.pool.layers))
+        content.fill(sequences, {**dict.fromkeys(layers, model.device), **layer_devices(model)})
     except BaseException:
         sequences.clear()
         raise
@@ -137,9 +134,9 @@ def _described(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]
         "absent": sorted(rows.absent),
         "records_past": sequences.records_past,
     }
-    tensors: dict[str, Tensor] = {}
     if rows.columns.count == 0:
-        return tensors, numbers
+        return {}, numbers
+    tensors, numbers["states"] = described_states(sequences)
     arrays: dict[str, npt.NDArray[Any] | None] = {"real": rows.columns.real, "released": rows.columns.released}
     if rows.known_ids.known is not None:
         tensors["ids"], numbers["first_known"] = rows.known_ids.known
@@ -224,8 +221,10 @@ class _Content:
             _GroupContent(index, [layer for layer in group.layers if layer not in numbers["absent"]], tensors)
             for index, group in enumerate(sequences.pool.groups if num_columns else [])
         ]
-        if not all(group.is_whole(self.lengths) for group in self.groups):
+        found = read_states(tensors, numbers.get("states", {}), num_rows, sequences) if num_columns else {}
+        if found is None or not all(group.is_whole(self.lengths) for group in self.groups):
             raise ValueError(_UNFIT)
+        self.states = found
 
     def fill(self, sequences: Sequences, devices: dict[int, torch.device]) -> None:
         """Let sequences hold it.
@@ -241,6 +240,7 @@ class _Content:
         for table, group in zip(rows.tables, self.groups, strict=True):
             table.open_rows(len(self.lengths))
             group.fill(table, self.lengths, sequences, devices)
+        hold_states(sequences, self.states, devices)
         rows.absent = frozenset(self.numbers["absent"])
         rows.columns = self.columns
         if self.ids is not None:

@@ -29,6 +29,7 @@ from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._torch.inductor import hindrance
 from hf_paged._torch.opaque import OPAQUE_INPUTS
 from hf_paged._transformers import compile_obstacle, decoder_of, model_in
+from hf_paged.compile.convolutions import choose_convolutions
 from hf_paged.compile.cpu_replay import StepReplay
 from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
 from hf_paged.compile.linear import MANY_ROWS, choose_linear_layers
@@ -114,8 +115,8 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         A context, which gives the model.
 
     Raises:
-        ValueError: if the model is in training mode, has recurrent layers, can't be compiled as one graph, or changes
-            its keys between cache and attention.
+        ValueError: if the model is in training mode, can't be compiled as one graph, or changes its keys between
+            cache and attention.
     """
     return _Context(_compiled(model))
 
@@ -259,6 +260,7 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = F
     options: dict[str, Any] = {"size_asserts": False}
     if UNUSED_ATTENTION.is_on:
         options["post_grad_custom_post_pass"] = graph_pass(leave_out_unused_attention, _UUID)
+    choose_convolutions(graph)
     is_one_row = choose_linear_layers(graph, has_many_rows=is_prompt) == {"one_row"}
     result = compile_graph(graph, inputs, options, StepReplay if is_one_row else None)
     give_back_freed()

@@ -57,8 +57,9 @@ class PagePool:
 
     Raises:
         ValueError: for a page size that the kernel can't take, a model whose layers keep no keys and values, a prefix
-            cache for a model with recurrent layers or an encoder, a store without a prefix cache, or more pages than
-            there is memory for: as far as the configuration says how large they are, else by the first key.
+            cache for a model with an encoder, a store without a prefix cache or for a model with recurrent layers, or
+            more pages than there is memory for: as far as the configuration says how large they are, else by the
+            first key.
     """
 
     def __init__(
@@ -108,11 +109,10 @@ class PagePool:
         self._states_lock = threading.Lock()
         self.prefix_index = None
         if prefix_cache:
-            if self.has_states:
+            if self.has_states and store is not None:
                 raise ValueError(
-                    f"prefix_cache=True was asked for, but of this {self.config.model_type!r} model "
-                    f"{recurrent_layer(config)} that is in no page, so that nothing could go on from a prefix. Leave "
-                    "it out."
+                    f"A store was given for a {self.config.model_type!r} model, of which {recurrent_layer(config)} "
+                    "that is in no page, so that nothing could go on from a prefix in it. Leave it out."
                 )
             if self.has_encoder:
                 raise ValueError(
@@ -120,8 +120,9 @@ class PagePool:
                     "what its decoder makes of a prefix depends on the encoder's input. Leave it out."
                 )
             tiers: dict[str, PageTier | None] = {"host": self.host, "store": written}
-            present = {name: tier for name, tier in tiers.items() if tier is not None}
-            self.prefix_index = PrefixIndex(self.groups, PrefixTiers(self.groups, present) if present else None)
+            present = {name: tier for name, tier in tiers.items() if tier is not None and not self.has_states}
+            prefix_tiers = PrefixTiers(self.groups, present) if present else None
+            self.prefix_index = PrefixIndex(self.groups, prefix_tiers, needs_states=self.has_states)
         elif store is not None:
             raise ValueError(
                 "A store was given to a pool that finds no prefixes, which is what it would keep. Pass "

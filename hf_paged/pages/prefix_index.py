@@ -2,10 +2,11 @@
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_paged.pages.group import PageGroup
 
@@ -13,19 +14,21 @@ if TYPE_CHECKING:
     from hf_paged.pages.tiers.prefixes import PrefixTiers
 
 TOKEN_BYTES = 4  # of a token: int32
+_MAX_STATES = 32  # of rows, those that were used last
 _DEMOTED = 8  # pages, at least, that leave the device at once: each time it is waited for
 
 
 class _Node:
     """A page's worth of tokens, behind those of its parent."""
 
-    __slots__ = ("children", "origin", "pages", "parent", "tokens")
+    __slots__ = ("children", "origin", "pages", "parent", "states", "tokens")
 
     def __init__(self, origin: Hashable, parent: "_Node | None", tokens: bytes, num_groups: int) -> None:
         self.origin = origin
         self.parent = parent
         self.tokens = tokens
         self.pages: list[int | None] = [None] * num_groups
+        self.states: Any = None
         self.children: dict[bytes, _Node] = {}
 
 
@@ -37,11 +40,13 @@ class Prefix:
         num_pages: pages of the prefix.
         pages: for each group the last of them, as many as the next query sees of it.
         starts: for each group the tokens at the beginning that the next query doesn't see.
+        states: what recurrent layers keep behind it; None where there are none.
     """
 
     num_pages: int
     pages: list[list[int]]
     starts: list[int]
+    states: Any = None
 
 
 def unseen_tokens(group: PageGroup, num_pages: int) -> int:
@@ -59,9 +64,12 @@ class PrefixIndex:
     Args:
         groups: of the pool; they have the index evict cached pages when free ones run short.
         tiers: are given what is evicted; None without.
+        needs_states: whether a prefix ends only where there are states of recurrent layers. Few are kept.
     """
 
-    def __init__(self, groups: Sequence[PageGroup], tiers: "PrefixTiers | None" = None) -> None:
+    def __init__(
+        self, groups: Sequence[PageGroup], tiers: "PrefixTiers | None" = None, *, needs_states: bool = False
+    ) -> None:
         self.tiers = tiers
         self.num_looked_up_tokens = 0
         """Tokens that were looked for, ever."""
@@ -73,6 +81,8 @@ class PrefixIndex:
         self.page_size = groups[0].page_size
         self._roots: dict[Hashable, _Node] = {}
         self._nodes: list[dict[int, _Node]] = [{} for _ in groups]  # by page
+        self._needs_states = needs_states
+        self._with_states: OrderedDict[_Node, None] = OrderedDict()  # the one that was used last is the last
         self._lock = threading.RLock()
         for index, group in enumerate(groups):
             group.evict = partial(_evict, weakref.ref(self), index)
@@ -92,7 +102,10 @@ class PrefixIndex:
                 found = [node.pages[index] for node in path[starts[-1] // self.page_size :]]
                 pages.append([page for page in found if page is not None])
                 group.allocator.retain(pages[-1])
-            return Prefix(len(path), pages, starts)
+            if not path or path[-1].states is None:
+                return Prefix(len(path), pages, starts)
+            self._with_states.move_to_end(path[-1])
+            return Prefix(len(path), pages, starts, path[-1].states)
 
     def ahead(self, origin: Hashable, tokens: bytes, num_pages: int) -> list[dict[int, int]]:
         """Find what groups have of a row behind its first pages, and hold it.
@@ -149,6 +162,28 @@ class PrefixIndex:
                         self._nodes[index][page] = node
                         group.allocator.index([page])
 
+    def keep(self, origin: Hashable, tokens: bytes, num_pages: int, states: Any) -> None:
+        """Let states of recurrent layers be found behind the first pages of a row, as long as these are.
+
+        Args:
+            origin: what made them.
+            tokens: of the row, int32.
+            num_pages: that they are behind.
+            states: are never changed.
+        """
+        size = self.page_size * TOKEN_BYTES
+        with self._lock:
+            node = self._roots.get(origin)
+            for place in range(num_pages):
+                node = None if node is None else node.children.get(tokens[place * size : (place + 1) * size])
+            if node is None or any(page is None for page in node.pages):
+                return
+            node.states = states
+            self._with_states[node] = None
+            self._with_states.move_to_end(node)
+            if len(self._with_states) > _MAX_STATES:
+                self._with_states.popitem(last=False)[0].states = None
+
     def found(self, group: int) -> tuple[list[int], list[tuple[Hashable, bytes]]]:
         """All pages of a group that can be found, those first that would be evicted first; the caller holds them.
 
@@ -202,7 +237,7 @@ class PrefixIndex:
             if node is None:
                 break
             path.append(node)
-            is_found = True
+            is_found = not self._needs_states or node.states is not None
             for index, group in enumerate(self._groups):
                 runs[index] = 0 if node.pages[index] is None else runs[index] + 1
                 if runs[index] < len(path) - unseen_tokens(group, len(path)) // self.page_size:
@@ -219,7 +254,8 @@ class PrefixIndex:
     def _forget(self, group: int, pages: Sequence[int]) -> None:
         for page in pages:
             node = self._nodes[group].pop(page)
-            node.pages[group] = None
+            node.pages[group] = node.states = None
+            self._with_states.pop(node, None)
             while node.parent is not None and not node.children and not any(p is not None for p in node.pages):
                 del node.parent.children[node.tokens]
                 node = node.parent

@@ -9,8 +9,9 @@ import transformers
 from transformers import DynamicCache
 
 import hf_paged
-from hf_paged import PagedCache, PagePool
+from hf_paged import PagedCache, PagePool, PrefixStore
 from hf_paged.errors import UnclearPassError
+from hf_paged.pages.tiers.checked_file import read_tensors, write_tensors
 from tests.models import left_padded
 from tests.sweep.checks import greedy
 from tests.sweep.subjects import subject_of, words
@@ -82,7 +83,8 @@ def logits_of(model, cache, ids, mask=None):
 
 
 def states_of(cache):
-    return [tensor.clone() for tensor in cache._sequences.rows.states.tensors]
+    states = cache._sequences.rows.states
+    return [tensor.clone() for layer in states._layers for tensor in states[layer].tensors]
 
 
 def are_equal(some, others):
@@ -445,16 +447,8 @@ def test_what_would_lose_states_is_refused(tmp_path):
     cache = PagedCache.from_model(model, page_size=16)
     logits_of(model, cache, words(1, 17))
     before = states_of(cache)
-    with pytest.raises(
-        ValueError, match="layer 0 is a 'linear_attention' layer, which keeps a state that is in no page"
-    ):
-        cache.save(tmp_path / "cache", model)
-    with pytest.raises(
-        ValueError, match="layer 0 is a 'linear_attention' layer, which keeps a state that is in no page"
-    ):
-        PagePool.from_model(model, page_size=16, prefix_cache=True)
-    with pytest.raises(ValueError, match="which keeps a state that no graph can follow"), hf_paged.compiled(model):
-        pass
+    with pytest.raises(ValueError, match="which keeps a state that is in no page, so that nothing could go on from"):
+        PagePool.from_model(model, page_size=16, prefix_cache=True, store=PrefixStore(tmp_path, 2**20))
     cache.layers[1].keys = cache.layers[1].keys[:, :, :9]
     cache.layers[1].values = cache.layers[1].values[:, :, :9]
     with pytest.raises(ValueError, match="whose recurrent layers have a state for each row"):
@@ -462,6 +456,26 @@ def test_what_would_lose_states_is_refused(tmp_path):
     cache.reset()
     logits_of(model, cache, words(1, 17))
     assert are_equal(states_of(cache), before)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_saved_batch_is_gone_on_from_with_its_states(name, tmp_path):
+    mask = left_padded(17, [17, 6])
+    ids, model = words(2, 17) * mask, model_of(name)
+    cache = PagedCache.from_model(model, page_size=16)
+    text = tokens_of(model, cache, ids, mask, new=4)
+    cache.save(tmp_path / "cache")
+    loaded = PagedCache.load(tmp_path / "cache", model, page_size=32)
+    assert are_equal(states_of(loaded), states_of(cache))
+    assert loaded.lengths == cache.lengths
+    longer = torch.cat([mask, torch.ones_like(text[:, 17:])], dim=1)
+    assert torch.equal(tokens_of(model, loaded, text, longer, new=9), plain_tokens(name, ids, mask, new=13))
+    assert are_equal(states_of(PagedCache.load(tmp_path / "cache", model)), states_of(cache))
+    tensors, metadata = read_tensors(tmp_path / "cache")
+    first = next(name for name in tensors if "_states." in name)
+    write_tensors(tmp_path / "cut", tensors | {first: tensors[first][:1]}, metadata)
+    with pytest.raises(ValueError, match="its parts don't belong together"):
+        PagedCache.load(tmp_path / "cut", model)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -579,6 +593,8 @@ def test_drafts_for_single_rows_are_refused(name):
     with pytest.raises(ValueError, match="which keeps a state, of which no token can be taken back"):
         tokens_of(model, cache, words(2, 17), custom_generate=hf_paged.prompt_lookup())
     assert cache.lengths == []
+    with pytest.raises(ValueError, match=r"can't draft: layer \d is a .* no token can be taken back"):
+        hf_paged.assisted(model)
 
 
 def test_sinks_of_each_query_are_refused():

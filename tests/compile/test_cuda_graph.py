@@ -3,6 +3,8 @@
 On a CPU it is all of it but CUDA: a step is repeated by running it again on what was sent.
 """
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
@@ -13,8 +15,11 @@ from hf_paged.attention.backends import flex as kernel
 from hf_paged.compile import api
 from hf_paged.compile import cuda_graph as cuda_graphs
 from hf_paged.compile.api import compiled
+from tests.cache.test_recurrent import model_of, tokens_of
+from tests.cache.test_recurrent import plain_tokens as recurrent_tokens
 from tests.families import FAMILIES
 from tests.models import generate, left_padded, plain_tokens, random_ids, tiny_llama, tiny_model
+from tests.sweep.subjects import words
 
 ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -104,6 +109,17 @@ def test_windows_softcap_and_sinks(steps, device, name):
     expected = plain_tokens(model, ids, **settings)
     assert torch.equal(repeated_tokens(model, ids, **settings), expected)
     assert steps["repeated"] > 30
+
+
+def test_states_are_in_two_places_that_stay(steps, device):
+    name, mask = "Qwen3NextForCausalLM", left_padded(20, [20, 7, 13])
+    ids, model = words(3, 20) * mask, copy.deepcopy(model_of(name)).to(device)
+    cache = PagedCache.from_model(model, page_size=16)
+    with compiled(model):
+        found = tokens_of(model, cache, ids.to(device), mask.to(device), new=60)
+    assert torch.equal(found.cpu(), recurrent_tokens(name, ids, mask, new=60))
+    assert 2 <= steps["recorded"] <= 6, "one for each place, again when the pool has grown"
+    assert steps["repeated"] >= 58 - 2 * steps["recorded"]
 
 
 def test_batches_of_several_sizes(steps, device):

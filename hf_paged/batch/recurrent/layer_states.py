@@ -1,6 +1,7 @@
 """The states of one recurrent layer."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -22,6 +23,8 @@ class LayerStates:
         is_recurrent_states_initialized: whether there is one.
         has_previous_state: whether it has seen tokens.
         conv_kernel_size: columns that a convolution needs; there are more while the past is recorded.
+        is_shared: whether somebody else may read the tensors, so that nothing is ever written into them.
+        is_filled: whether a compiled graph has written the states after its pass into the tensors.
     """
 
     conv_states: dict[int, Tensor | None]
@@ -30,12 +33,15 @@ class LayerStates:
     is_recurrent_states_initialized: dict[int, bool]
     has_previous_state: dict[int, bool]
     conv_kernel_size: dict[int, int | None]
+    is_shared: bool = False
+    is_filled: bool = False
 
     @classmethod
     def empty(cls, num_states: int) -> Self:
         """States that have seen nothing."""
-        values: list[Any] = [None, None, False, False, False, None]
-        return cls(*(dict.fromkeys(range(num_states), value) for value in values))
+        values = None, None, False, False, False, None
+        states: list[Any] = [dict.fromkeys(range(num_states), value) for value in values]
+        return cls(*states)
 
     def changed(self, change: Callable[[Tensor], Tensor], *, records_past: bool = True) -> Self:
         """Return states of other tensors.
@@ -44,7 +50,10 @@ class LayerStates:
             change: makes them.
             records_past: whether convolutions keep more columns than they need.
         """
-        other = type(self)(*(dict(getattr(self, field.name)) for field in fields(self)))
+        other = copy(self)
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), dict):
+                setattr(other, field.name, dict(value))
         for index, state in other.conv_states.items():
             if state is not None:
                 other.conv_states[index] = change(state if records_past else self._needed(index, state))
@@ -52,6 +61,15 @@ class LayerStates:
             if state is not None:
                 other.recurrent_states[index] = change(state)
         return other
+
+    def fill(self, before: Self) -> None:
+        """Write the tensors of states like these into those of these."""
+        for index, state in self.conv_states.items():
+            if state is not None:
+                state.copy_(before.conv_states[index])  # type: ignore[arg-type]
+        for index, state in self.recurrent_states.items():
+            if state is not None:
+                state.copy_(before.recurrent_states[index])  # type: ignore[arg-type]
 
     def needs_more(self, num_removed: int, num_left: int) -> bool:
         """Whether tokens can't be taken back: of a recurrent state, or of columns that were not recorded.

@@ -38,11 +38,16 @@ class States:
     That a layer has been through is not said by anybody: the layers that follow show it, and of the last one, that all
     states it asked for have changed.
 
+    A compiled graph can't ask. It reads the states and writes those after its pass into other tensors, of the same
+    sizes, which are there before it runs; once it has run, both change places. So it reads and writes two places in
+    turns, which stay where they are.
+
     Args:
         pool: where the pages are.
 
     Attributes:
         last: the last layer that has asked in the pass under way; -1 for none.
+        is_prepared: whether the pass under way may be one of a compiled graph.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -51,8 +56,10 @@ class States:
             index: LayerStates.empty(spec.num_states) for index, spec in enumerate(pool.layers) if spec.num_states
         }
         self._before: dict[int, LayerStates] = {}
+        self._room: dict[int, LayerStates] = {}  # for those after a pass of a compiled graph
         self._versions: dict[State, int] = {}  # of the states that were asked for, when they were
         self.last = -1
+        self.is_prepared = False
         if self._layers:
             pool.count_in(self)
 
@@ -82,15 +89,21 @@ class States:
         layer = state.layer
         if layer not in self._before:
             before = self._before[layer] = self._layers[layer]
+            after = self._room.pop(layer, None)
             with torch.inference_mode(False), torch.no_grad():  # inference tensors would have no version
-                self._layers[layer] = before.changed(Tensor.clone, records_past=records_past)
+                if after is None:
+                    after = before.changed(Tensor.clone, records_past=records_past)
+                    after.is_shared = False
+                else:
+                    after.fill(before)
+            self._layers[layer] = after
         self.last = max(self.last, layer)
         tensor = self._tensor(state, self._layers[layer])
         self._versions[state] = _UPDATED if updates else 0 if tensor is None else tensor._version
 
     def missing(self, absent: Collection[int]) -> set[int]:
         """Layers that the pass under way has not come to, of those that are not absent."""
-        return self._layers.keys() - self._before.keys() - set(absent)
+        return self._layers.keys() - {*self._before, *self._filled, *absent}
 
     @property
     def are_done(self) -> bool:
@@ -104,16 +117,62 @@ class States:
     @property
     def have_changed(self) -> bool:
         """Whether the pass under way has changed any."""
-        return any(map(self._has_changed, self._versions))
+        return bool(self._filled) or any(map(self._has_changed, self._versions))
 
     def commit(self) -> None:
         """Forget those before the pass."""
-        self._before, self._versions, self.last = {}, {}, -1
+        for layer in self._filled:
+            before, after = self._layers[layer], self._room.pop(layer)
+            after.is_filled = False
+            self._layers[layer] = after
+            if not before.is_shared:
+                self._room[layer] = before
+        self._end()
 
     def restore(self) -> None:
         """Put those before the pass back."""
+        for layer in self._filled:
+            self._room[layer].is_filled = False
         self._layers |= self._before
-        self.commit()
+        self._end()
+
+    def _end(self) -> None:
+        self._before, self._versions, self.last, self.is_prepared = {}, {}, -1, False
+
+    # In a pass of a compiled graph
+
+    def prepare(self, absent: Collection[int]) -> None:
+        """Let the pass under way be one of a compiled graph, over one token of each row, if all layers have states.
+
+        Args:
+            absent: layers that hold nothing.
+        """
+        layers = self._layers.keys() - set(absent)
+        for layer in layers - self._room.keys():
+            states = self._layers[layer]
+            if layer in self._before or not any(states.has_previous_state.values()):
+                return
+            with torch.inference_mode(False), torch.no_grad():
+                # Graphs are made for one kind of tensors.
+                self._layers[layer] = states = states.changed(_plain, records_past=False)
+                self._room[layer] = states.changed(torch.empty_like)
+            self._room[layer].is_shared = False
+        self.is_prepared = True
+
+    def in_graph(self, layer: int) -> LayerStates:
+        """The states after a pass, for the graph of this pass to change in place: they begin as those before.
+
+        Dynamo, which traces this, sets the attribute once the whole graph has run.
+        """
+        after = self._room[layer]
+        if not after.is_filled:
+            after.is_filled = True
+            after.fill(self._layers[layer])
+        return after
+
+    @property
+    def _filled(self) -> list[int]:
+        return [layer for layer, states in self._room.items() if states.is_filled]
 
     def _is_done(self, layer: int) -> bool:
         spec, before = self._specs[layer], self._before[layer]
@@ -140,8 +199,9 @@ class States:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, without those before the pass under way."""
-        return [tensor for states in self._layers.values() for tensor in states.tensors]
+        """All of them, without those before the pass under way, and what compiled graphs are going to write to."""
+        held = *self._layers.values(), *self._room.values()
+        return [tensor for states in held for tensor in states.tensors]
 
     @property
     def only_convolve(self) -> bool:
@@ -154,7 +214,12 @@ class States:
     def clear(self) -> None:
         """Have seen nothing."""
         self._layers = {layer: LayerStates.empty(len(states.conv_states)) for layer, states in self._layers.items()}
-        self.commit()
+        self._room.clear()
+        self._end()
+
+    def hold(self, layer: int, states: LayerStates) -> None:
+        """Have these states of a layer."""
+        self._layers[layer] = states
 
     def select(self, indices: Sequence[int]) -> None:
         """Let row `i` be what row `indices[i]` was."""
@@ -168,10 +233,13 @@ class States:
             return state.index_select(0, on_device[state.device])
 
         self._layers = {layer: states.changed(selected) for layer, states in self._layers.items()}
+        self._room.clear()
 
     def fork(self, pool: PagePool) -> "States":
         """Return the same states, sharing the tensors until one of both goes on."""
         other = States(pool)
+        for states in self._layers.values():
+            states.is_shared = True
         other._layers = {layer: states.changed(lambda state: state) for layer, states in self._layers.items()}
         return other
 
@@ -218,8 +286,14 @@ class States:
         if ends.any():
             num_removed = count - int(ends[0])
             self._layers = {layer: states.truncated(num_removed) for layer, states in self._layers.items()}
+            self._room.clear()
         else:
             self.clear()
+
+
+def _plain(state: Tensor) -> Tensor:
+    is_plain = state.is_contiguous() and not state.is_inference()
+    return state if is_plain else state.clone(memory_format=torch.contiguous_format)
 
 
 def _joined(following: Sequence[Iterator[Tensor]], state: Tensor) -> Tensor:

@@ -42,8 +42,12 @@ class _Rows(Cache):
         return self._num_columns
 
 
-def check_model(model: PreTrainedModel) -> torch.nn.Module:
+def check_model(model: PreTrainedModel, *, packs: bool = True) -> torch.nn.Module:
     """Return the decoder of a model whose prompts are what its decoder makes of ids, positions and causality.
+
+    Args:
+        model: that generates.
+        packs: whether one row is to follow another.
 
     Raises:
         NotPackable: if anything else may take part.
@@ -52,7 +56,7 @@ def check_model(model: PreTrainedModel) -> torch.nn.Module:
     if attention != NAME:
         raise NotPackable(f"attn_implementation={attention!r} can't tell packed rows apart, as {NAME!r} can")
     layer = recurrent_layer(model.config)
-    if layer is not None:
+    if packs and layer is not None:
         raise NotPackable(f"{layer}, and what it makes of one row would go on in the next")
     decoder = decoder_of(model)
     if decoder is not model.base_model:
@@ -62,7 +66,7 @@ def check_model(model: PreTrainedModel) -> torch.nn.Module:
             raise NotPackable(f"{type(part).__name__} takes no position_ids")
     if type(model).forward.__module__ != type(decoder).forward.__module__:
         raise NotPackable(f"its forward is that of {type(model).forward.__module__}")
-    if hasattr(model, "create_masks_for_generate"):
+    if packs and hasattr(model, "create_masks_for_generate"):  # else the decoder makes those of a row
         raise NotPackable("it makes masks of its own")
     for hook in (*torch_module._global_forward_pre_hooks.values(), *torch_module._global_forward_hooks.values()):
         _check_hook("all modules", hook)

@@ -25,6 +25,7 @@ from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.packed import Chunk
 from hf_paged.cache.layer import layers_over
+from hf_paged.cache.prompt.by_row import compute_by_row
 from hf_paged.cache.prompt.checks import check_arguments, check_fits, check_ids, check_is_longer, check_rotary
 from hf_paged.cache.prompt.known_prefix import ends_in_padding
 from hf_paged.cache.prompt.origin import origin_of_prompt
@@ -247,6 +248,8 @@ def _compute_packed(
         kept: `(num_rows,)` first tokens of each row that stay of another prompt.
         leaves_rest: whether a pass follows over all columns that `filled` does not hold then.
     """
+    if sequences.pool.has_states and sequences.pool.prefix_index is not None:
+        return compute_by_row(model, sequences, filled, input_ids, inputs, max_tokens, is_new=kept is not None)
     decoder = check_model(model)
     num_cached, num_columns = sequences.rows.columns.count if kept is None else 0, input_ids.shape[1]
     check_prompt(model, layers_over(filled), input_ids, inputs, num_cached)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_paged._transformers import CACHE, cache_in, model_in
+from hf_paged._transformers import CACHE, cache_in, model_in, recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.padding import Counts
 from hf_paged.decoding.ragged_passes import RaggedPasses
@@ -156,6 +156,12 @@ def assisted(draft_model: PreTrainedModel, num_tokens: int = 5) -> Callable[...,
         raise ValueError(
             f"assisted() was given a {type(draft).__name__} that can't draft: it takes a decoder in evaluation mode "
             f"with attn_implementation={NAME!r}. Load it so, or call set_attn_implementation({NAME!r}) and eval()."
+        )
+    layer = recurrent_layer(draft.config)
+    if layer is not None:
+        raise ValueError(
+            f"assisted() was given a {type(draft).__name__} that can't draft: {layer}, of which no token can be taken "
+            "back. Take a draft model without such layers, or hf_paged.prompt_lookup()."
         )
     return partial(speculate, partial(_make, draft), num_tokens)
 
