@@ -97,7 +97,8 @@ def generate_many(
             a `seed` and arguments of `generate()`, such as `max_new_tokens`, `stop_strings` or `logits_processor`.
             Any iterable, maybe without end; the next one is taken when there may be room for it.
         generation_config: for all prompts; None for that of the model.
-        pool: whose pages are used; None for one of its own, which grows as needed.
+        pool: whose pages are used; None for one of its own, which grows as rows need it, and keeps what they leave
+            for prompts to come until others need the pages.
         max_rows: rows of the batch, at most.
         **generate_kwargs: arguments of `generate()` for all prompts.
 
@@ -118,12 +119,13 @@ def generate_many(
             f"generate_many() was given a {type(prompts).__name__} as prompts, but it takes a list of them, or "
             "anything that gives one after the other, each a list of token ids or a tensor (num_tokens,)."
         )
-    owns_pool = pool is None
     if pool is None:
         page_size = usual_page_size(model.device)
         pool = PagePool.from_model(model, page_size=page_size, prefix_cache=recurrent_layer(model.config) is None)
+        for group in pool.groups:
+            group.evicts_first = True
     check_fits(model, PagedCache(pool=pool)._sequences)
-    schedule = Schedule(model, prompts, generation_config, generate_kwargs, pool, max_rows, owns_pool)
+    schedule = Schedule(model, prompts, generation_config, generate_kwargs, pool, max_rows)
     return Answers(schedule, len(prompts) if isinstance(prompts, Sized) else None)
 
 

@@ -31,7 +31,6 @@ class Schedule:
         settings: arguments of `generate()` for all prompts.
         pool: where the pages are.
         max_rows: rows of the batch, at most.
-        owns_pool: whether nobody else uses the pool. Then it keeps no more pages for prompts to come than rows hold.
     """
 
     def __init__(
@@ -42,14 +41,12 @@ class Schedule:
         settings: dict[str, Any],
         pool: PagePool,
         max_rows: int,
-        owns_pool: bool,
     ) -> None:
         self._model = model
         self._config = config
         self._settings = settings
         self._pool = pool
         self._max_rows = max_rows
-        self._owns_pool = owns_pool
         self._chunk = usual_chunk(model.device)
         self._prompts: Iterator[tuple[int, Any]] = enumerate(prompts)
         self._waiting: deque[Row] = deque()  # in the order of their prompts
@@ -190,7 +187,6 @@ class Schedule:
         else:
             batch.keep(kept)
             self._is_full = False
-            self._forget_some()
 
     def _goes_on(self, index: int, token: int | Exception) -> bool:
         """Give a row its token; return whether it goes on."""
@@ -220,13 +216,3 @@ class Schedule:
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._results.append(row.result("error", error))
-
-    def _forget_some(self) -> None:
-        """Let a pool that may grow keep no more for prompts to come than rows hold."""
-        index = self._pool.prefix_index
-        if not self._owns_pool or index is None:
-            return
-        for place, group in enumerate(self._pool.groups):
-            surplus = group.allocator.num_cached - group.allocator.num_active
-            if surplus > 0:
-                index.evict(place, surplus)
