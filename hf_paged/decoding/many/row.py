@@ -83,7 +83,7 @@ class Row:
             return "eos"
         if self._criteria:
             ids = torch.tensor([self.ids], device=device)
-            if any(bool(criterion(ids, None).all()) for criterion in self._criteria):
+            if any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self._criteria):  # or a bool
                 return "stop"
         return "length" if self._max_length is not None and len(self.ids) >= self._max_length else None
 

@@ -185,10 +185,12 @@ def test_an_answer_ends_by_a_token_its_length_or_another_criterion_and_says_so(m
     ids = list(range(100, 120))
     plain = alone(model, {"input_ids": ids}, max_new_tokens=8, eos_token_id=None)
     stop = {"stop_strings": [tokenizer.decode([90])], "logits_processor": [Always(90)]}
-    prompts = [{"input_ids": ids, **own} for own in ({"eos_token_id": plain[3]}, {"eos_token_id": None}, stop)]
+    short = {"stopping_criteria": [lambda ids, scores: ids.shape[1] == 22]}  # true or false, no tensor
+    ways = ({"eos_token_id": plain[3]}, {"eos_token_id": None}, stop, {"eos_token_id": None} | short)
+    prompts = [{"input_ids": ids, **own} for own in ways]
     results = hf_paged.generate_many(model, prompts, max_new_tokens=8, tokenizer=tokenizer, do_sample=False).in_order()
-    assert [result.finish_reason for result in results] == ["eos", "length", "stop"]
-    assert [result.tokens for result in results] == [plain[: plain.index(plain[3]) + 1], plain, [90]]
+    assert [result.finish_reason for result in results] == ["eos", "length", "stop", "stop"]
+    assert [result.tokens for result in results] == [plain[: plain.index(plain[3]) + 1], plain, [90], plain[:2]]
     assert [result.prompt for result in results] == prompts
 
 
