@@ -71,6 +71,8 @@ class PageGroup:
         """Moves rows to the host that may be; returns whether it did. None without memory of the host."""
         self.storage_version = object()
         """Another object whenever the storage of any layer is made or moved."""
+        self.evicts_first = False
+        """Whether cached pages are evicted before pages are taken that nobody has written to yet."""
         self._first_pages = num_pages
         self._holders: WeakSet[PageHolder] = WeakSet()
         self._storages: dict[int, LayerStorage] = {}
@@ -170,6 +172,8 @@ class PageGroup:
         """
         if self.num_pages == self.max_pages:
             return self._allocate(count, admit)
+        if self.evicts_first:
+            self._release_cached(count)
         with self._lock:
             try:
                 return self.allocator.allocate(count, admit=admit)
@@ -296,6 +300,12 @@ class PageGroup:
                     self.evict(missing)
                 elif self.num_pages != self.max_pages or self.move_idle is None or not self.move_idle():
                     raise
+
+    def _release_cached(self, count: int) -> None:
+        """Let as many pages be free that were written to as are going to be taken, if there are cached ones."""
+        num_written = self.allocator.num_free - (self.num_pages - self.allocator.num_touched)
+        if self.evict is not None and num_written < count and self.allocator.num_cached:
+            self.evict(count - num_written)
 
     def _has_enough_cached(self) -> bool:
         """Whether cached pages take so much memory that they are to be evicted before the group grows."""
