@@ -30,6 +30,8 @@ _RECURRENT = ("linear_attention", "conv", *_HYBRID)
 _STORING = ("full_attention", *_WINDOWED, *_HYBRID)
 _EMPTY = ("dummy", "moe", "mlp")
 
+_DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.nn.quantized.dynamic")
+
 _WINDOWED_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
 
@@ -192,6 +194,26 @@ def compile_obstacle(config: PreTrainedConfig) -> str | None:
         return "makes keys and values of the latents that are cached"
     layer = recurrent_layer(config)
     return None if layer is None else f"has recurrent layers ({layer} that no graph can follow)"
+
+
+def uncompiled_weights(model: PreTrainedModel) -> str | None:
+    """Say why Transformers does not compile the steps of a model, for its quantised weights; None if it does."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.is_compileable:
+        return None
+    method = getattr(quantizer.quantization_config, "quant_method", None)
+    return f"Transformers compiles no weights of {getattr(method, 'value', method)}"
+
+
+def mixes_tokens(model: PreTrainedModel) -> bool:
+    """Whether layers round a token by what else is in a pass.
+
+    bitsandbytes looks for outliers among all tokens, and torch's dynamically quantised layers have one scale for all.
+    """
+    config: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if getattr(config, "load_in_8bit", False) and getattr(config, "llm_int8_threshold", 0):
+        return True
+    return any(type(module).__module__.startswith(_DYNAMIC) for module in model.modules())
 
 
 def least_token_bytes(config: PreTrainedConfig) -> int:
