@@ -98,6 +98,8 @@ class KnownIds:
         end, self._pass = begin + num_new, None
         if begin:
             self.offsets.check()
+        else:
+            self.offsets.forget()
         if told is not None:
             self._check_thread()
             if told.ids.shape[1] == end:

@@ -28,7 +28,7 @@ from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._torch.inductor import hindrance
 from hf_paged._torch.opaque import OPAQUE_INPUTS
-from hf_paged._transformers import compile_obstacle, decoder_of, model_in
+from hf_paged._transformers import compile_obstacle, decoder_of, model_in, uncompiled_weights
 from hf_paged.compile.convolutions import choose_convolutions
 from hf_paged.compile.cpu_replay import StepReplay
 from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
@@ -105,8 +105,8 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     last one is left. On a GPU each step is also recorded as a CUDA graph, for a number of rows, and repeated until the
     pool grows.
 
-    Where torch's own switches turn `torch.compile` off, or there is no C++ compiler for a CPU, the model runs
-    uncompiled; a log message tells.
+    Where torch's own switches turn `torch.compile` off, there is no C++ compiler for a CPU, or Transformers does not
+    compile the model's quantised weights, the model runs uncompiled; a log message tells.
 
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
@@ -125,7 +125,7 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
 def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     model = model_in(model, "compiled()")
     _check(model)
-    reason = hindrance(model.device)
+    reason = hindrance(model.device) or uncompiled_weights(model)
     if reason is not None:
         logger.warning("%s, so %s runs uncompiled within compiled().", reason, type(model).__name__)
     if reason is not None or not (OPAQUE_INPUTS.is_on and HOOK_GUARDS.is_on):
