@@ -1,5 +1,6 @@
 """Compiled decoding and compiled prefill."""
 
+import gc
 import inspect
 import logging
 import threading
@@ -267,9 +268,22 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = F
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
     is_on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-    if is_on_gpu and CUDA_GRAPHS.is_on:
-        result = StepGraphs(result)
-    return SteadyGraph(result) if is_steady else result
+    run = _collecting(StepGraphs(result) if is_on_gpu and CUDA_GRAPHS.is_on else result)
+    return SteadyGraph(run) if is_steady else run
+
+
+def _collecting(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Drop what dynamo has left before the first call: cycles that hold the cache, and so its pages, of that step."""
+    is_first = True
+
+    def call(*inputs: Any) -> Any:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            gc.collect()
+        return run(*inputs)
+
+    return call
 
 
 def _refuse(reason: str, *inputs: Any) -> Any:

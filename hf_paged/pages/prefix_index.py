@@ -41,12 +41,14 @@ class Prefix:
         pages: for each group the last of them, as many as the next query sees of it.
         starts: for each group the tokens at the beginning that the next query doesn't see.
         states: what recurrent layers keep behind it; None where there are none.
+        num_alike: pages in which the row is like one before it, also where no states were kept.
     """
 
     num_pages: int
     pages: list[list[int]]
     starts: list[int]
     states: Any = None
+    num_alike: int = 0
 
 
 def unseen_tokens(group: PageGroup, num_pages: int) -> int:
@@ -95,17 +97,17 @@ class PrefixIndex:
             tokens: of the row, int32.
         """
         with self._lock:
-            path = self._path(origin, tokens)
+            path, num_alike = self._path(origin, tokens)
             pages, starts = [], []
             for index, group in enumerate(self._groups):
                 starts.append(unseen_tokens(group, len(path)))
                 found = [node.pages[index] for node in path[starts[-1] // self.page_size :]]
                 pages.append([page for page in found if page is not None])
                 group.allocator.retain(pages[-1])
-            if not path or path[-1].states is None:
-                return Prefix(len(path), pages, starts)
-            self._with_states.move_to_end(path[-1])
-            return Prefix(len(path), pages, starts, path[-1].states)
+            states = path[-1].states if path else None
+            if states is not None:
+                self._with_states.move_to_end(path[-1])
+            return Prefix(len(path), pages, starts, states, num_alike)
 
     def ahead(self, origin: Hashable, tokens: bytes, num_pages: int) -> list[dict[int, int]]:
         """Find what groups have of a row behind its first pages, and hold it.
@@ -228,7 +230,8 @@ class PrefixIndex:
         with self._lock:
             return {page: _depth(node) - 1 for page, node in self._nodes[group].items()}
 
-    def _path(self, origin: Hashable, tokens: bytes) -> list[_Node]:
+    def _path(self, origin: Hashable, tokens: bytes) -> tuple[list[_Node], int]:
+        """The nodes of the longest prefix that is found, and how many there are with those behind it."""
         size, node = self.page_size * TOKEN_BYTES, self._roots.get(origin)
         path: list[_Node] = []
         num_found, runs = 0, [0] * len(self._groups)
@@ -242,11 +245,11 @@ class PrefixIndex:
                 runs[index] = 0 if node.pages[index] is None else runs[index] + 1
                 if runs[index] < len(path) - unseen_tokens(group, len(path)) // self.page_size:
                     if group.window is None:
-                        return path[:num_found]
+                        return path[:num_found], len(path) - 1
                     is_found = False
             if is_found:
                 num_found = len(path)
-        return path[:num_found]
+        return path[:num_found], len(path)
 
     def _new(self, origin: Hashable, parent: _Node | None, tokens: bytes) -> _Node:
         return _Node(origin, parent, tokens, len(self._groups))

@@ -56,7 +56,8 @@ class MemoryStats:
         store_bytes: what the store takes, by whoever it was filled.
         num_demoted_pages: pages of the pool of which the content went to the host, ever.
         num_promoted_pages: pages of the pool of which the content was brought back from there or from the store, ever.
-        state_bytes: states of recurrent layers, which are in no page. What forks share counts once.
+        state_bytes: states of recurrent layers, which are in no page: those of rows, for a pool also those behind
+            prefixes, and the room that compiled steps write to. What forks share counts once.
     """
 
     num_pages: int

@@ -43,6 +43,17 @@ def test_a_prompt_goes_on_from_the_end_of_an_earlier_one(name):
     pool.check_integrity()
 
 
+def test_a_state_is_kept_where_a_prompt_parts_from_an_earlier_one():
+    model, beginning = model_of(CHOSEN[1]), words(1, 37)
+    pool = pool_of(model)
+    for seed, num_found in ((1, 0), (2, 0), (3, 32), (4, 64)):
+        prompt = torch.cat([beginning, words(1, 30, seed=seed)], dim=1)
+        with PagedCache(pool=pool) as cache:
+            cache.prefill(model, prompt)
+            assert torch.equal(tokens_of(model, cache, prompt), plain_tokens(CHOSEN[1], prompt))
+        assert found_in(pool) == num_found
+
+
 @pytest.mark.parametrize("name", GOING_ON)
 def test_rows_that_begin_alike_are_computed_behind_their_beginning(name):
     model, beginning = model_of(name), words(1, 33)

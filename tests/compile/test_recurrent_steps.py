@@ -1,9 +1,11 @@
 """Compiled steps of models with recurrent layers: one graph, which reads and writes the states in two places."""
 
+import gc
+
 import pytest
 import torch
 
-from hf_paged import PagedCache
+from hf_paged import PagedCache, PagePool
 from hf_paged.compile import api
 from hf_paged.compile.api import compiled
 from hf_paged.errors import UnclearPassError
@@ -85,6 +87,19 @@ def test_a_compiled_step_that_fails_leaves_states_as_they_were(name, monkeypatch
         assert are_equal(states_of(cache), states_of(fork))
         fails = False
         assert torch.equal(tokens_of(model, cache, expected[:, :22], new=5), expected)
+
+
+def test_a_cache_of_which_a_step_was_traced_gives_its_pages_back(graphs):
+    model = model_of("Lfm2ForCausalLM")
+    pool = PagePool.from_model(model, page_size=16)
+    gc.disable()
+    try:
+        with compiled(model):
+            tokens_of(model, PagedCache(pool=pool), words(2, 17), new=4)
+        assert len(graphs) == 1
+        assert (pool.stats().num_active_pages, pool.stats().state_bytes) == (0, 0)
+    finally:
+        gc.enable()
 
 
 def test_what_is_recorded_for_crop_is_no_compiled_step_s(graphs):

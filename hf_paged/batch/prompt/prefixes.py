@@ -28,7 +28,7 @@ class RowPrefixes:
 
     Attributes:
         arrivals: of pages that are brought back from the tiers of the pool; None without.
-        states: of recurrent layers behind what was found, by row.
+        found: what was found, by row.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class RowPrefixes:
     ) -> None:
         assert pool.prefix_index is not None
         self._index = index = pool.prefix_index
-        self.states: dict[int, Any] = {}
+        self.found: dict[int, Prefix] = {}
         self.arrivals: Arrivals | None = None if index.tiers is None else index.tiers.arrivals()
         # A window is one of columns. Tokens behind padding within a row see fewer others through it than they would
         # without the padding, so that they are neither looked for nor found.
@@ -81,7 +81,7 @@ class RowPrefixes:
                 for table in tables:
                     table.release([row])
             self._num_indexed[row] = prefix.num_pages
-            self.states[row] = prefix.states
+            self.found[row] = prefix
             prefix = self._extended(row, prefix)
             num_tokens = prefix.num_pages * self._index.page_size
             for table, pages, start in zip(tables, prefix.pages, prefix.starts, strict=True):
@@ -121,7 +121,7 @@ class RowPrefixes:
         Args:
             row: index of the row.
             num_tokens: that they are behind, in full pages.
-            states: what `states` will have.
+            states: what the `Prefix` that ends there will have.
         """
         self._index.keep(self._origin, self._rows[row], num_tokens // self._index.page_size, states)
 

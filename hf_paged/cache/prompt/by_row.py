@@ -1,8 +1,8 @@
 """Prompts of models with recurrent layers: row by row, each from where the prefix index has pages and states of it.
 
-The states behind a prefix are those of one place. So they are kept where prompts end, rounded down to a page, and
-between chunks; a row begins at the last such place that it has in common with an earlier one. Behind padding a state
-would be another one, so that rows are computed without any, and joined.
+The states behind a prefix are those of one place. So they are kept where a prompt parts from an earlier one, where it
+ends, both rounded down to a page, and between chunks; a row begins at the last such place that it has in common with
+an earlier one. Behind padding a state would be another one, so that rows are computed without any, and joined.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -108,12 +108,11 @@ def _compute_row(decoder: torch.nn.Module, cache: "PagedCache", ids: Tensor, ori
     prefixes.adopt(rows.tables, [0])
     begin = int(rows.lengths[0])
     if begin:
-        rows.states, rows.columns = prefixes.states[0].fork(sequences.pool), Columns(begin)
-    last = num_tokens // page_size * page_size
+        rows.states, rows.columns = prefixes.found[0].states.fork(sequences.pool), Columns(begin)
     chunk = max(1, max_tokens // page_size) * page_size
-    for end in (*range(begin + chunk, last, chunk), *((last,) if last > begin else ()), num_tokens):
-        if end == begin:
-            continue
+    kept = prefixes.found[0].num_alike * page_size, num_tokens // page_size * page_size
+    ends = {*range(begin + chunk, num_tokens, chunk), *kept, num_tokens}
+    for end in sorted(end for end in ends if end > begin):
         positions = torch.arange(begin, end, device=ids.device)[None]
         decoder(input_ids=ids[None, begin:end], position_ids=positions, use_cache=True, **{CACHE: cache})
         sequences.end_step()

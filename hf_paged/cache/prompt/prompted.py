@@ -34,7 +34,8 @@ class Prompted(RowOperations):
         padding; equal rows are computed once. That takes a decoder set to `"paged_flex"`, whose rows and columns are
         told apart by causality, positions and padding alone. For all other models (set to `"sdpa"` or `"eager"`, with
         images, hooks, recurrent layers, or adapters for each row, for example) the prompt is computed at once and
-        padded, as `generate()` does, and one log line says why.
+        padded, as `generate()` does, and one log line says why. With recurrent layers and a prefix index it is
+        computed row by row.
 
         What was an input of the prompt alone, such as `pixel_values`, is to be left out of the `generate()` that
         follows.
