@@ -280,6 +280,24 @@ def test_a_layer_that_shares_rows_holds_what_one_that_does_not_would(repeats):
     check()
 
 
+@pytest.mark.parametrize("repeats", [[4], [2, 2], [3, 1, 2], [1, 1]], ids=str)
+def test_graphs_read_every_row(repeats):
+    torch.manual_seed(0)
+    keys, values = (torch.randn(len(repeats), 2, 5, 4).repeat_interleave(torch.tensor(repeats), 0) for _ in range(2))
+    layer, query = EncoderLayer(), torch.randn(sum(repeats), 2, 1, 4)
+    layer.update(keys, values)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend(query):
+        return torch.nn.functional.scaled_dot_product_attention(query, layer.keys, layer.values)
+
+    for order in (torch.arange(len(keys)), torch.arange(len(keys)).flip(0)):
+        layer.reorder_cache(order)
+        keys, values = keys[order], values[order]
+        expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+        torch.testing.assert_close(attend(query), expected)
+
+
 @pytest.mark.parametrize("begin_anew", ["failed pass", "reset", "crop"])
 def test_another_input_is_not_answered_with_what_an_encoder_said_before(begin_anew):
     ids, others = random_ids(1, 20), random_ids(1, 23, seed=9)
