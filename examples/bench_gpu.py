@@ -6,12 +6,14 @@ tiny --device cpu --dtype float32` tries everything out.
 """
 
 import argparse
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -44,6 +46,7 @@ class Case:
         baselines: those that this version has are measured.
         seconds: that it is expected to take on an H100.
         more: settings.
+        environment: of the process.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Case:
     baselines: tuple[str, ...]
     seconds: int
     more: dict[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self, arguments: argparse.Namespace) -> Settings:
         """Make the settings; with a shape that all are to have, for short prompts."""
@@ -83,6 +87,9 @@ def _sequence(name: str, seconds: int, *baselines: str) -> Case:
     return Case(name, "single", "llama-2-7b", baselines, seconds, more)
 
 
+# inductor makes loops of products of one row then, and tries out how to launch them.
+_TUNED = {"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}
+
 CASES = (
     Case("attention", "attention", "", (), 30, {}),
     _one_row("8b-512", "llama-3-8b", 512, 90, "static-compiled", *_PAGED),
@@ -97,6 +104,7 @@ CASES = (
     _one_row("135m-512", "smollm2-135m", 512, 40, *_PAGED),
     _batch("135m-32-rows", "smollm2-135m", RAGGED, 30, _REFERENCE, *_PACKED),
     _sequence("7b-100000-dynamic", 60, _REFERENCE),
+    replace(_one_row("8b-512-tuned", "llama-3-8b", 512, 120, "paged-compiled-loop"), environment=_TUNED),
 )
 """What matters most first; those of one shape that follow one another share a process."""
 
@@ -108,29 +116,39 @@ def measure(scenario: str, settings: Settings) -> dict[str, Any]:
     return results
 
 
-def run(cases: Sequence[Case], arguments: argparse.Namespace) -> Iterator[tuple[Case, list[dict[str, Any]]]]:
-    """Measure cases within the time limit, each shape in a process of its own, and another one after a failure."""
+def run(cases: Sequence[Case], arguments: argparse.Namespace) -> Iterator[tuple[Case, list[dict[str, Any]], float]]:
+    """Measure cases within the time limit, each shape in a process of its own, and another one after a failure.
+
+    Yields:
+        Each case, its rows, and the seconds that it took.
+    """
     deadline = time.monotonic() + arguments.seconds
-    process, shape = _new_process(), ""
+    process, known = None, None
     for case in cases:
-        left = deadline - time.monotonic()
+        begin = time.monotonic()
+        left = deadline - begin
         if case.seconds > left:
             error = f"not measured: takes about {case.seconds} s, and {max(0, left):.0f} s of the limit were left"
-            yield case, [{"baseline": "", "error": error}]
+            yield case, [{"baseline": "", "error": error}], 0.0
             continue
-        if case.shape != shape:
-            process.shutdown()
-            process, shape = _new_process(), case.shape
+        if process is None or (case.shape, case.environment) != known:
+            if process is not None:
+                process.shutdown()
+            process, known = _new_process(case.environment), (case.shape, case.environment)
         try:
             rows = process.submit(measure, case.scenario, case.settings(arguments)).result()["rows"]
         except Exception as error:
-            rows, shape = [{"baseline": "", "error": f"{type(error).__name__}: {error}"}], "none, as it failed"
-        yield case, rows
-    process.shutdown()
+            rows, known = [{"baseline": "", "error": f"{type(error).__name__}: {error}"}], None
+        yield case, rows, time.monotonic() - begin
+    if process is not None:
+        process.shutdown()
 
 
-def _new_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=disable_progress_bar)
+def _new_process(environment: Mapping[str, str]) -> ProcessPoolExecutor:
+    process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with patch.dict(os.environ, environment):  # for what is read when torch is imported
+        process.submit(disable_progress_bar).result()
+    return process
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,12 +164,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [case for case in CASES if arguments.cases is None or case.name in arguments.cases]
     if arguments.cases is not None and len(chosen) < len(arguments.cases):
         parser.error(f"--cases has {arguments.cases}; there are {[case.name for case in CASES]}")
-    results = provenance() | {case.scenario: {"rows": []} for case in chosen}
-    for case, rows in run(chosen, arguments):
+    seconds: dict[str, float] = {}
+    results = provenance() | {"seconds": seconds} | {case.scenario: {"rows": []} for case in chosen}
+    for case, rows, taken in run(chosen, arguments):
+        seconds[case.name] = round(taken, 1)
         named = [({"model": case.shape} if case.shape else {}) | {"context": case.name} | row for row in rows]
         results[case.scenario]["rows"] += named
         write_results(arguments.json, results)
-        print(f"\n{case.name}\n\n{table(with_speed(named), SCENARIOS[case.scenario].columns)}", flush=True)
+        print(
+            f"\n{case.name}, {taken:.0f} s\n\n{table(with_speed(named), SCENARIOS[case.scenario].columns)}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ _RECURRENT = ("linear_attention", "conv", *_HYBRID)
 _STORING = ("full_attention", *_WINDOWED, *_HYBRID)
 _EMPTY = ("dummy", "moe", "mlp")
 
+_DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.nn.quantized.dynamic")
+
+EXPAND_LATENTS = "expand_kv"
+"""The method of attention layers that makes keys and values of latents and of the rotary parts beside them."""
+
 _WINDOWED_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
 
@@ -184,6 +189,18 @@ def has_latents(config: PreTrainedConfig) -> bool:
     return getattr(_of_decoder(config), "kv_lora_rank", None) is not None
 
 
+def expands_latents(config: PreTrainedConfig) -> bool:
+    """Whether its attention layers make these keys and values by a method, `EXPAND_LATENTS`, of what `update` returns.
+
+    Known once the code of the model is imported.
+    """
+    if not has_latents(config):
+        return False
+    homes = (kind.__module__.replace("configuration_", "modeling_") for kind in type(_of_decoder(config)).__mro__)
+    modules = (sys.modules[home] for home in homes if "modeling_" in home and home in sys.modules)
+    return any(hasattr(value, EXPAND_LATENTS) for module in modules for value in vars(module).values())
+
+
 def compile_obstacle(config: PreTrainedConfig) -> str | None:
     """Say what a decoder does that steps over pages can't be compiled with; None if nothing is known."""
     if has_position_bias(config):
@@ -191,6 +208,26 @@ def compile_obstacle(config: PreTrainedConfig) -> str | None:
     if has_latents(config):
         return "makes keys and values of the latents that are cached"
     return None
+
+
+def uncompiled_weights(model: PreTrainedModel) -> str | None:
+    """Say why Transformers does not compile the steps of a model, for its quantised weights; None if it does."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.is_compileable:
+        return None
+    method = getattr(quantizer.quantization_config, "quant_method", None)
+    return f"Transformers compiles no weights of {getattr(method, 'value', method)}"
+
+
+def mixes_tokens(model: PreTrainedModel) -> bool:
+    """Whether layers round a token by what else is in a pass.
+
+    bitsandbytes looks for outliers among all tokens, and torch's dynamically quantised layers have one scale for all.
+    """
+    config: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if getattr(config, "load_in_8bit", False) and getattr(config, "llm_int8_threshold", 0):
+        return True
+    return any(type(module).__module__.startswith(_DYNAMIC) for module in model.modules())
 
 
 def least_token_bytes(config: PreTrainedConfig) -> int:

@@ -1,7 +1,10 @@
 """What functions, tensors and modules are to dynamo."""
 
+import inspect
 import itertools
 import os
+import re
+import sys
 import types
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -23,6 +26,8 @@ _HOOKS = {
     "TYPE_MATCH": ("._global_forward_hooks", "._global_forward_pre_hooks"),
 }
 
+_SIZE = re.compile(r"\.(size\(\)\[\d+\]|stride\(\)\[\d+\]|storage_offset\(\))$")
+
 _CONFIG = Private("torch._dynamo.config", check=lambda config: bool(config.disable))
 _GUARD_OF_LENGTH = Private("torch._dynamo.guards:GuardBuilder.SEQUENCE_LENGTH", check=lambda make: make.__code__)
 _TRACING = Private("torch._guards:TracingContext", check=lambda context: context.try_get())
@@ -36,6 +41,12 @@ HOOK_GUARDS = Trick(
     _GUARD_OF_LENGTH,
     _TRACING,
     can_be_switched_off=False,
+)
+GUARDS_ONCE = Trick(
+    "guards_once",
+    "hf_paged.sample has dynamo look at a compiled model in its first steps only",
+    "dynamo looks at all of the model before each step",
+    _TRACING,
 )
 DYNAMIC_SIZES = Trick(
     "dynamic_sizes",
@@ -114,6 +125,65 @@ def guard_hooks() -> None:
         raise MissingNameError("dynamo has no guards for the hooks of modules")
     for guard in of_hooks:
         guard.create_fn = length
+
+
+def depends_on_sizes_only() -> bool:
+    """While a backend of dynamo runs: whether the numbers that its graph leaves open are sizes of tensors alone.
+
+    Any other number, such as the length of a cache, may be a graph's reason to be another one from some length on.
+    """
+    try:
+        numbers = _TRACING.value.get().fake_mode.shape_env.source_to_var
+        return all(_SIZE.search(source) for source in numbers)
+    except Exception as error:
+        GUARDS_ONCE.fall_back(error)
+        return False
+
+
+def unguarded(method: types.MethodType) -> types.FunctionType | None:
+    """From within a graph, return what dynamo has made of a module's method, to be called without its guards.
+
+    Like the method without its object. It does all that the method does, once it is known that nothing has changed of
+    what dynamo would look at.
+
+    Args:
+        method: runs further up in the stack, called by its module's `__call__`.
+
+    Returns:
+        The function; None where the method is not what was captured, or more is done around it, as by hooks.
+    """
+    module, function = method.__self__, method.__func__
+    assert isinstance(module, torch.nn.Module)
+    of_all = torch.nn.modules.module
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        of_all._global_forward_hooks,
+        of_all._global_forward_pre_hooks,
+    )
+    if any(hooks) or type(module).__call__ is not torch.nn.Module.__call__:
+        return None
+    captured = function.__code__
+    place = captured.co_filename, captured.co_firstlineno, captured.co_name
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is not captured and (code.co_filename, code.co_firstlineno, code.co_name) == place:
+            if _first_argument(frame) is not module or code.co_freevars != captured.co_freevars:
+                return None
+            made = types.FunctionType(
+                code, frame.f_globals, function.__name__, function.__defaults__, function.__closure__
+            )
+            made.__kwdefaults__ = function.__kwdefaults__
+            return made
+        frame = frame.f_back
+    return None
+
+
+def _first_argument(frame: types.FrameType) -> object:
+    names, others, _, values = inspect.getargvalues(frame)
+    given = [*(values.get(name) for name in names), *(values.get(others, ()) if others else ())]
+    return given[0] if given else None
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -2,14 +2,16 @@
 
 import enum
 
+import torch
 from torch import Tensor
 
 from hf_paged._torch.inductor import can_compile
 from hf_paged._torch.surroundings import can_launch
 from hf_paged._torch.tricks import Trick
-from hf_paged._transformers import has_latents
+from hf_paged._transformers import expands_latents, has_latents
 from hf_paged.attention.backends import flex
 from hf_paged.attention.backends.base import Attention, AttentionParams
+from hf_paged.attention.backends.latents import Sizes, asking_queries, attend_to_latents, queries_of_a_row, way_of
 from hf_paged.attention.backends.split_kv import cpu, gpu
 from hf_paged.attention.backends.varlen_sdpa import varlen_attention, varlen_rows_of
 from hf_paged.attention.metadata import AttentionMetadata
@@ -52,7 +54,8 @@ class Backend(enum.Enum):
 def reads_pages(pool: PagePool, num_new: int) -> bool:
     """Whether a pass over `num_new` new columns reads pages in place; else SDPA is handed a copy, layer by layer."""
     if has_latents(pool.config):
-        return False  # the model would make keys and values of everything in the pool, not of its rows alone
+        # Else the model would make keys and values of everything in the pool, not of its rows alone.
+        return expands_latents(pool.config)
     storage = pool.any_storage()
     if not can_compile(None if storage is None else storage.device):
         return False
@@ -130,3 +133,44 @@ def bind(
     block_lists = metadata.device_lists(table, layout, key.shape[2])
     by_token = None if bias is None else metadata.bias_by_token(bias, table)
     return flex.paged_attention(query, key, value, block_lists, table.group.page_size, params, by_token), key, value
+
+
+def latent_attention(
+    metadata: AttentionMetadata,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scale: float,
+) -> Tensor:
+    """Attend to the latents in the pages of each row, of which the layer was handed none but the new ones.
+
+    Args:
+        metadata: of the pass.
+        module: the layer, which makes keys and values of latents.
+        query: `(num_rows, num_heads, num_queries, head_dim)`.
+        key: `(num_rows, num_heads, num_queries, head_dim)`, what it made of the new ones.
+        value: `(num_rows, num_heads, num_queries, value_head_dim)`, like `key`.
+        layer: its index.
+        scale: factor on the scores.
+
+    Returns:
+        `(num_rows, num_queries, num_heads, value_head_dim)`.
+
+    Raises:
+        RuntimeError: if another pass has begun meanwhile.
+        ValueError: if the layer did not write this pass, or a token is to be seen that was dropped.
+    """
+    storage = metadata.sequences.pool.storage(layer)
+    table = metadata.step.rows_of(storage, key)
+    assert storage is not None  # or the layer did not write
+    latents, rotary = storage.tensors
+    ranges = metadata.ranges_of(table)
+    seen = metadata.seen_tokens if ranges is None else ranges
+    way = way_of(module, query, value, latents, rotary, queries_of_a_row(seen))
+    sizes = Sizes(query.shape[1], way.numbers_per_token, query.device)
+    made = (table, table.version, query.shape, sizes)
+    if made not in metadata.asking:
+        metadata.asking[made] = asking_queries(table, seen, sizes)
+    return attend_to_latents(way, metadata.asking[made], query, latents, rotary, value.shape[3], scale)

@@ -10,9 +10,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_paged._torch.dynamo import autocast_dtype, outside_of_graphs
 from hf_paged._torch.opaque import OPAQUE_INPUTS
 from hf_paged._torch.surroundings import profiled
+from hf_paged._transformers import EXPAND_LATENTS
 from hf_paged.attention.backends.base import AttentionParams
 from hf_paged.attention.backends.reference import blockwise_attention
-from hf_paged.attention.dispatch import bind
+from hf_paged.attention.dispatch import bind, latent_attention
 from hf_paged.attention.marks import NEW, is_marked, layer_of, note_output, output_of
 from hf_paged.attention.mask import ALLOWED, NAME, PagedMask, paged_flex_mask
 from hf_paged.attention.metadata import AttentionMetadata
@@ -117,7 +118,7 @@ def paged_flex_attention(
         run = torch.ops.hf_paged.attend_to_others if _HAS_OPERATIONS else _attend_between_graphs
         output = run(metadata, query, key, value, layer, *options)
     else:
-        output = attend(metadata, query, key, value, layer, *options, position_bias)
+        output = attend(metadata, query, key, value, layer, *options, position_bias, module)
     return output, None
 
 
@@ -138,6 +139,7 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
     bias: Tensor | None = None,
+    module: torch.nn.Module | None = None,
 ) -> Tensor:
     """A layer's attention; arguments and result are those of `paged_flex_attention`, with the metadata of the mask.
 
@@ -145,7 +147,7 @@ def attend(
     """
     try:
         params = AttentionParams(scale, softcap, sinks is not None)
-        return _attend(metadata, query, key, value, layer, params, sinks, bias)
+        return _attend(metadata, query, key, value, layer, params, sinks, bias, module)
     except BaseException:
         metadata.sequences.roll_back(metadata.step)
         raise
@@ -160,6 +162,7 @@ def _attend(
     params: AttentionParams,
     sinks: Tensor | None,
     bias: Tensor | None,
+    module: torch.nn.Module | None,
 ) -> Tensor:
     step = metadata.step
     num_rows, _, num_queries, _ = metadata.shape
@@ -177,6 +180,11 @@ def _attend(
         return _attend_to_columns(query, key, value, metadata.by_column, True, params, sinks, bias)
     if query.is_meta:
         return query.new_empty((num_rows, num_queries, query.shape[1], value.shape[3]))
+    if module is not None and hasattr(type(module), EXPAND_LATENTS) and not holds_pages(key):
+        if params.softcap is not None or sinks is not None or bias is not None:
+            raise ValueError(_NO_MORE_OVER_LATENTS)
+        with profiled("paged_attention"):
+            return latent_attention(metadata, module, query, key, value, layer, params.scale)
     handed = None if step.is_cancelled else step.handed.get(key.data_ptr())
     if handed is None:
         table, storage = step.source_of(key, metadata.sequences.pool.group_of_layer.get(layer))
@@ -207,6 +215,12 @@ def _attend_to_columns(
     scale, softcap, _ = params
     if bias is not None:
         mask, is_causal = _added(bias, mask, is_causal), False
+    if len(key) < len(query):
+        if is_causal and mask is None and query.shape[2] > 1:
+            repeats = len(query) // len(key)
+            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        else:
+            return _attend_to_repeated(query, key, value, mask, params, sinks, dropout)
     # Without a mask SDPA takes the queries for the first ones, not the last.
     is_last = is_causal and mask is None and 1 < query.shape[2] < key.shape[2]
     if softcap is not None or sinks is not None or is_last:
@@ -217,6 +231,30 @@ def _attend_to_columns(
     options: Any = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
     output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, **options)[0]
     return output
+
+
+def _attend_to_repeated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    params: AttentionParams,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attend to keys that are there once for several rows, which follow one another: as more queries of one row."""
+    num_rows, num_heads, num_queries, _ = query.shape
+    repeats = num_rows // len(key)
+
+    def stack(by_query: Tensor) -> Tensor:
+        by_row = by_query.view(len(key), repeats, *by_query.shape[1:])
+        return by_row.transpose(1, 2).flatten(2, 3)
+
+    if mask is not None:
+        mask = mask.expand(-1, -1, num_queries, -1)
+        mask = mask.repeat(1, 1, repeats, 1) if len(mask) == 1 else stack(mask)
+    output = _attend_to_columns(stack(query), key, value, mask, False, params, sinks, None, dropout)
+    return output.reshape(num_rows, num_queries, num_heads, -1)
 
 
 def _added(bias: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -240,6 +278,10 @@ def _no_dropout(dropout: float) -> str:
 _NO_BIAS_IN_GRAPHS = (
     f"{NAME!r} can't add a position_bias in compiled steps. Run this model uncompiled: leave out compiled(), or call "
     "generate() with disable_compile=True."
+)
+_NO_MORE_OVER_LATENTS = (
+    f"{NAME!r} computes latent attention without softcap, sinks or a position_bias. Load the model with "
+    'attn_implementation="eager"; PagedCache works with it.'
 )
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _attend_between_graphs = outside_of_graphs(attend)

@@ -9,6 +9,7 @@ from hf_paged._torch.opaque import Opaque, opaque
 from hf_paged.attention.backends.base import Attention
 from hf_paged.attention.backends.block_list_builder import block_lists_of, block_lists_of_tokens
 from hf_paged.attention.backends.block_lists import BlockLists, Layout
+from hf_paged.attention.backends.latents import Asking, Sizes
 from hf_paged.attention.backends.split_kv.gpu import DeviceSplits, SplitLayout, device_splits_of
 from hf_paged.batch.padding import BoolMatrix
 from hf_paged.batch.sequences import Sequences
@@ -62,6 +63,9 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
         """What attends to the pages, for each table, its version, and whatever else tells layers apart."""
         self.made_lists: dict[tuple[BlockTable, int, Layout | SplitLayout, int], BlockLists | DeviceSplits] = {}
         """What `device_lists` has returned, by the table, its version, and the other arguments."""
+
+        self.asking: dict[tuple[BlockTable, int, torch.Size, Sizes], list[Asking]] = {}
+        """What queries of a shape see of latents, by the table and its version, made once for all layers."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         # What torch.compile keeps on disk is found by the inputs, pickled. A graph is the same for all of it.
@@ -162,5 +166,10 @@ class AttentionMetadata(Opaque):  # type: ignore[misc]
             return device_splits_of(table, ranges, layout)
         if ranges is not None:
             return block_lists_of(table, ranges, layout)
+        return block_lists_of_tokens(table, self.seen_tokens, layout)
+
+    @property
+    def seen_tokens(self) -> BoolMatrix:
+        """`visible`, of the queries that ask."""
         assert self.visible is not None
-        return block_lists_of_tokens(table, self.visible[:, self._queries], layout)
+        return self.visible[:, self._queries]

@@ -1,4 +1,4 @@
-"""Keys and values that a model does other things with than to attend to them.
+"""Keys and values that attention reads as they are held, and anybody else as a copy.
 
 Models whose later layers read what earlier ones were handed keep it in a dictionary, which their caller may get too:
 a small model drafts from it, for one. In pages that would be the whole pool, other requests' tokens included.
@@ -67,10 +67,7 @@ class HandedOnStates:
 
     def tensors(self) -> tuple["HandedOnTensor", "HandedOnTensor"]:
         """Return keys and values to hand out."""
-        keys, values = (_NOTHING.as_subclass(HandedOnTensor) for _ in range(2))
-        keys.states, keys.which = self, 0
-        values.states, values.which = self, 1
-        return keys, values
+        return _standing_for(self)
 
     def copies(self) -> tuple[Tensor, Tensor]:
         """Copy the rows, as of this pass: each `(num_rows, num_kv_heads, num_columns, head_dim)`.
@@ -125,15 +122,71 @@ class HandedOnStates:
         return self._pages
 
 
+class RepeatedRows:
+    """Keys and values of rows of which some are alike: each held once for attention, a copy for anybody else.
+
+    Args:
+        held: keys and values, each `(num_held, num_kv_heads, num_columns, head_dim)`.
+        rows: `(num_rows,)` int64, on the host, which of these each row is.
+    """
+
+    def __init__(self, held: tuple[Tensor, Tensor], rows: Tensor) -> None:
+        self.held = held
+        self.rows = rows
+        repeats, num_missing = divmod(len(rows), len(held[0]))
+        in_order = torch.arange(len(held[0])).repeat_interleave(repeats)
+        self.index = rows.to(held[0].device)
+        """`rows`, where the keys are."""
+        self._are_in_order = not num_missing and torch.equal(rows, in_order)
+        self._copies: tuple[Tensor, Tensor] | None = None
+        self._versions = 0, 0
+
+    def tensors(self) -> tuple["HandedOnTensor", "HandedOnTensor"]:
+        """Return keys and values to hand out."""
+        return _standing_for(self)
+
+    def copies(self) -> tuple[Tensor, Tensor]:
+        """Copy the rows: each `(num_rows, num_kv_heads, num_columns, head_dim)`."""
+        if self._copies is None:
+            with torch.inference_mode(False), torch.no_grad():
+                keys, values = (tensor.index_select(0, self.index) for tensor in self.held)
+            self._copies, self._versions = (keys, values), (keys._version, values._version)
+        return self._copies
+
+    @property
+    def are_changed(self) -> bool:
+        """Whether somebody has changed the copies, which are other rows then than those that are held."""
+        return self._copies is not None and (self._copies[0]._version, self._copies[1]._version) != self._versions
+
+    def shape(self, which: int) -> torch.Size:
+        """The shape of the copy of the keys (0) or values (1), which is not made for it."""
+        return torch.Size((len(self.rows), *self.held[which].shape[1:]))
+
+    def example(self, which: int) -> Tensor:
+        """Return a tensor of the same dtype, device and number of dimensions as the keys (0) or values (1)."""
+        return self.held[which]
+
+    def for_attention(self, step: Step | None) -> tuple[Tensor, Tensor]:
+        """Return what an attention function reads: where each is equally often there, one after another, as held."""
+        return self.held if self._are_in_order and not self.are_changed else self.copies()
+
+
+def _standing_for(states: HandedOnStates | RepeatedRows) -> tuple["HandedOnTensor", "HandedOnTensor"]:
+    keys, values = (_NOTHING.as_subclass(HandedOnTensor) for _ in range(2))
+    keys.states, keys.which = states, 0
+    values.states, values.which = states, 1
+    return keys, values
+
+
 class HandedOnTensor(Tensor):
-    """Keys or values of a layer: for the attention of `"paged_flex"` its pages, in any other use a padded copy.
+    """Keys or values of a layer: for the attention of `"paged_flex"` what is held, in any other use a padded copy.
 
     Attributes:
         states: whose they are.
         which: 0 for keys, 1 for values.
     """
 
-    states: HandedOnStates
+    states: HandedOnStates | RepeatedRows
     which: int
 
     @classmethod

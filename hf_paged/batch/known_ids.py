@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.generation import utils as generation
 
-from hf_paged.batch.offsets import Offsets
 from hf_paged.batch.padding import Columns
+from hf_paged.batch.prompt.offsets import Offsets
 from hf_paged.batch.steps.progress import another_thread
 from hf_paged.batch.told import ToldPass
 
@@ -98,6 +98,8 @@ class KnownIds:
         end, self._pass = begin + num_new, None
         if begin:
             self.offsets.check()
+        else:
+            self.offsets.forget()
         if told is not None:
             self._check_thread()
             if told.ids.shape[1] == end:

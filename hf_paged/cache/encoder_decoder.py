@@ -4,9 +4,12 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from hf_paged.batch.handed_on import RepeatedRows
 from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.prompt.checks import encoder_refused
 from hf_paged.pages.pool import PagePool
@@ -17,12 +20,139 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class EncoderLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """What one layer attends to of an encoder: of rows that are alike, as beams and samples are, it holds one."""
+
+    _held: tuple[Tensor | None, Tensor | None] = (None, None)
+    _repeated: RepeatedRows | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys, `(num_rows, num_heads, num_columns, head_dim)`; None when empty. See `PagedLayer.keys`."""
+        return self._read(0)
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._hold((keys, self._by_row()[1]))
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values, like `keys`."""
+        return self._read(1)
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._hold((self._by_row()[0], values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take keys and values, once; arguments and result are those of `PagedLayer.update`."""
+        if self.is_initialized or torch.compiler.is_dynamo_compiling():
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys, values
+        self.lazy_initialization(key_states, value_states)
+        alike = [(states[1:] == states[:-1]).flatten(1).all(1) for states in (key_states, value_states)]
+        is_new = torch.nn.functional.pad(~(alike[0] & alike[1]), (1, 0), value=True).cpu()
+        self._hold_some(key_states, value_states, is_new.nonzero()[:, 0], is_new.long().cumsum(0) - 1)
+        return key_states, value_states
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `i` be what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self.batch_select_indices(torch.arange(self._num_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows; a bool mask or indices."""
+        if self.get_seq_length() == 0:
+            return
+        repeated = self._noted()
+        rows = torch.arange(self._num_rows)[indices.cpu()]
+        if repeated is not None:
+            rows = repeated.rows[rows]
+            if torch.equal(rows, repeated.rows):
+                return
+        sources, rows = torch.unique(rows, return_inverse=True)
+        if len(sources) == len(rows):
+            sources, rows = sources[rows], torch.arange(len(rows))
+        keys, values = self._held
+        assert keys is not None
+        assert values is not None
+        if torch.equal(sources, torch.arange(len(keys))):
+            self._repeated = _repeated((keys, values), rows)
+        else:
+            self._hold_some(keys, values, sources, rows)
+
+    def get_seq_length(self) -> int:
+        """Columns of the encoder's output."""
+        keys = self._held[0]
+        return 0 if keys is None or keys.ndim < 2 else keys.shape[-2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is held."""
+        return sum(tensor.nbytes for tensor in self._held if tensor is not None)
+
+    @property
+    def _num_rows(self) -> int:
+        keys, repeated = self._held[0], self._noted()
+        return len(repeated.rows) if repeated is not None else 0 if keys is None else len(keys)
+
+    def _noted(self) -> RepeatedRows | None:
+        """What is repeated, with what others have made of a copy of it."""
+        if self._repeated is not None and self._repeated.are_changed:
+            self._hold(self._repeated.copies())
+        return self._repeated
+
+    def _hold(self, held: tuple[Tensor | None, Tensor | None]) -> None:
+        self._held, self._repeated = held, None
+
+    def _hold_some(self, keys: Tensor, values: Tensor, sources: Tensor, rows: Tensor) -> None:
+        """Hold copies of some rows, `sources`, and repeat them: row `i` is number `rows[i]` of them."""
+        index = sources.to(keys.device)
+        held = keys.index_select(0, index), values.index_select(0, index)
+        self._held, self._repeated = held, _repeated(held, rows)
+
+    def _by_row(self) -> tuple[Tensor | None, Tensor | None]:
+        repeated = self._noted()
+        return self._held if repeated is None else repeated.copies()
+
+    def _read(self, which: int) -> Tensor | None:
+        if torch.compiler.is_dynamo_compiling():
+            held, repeated = self._held[which], self._repeated
+            if held is None or repeated is None:
+                return held
+            if len(held) == 1:
+                return held.expand(len(repeated.rows), -1, -1, -1)
+            return held.index_select(0, repeated.index)
+        repeated = self._noted()
+        return self._held[which] if repeated is None else repeated.tensors()[which]
+
+
+def _repeated(held: tuple[Tensor, Tensor], rows: Tensor) -> RepeatedRows | None:
+    return RepeatedRows(held, rows) if len(held[0]) < len(rows) else None
+
+
+class EncoderCache(DynamicCache):
+    """What the layers attend to of an encoder.
+
+    Args:
+        config: not looked at: its windows are over the decoder's tokens. T5Gemma passes one.
+        **options: of `DynamicCache`.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.layer_class_to_replicate = EncoderLayer
+
+
 class PagedEncoderDecoderCache(EncoderDecoderCache):
     """A cache for an encoder-decoder: the decoder's own keys and values in pages, the encoder's beside them.
 
     `PagedCache.from_model(model)` makes it for every model with an encoder. It does what a `PagedCache` does, for both
     parts; pages, lengths and statistics are those of the decoder. What the decoder attends to of the encoder is
-    written once and has one length for all rows, so it is kept as `DynamicCache` keeps it.
+    written once and has one length for all rows, so it is contiguous; beams and samples of an input share it.
 
     Args:
         config: the model's configuration.
@@ -39,7 +169,7 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
     """
 
     self_attention_cache: PagedCache  # type: ignore[assignment]  # Transformers has no annotation, so a narrow one
-    cross_attention_cache: DynamicCache
+    cross_attention_cache: EncoderCache
     is_updated: dict[int, bool]
 
     def __init__(
@@ -51,8 +181,7 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         pool: PagePool | None = None,
     ) -> None:
         decoder = PagedCache._of_decoder(config, num_pages, page_size, pool)
-        # Without a configuration, whose windows are over the decoder's tokens, not over the encoder's.
-        super().__init__(decoder, DynamicCache())
+        super().__init__(decoder, EncoderCache())
 
     def __copy__(self) -> "PagedEncoderDecoderCache":
         return self.fork()
@@ -168,6 +297,12 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         """
         self.self_attention_cache.crop(tokens_to_remove)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `i` be what row `beam_idx[i]` was; see `PagedCache.reorder_cache`."""
+        rows: Any = beam_idx.cpu()  # once for all layers
+        self.self_attention_cache.reorder_cache(rows)
+        self.cross_attention_cache.reorder_cache(rows)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row; the copies of a row follow one another."""
         self.self_attention_cache.batch_repeat_interleave(repeats)
@@ -191,5 +326,5 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         return fork
 
     def _forget_encoder(self) -> None:
-        self.cross_attention_cache = DynamicCache()
+        self.cross_attention_cache = EncoderCache()
         self.is_updated = {}

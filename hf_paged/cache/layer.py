@@ -1,5 +1,6 @@
 """One layer of a cache over pages."""
 
+from functools import cached_property
 from typing import Any, Literal
 from weakref import finalize
 
@@ -9,7 +10,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from hf_paged._torch.dynamo import autocast_dtype, outside_of_graphs
 from hf_paged._torch.opaque import OPAQUE_INPUTS
-from hf_paged._transformers import LayerSpec, has_position_bias, num_unlisted_layers
+from hf_paged._transformers import LayerSpec, expands_latents, has_latents, has_position_bias, num_unlisted_layers
 from hf_paged.attention.marks import marked
 from hf_paged.attention.mask import NAME, PastLength, PlannedLength
 from hf_paged.batch.recurrent.layer_states import LayerStates
@@ -27,19 +28,22 @@ def layers_over(sequences: Sequences) -> list[Any]:
     # A position bias is made for as many columns as there are keys, which the storage of a layer has other numbers of.
     reads_shapes = has_position_bias(config)
     hands_on = num_unlisted_layers(config) or not all(spec.stores for spec in specs) or reads_shapes
+    caches_latents = has_latents(config)
     is_shared = [mode == "store" and hands_on for mode in modes]
     return [
-        _layer_class(spec, bool(shared))(sequences, index, spec)
+        _layer_class(spec, bool(shared), caches_latents)(sequences, index, spec)
         if spec.stores or spec.num_states
         else DYNAMIC_LAYER_TYPE_MAPPING[spec.kind]()
         for index, (spec, shared) in enumerate(zip(specs, is_shared, strict=True))
     ]
 
 
-def _layer_class(spec: LayerSpec, is_shared: bool) -> type[Any]:
+def _layer_class(spec: LayerSpec, is_shared: bool, caches_latents: bool) -> type[Any]:
     if spec.num_states:
         return HybridLayer if spec.stores else RecurrentLayer
-    return HandingOnLayer if is_shared else PagedLayer
+    if is_shared:
+        return HandingOnLayer
+    return LatentLayer if caches_latents else PagedLayer
 
 
 class _Owner:
@@ -254,6 +258,24 @@ class HandingOnLayer(PagedLayer):  # type: ignore[no-untyped-call]
         assert storage is not None
         table = step.placements[pool.group_of_layer[self.index]].table
         return self._sequences.handed_on.hand_out(step, table, storage, (keys, values))
+
+
+class LatentLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """A layer of a model that makes keys and values of whatever latents `update` returns."""
+
+    @cached_property
+    def _are_expanded_by_attention(self) -> bool:
+        return expands_latents(self._sequences.pool.config)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new latents into their slots; as `PagedLayer.update`, but pages are left to attention.
+
+        It needs none of those before from the model, which so makes keys and values of the new ones only.
+        """
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if holds_pages(keys) and self._are_expanded_by_attention:
+            return key_states, value_states
+        return keys, values
 
 
 class RecurrentLayer(_Layer, LinearAttentionLayer):

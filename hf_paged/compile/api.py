@@ -18,7 +18,9 @@ from transformers import CompileConfig, PreTrainedModel
 
 from hf_paged._torch.dynamo import (
     COMPILED_PREFILL,
+    GUARDS_ONCE,
     HOOK_GUARDS,
+    depends_on_sizes_only,
     guard_hooks,
     is_from_dynamo,
     with_own_code,
@@ -27,12 +29,13 @@ from hf_paged._torch.graphs import UNUSED_ATTENTION, compile_graph, graph_pass
 from hf_paged._torch.host_memory import give_back_freed
 from hf_paged._torch.inductor import hindrance
 from hf_paged._torch.opaque import OPAQUE_INPUTS
-from hf_paged._transformers import compile_obstacle, decoder_of, model_in
+from hf_paged._transformers import compile_obstacle, decoder_of, model_in, uncompiled_weights
 from hf_paged.compile.convolutions import choose_convolutions
 from hf_paged.compile.cpu_replay import StepReplay
 from hf_paged.compile.cuda_graph import CUDA_GRAPHS, StepGraphs
 from hf_paged.compile.linear import MANY_ROWS, choose_linear_layers
 from hf_paged.compile.ops import leave_out_unused_attention, unmark
+from hf_paged.compile.steady import SteadyGraph
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +101,13 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
     takes about half a minute for each on the first use on a machine, and some seconds in each process after that; a
     log message tells. The linear layers are compiled to read the weights as they are, without a second copy in
     another layout. What changes about the model meanwhile, such as a hook, an adapter or a weight, counts from the
-    next step on. Contexts nest, and threads may
-    enter and leave them in any order: the model is as it was when the last one is left. On a GPU each step is also
-    recorded as a CUDA graph, for a number of rows, and repeated until the pool grows.
+    next step on; in `hf_paged.sample`, where only Transformers' own code runs between two steps, from the next
+    `generate()` on. Contexts nest, and threads may enter and leave them in any order: the model is as it was when the
+    last one is left. On a GPU each step is also recorded as a CUDA graph, for a number of rows, and repeated until the
+    pool grows.
 
-    Where torch's own switches turn `torch.compile` off, or there is no C++ compiler for a CPU, the model runs
-    uncompiled; a log message tells.
+    Where torch's own switches turn `torch.compile` off, there is no C++ compiler for a CPU, or Transformers does not
+    compile the model's quantised weights, the model runs uncompiled; a log message tells.
 
     Args:
         model: a decoder with `attn_implementation="paged_flex"`.
@@ -122,7 +126,7 @@ def compiled(model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
 def _compiled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     model = model_in(model, "compiled()")
     _check(model)
-    reason = hindrance(model.device)
+    reason = hindrance(model.device) or uncompiled_weights(model)
     if reason is not None:
         logger.warning("%s, so %s runs uncompiled within compiled().", reason, type(model).__name__)
     if reason is not None or not (OPAQUE_INPUTS.is_on and HOOK_GUARDS.is_on):
@@ -252,6 +256,7 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = F
     except Exception as error:
         HOOK_GUARDS.fall_back(error)
         return _refuse_unwatched
+    is_steady = not is_prompt and GUARDS_ONCE.is_on and depends_on_sizes_only()
     # Dynamo's guards have looked at every weight; the graph need not do so again on each call.
     options: dict[str, Any] = {"size_asserts": False}
     if UNUSED_ATTENTION.is_on:
@@ -263,7 +268,8 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Any], is_prompt: bool = F
     logger.warning("Compiled in %.0f s.", time.perf_counter() - begin)
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
     is_on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-    return _collecting(StepGraphs(result) if is_on_gpu and CUDA_GRAPHS.is_on else result)
+    run = _collecting(StepGraphs(result) if is_on_gpu and CUDA_GRAPHS.is_on else result)
+    return SteadyGraph(run) if is_steady else run
 
 
 def _collecting(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from hf_paged._torch.tricks import Trick
 from hf_paged.attention.metadata import AttentionMetadata
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.step import View
+from hf_paged.compile.steady import under_way
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +70,7 @@ class StepGraphs:
             for group in sequences.pool.groups:
                 stack.enter_context(group.staying_in_place())
             moving = {index for index in self._others if _may_move(inputs[index])} - self._written
-            addresses = tuple([inputs[index].data_ptr() for index in self._floating])
-            key = addresses, _fixed(inputs, self._others, moving, sequences)
+            key = self._addresses(inputs), _fixed(inputs, self._others, moving, sequences)
             recording = self._recordings.get(key)
             if recording is None or not recording.fits(all_metadata):
                 # The first time kernels are compiled, and it shows which lists of pages are read.
@@ -90,6 +91,18 @@ class StepGraphs:
             for layer in recording.layers:
                 sequences.note_written(layer)
             return outputs
+
+    def _addresses(self, inputs: Inputs) -> tuple[int, ...]:
+        """Where the weights are; in steps between which nobody can move them they are looked at once."""
+        weights = [inputs[index] for index in self._floating]
+        steps = under_way()
+        known: _Weights | None = None if steps is None else steps.weights.get(self)
+        if known is not None and all(map(is_, weights, known.weights)):
+            return known.addresses
+        addresses = tuple([weight.data_ptr() for weight in weights])
+        if steps is not None:
+            steps.weights[self] = _Weights(weights, addresses, [weight.detach() for weight in weights])
+        return addresses
 
     def _keep(self, key: Hashable, recording: "_Recording") -> None:
         self._recordings[key] = recording
@@ -118,6 +131,14 @@ class StepGraphs:
             )
             return False
         return True
+
+
+class _Weights(NamedTuple):
+    """What a graph reads in all steps of a loop, where that is, and what keeps it there if others take its place."""
+
+    weights: list[Tensor]
+    addresses: tuple[int, ...]
+    kept: list[Tensor]
 
 
 class _Recording:
@@ -222,9 +243,7 @@ def _fixed(inputs: Inputs, indices: list[int], moving: set[int], sequences: Sequ
             fixed.append((value.shape, value.is_contiguous()))
         else:
             fixed.append(value.data_ptr())
-    for group in sequences.pool.groups:
-        for storage in group.storages():
-            fixed.append((storage.keys.data_ptr(), storage.values.data_ptr(), storage.num_pages))
+    fixed += [group.storage_version for group in sequences.pool.groups]
     step = sequences.step
     assert step is not None  # or there would be no metadata
     for placement in step.placements:

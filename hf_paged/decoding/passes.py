@@ -15,6 +15,7 @@ from hf_paged.batch.padding import BoolMatrix
 from hf_paged.batch.prompt.prefixes import is_findable, let_be_found
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.told import ToldPass
+from hf_paged.compile.steady import SteadySteps
 from hf_paged.decoding.inputs import StepInputs, inputs_after
 from hf_paged.decoding.surplus import sequences_of
 
@@ -36,9 +37,10 @@ class Passes:
         model: makes them.
         config: how to generate.
         inputs: of the model, beside its ids; they are kept up to date.
+        is_alone: whether nobody can change the model between two passes.
     """
 
-    def __init__(self, model: Any, config: Any, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: Any, config: Any, inputs: dict[str, Any], *, is_alone: bool = False) -> None:
         self._model = model
         self._config = config
         self._inputs = inputs
@@ -46,6 +48,8 @@ class Passes:
         self._mask_name = "decoder_attention_mask" if self._has_encoder else "attention_mask"
         is_compiled = model._valid_auto_compile_criteria(inputs, config)
         self._forward = model.get_compiled_call(config.compile_config) if is_compiled else model.__call__
+        # For steps whose inputs are made of those of the step before, and so are like them.
+        self._steady = SteadySteps(model, self._forward) if is_compiled and is_alone else self._forward
         self._num_new = 1 if inputs["use_cache"] else None
         self._step_inputs: StepInputs | None = None  # once they are known to be all that a step needs
         self._is_first_step = True
@@ -109,7 +113,10 @@ class Passes:
         on_host = None if self._mask is None else self._mask.up_to(input_ids.shape[1])
         told = self._sequences.told = ToldPass(input_ids, self._inputs.get(self._mask_name), on_host)
         try:
-            return self._forward(**self._prepare_step(input_ids, self._sequences, told), return_dict=True)
+            is_steady = self._step_inputs is not None
+            inputs = self._prepare_step(input_ids, self._sequences, told)
+            forward = self._steady if is_steady and self._step_inputs is not None else self._forward
+            return forward(**inputs, return_dict=True)
         finally:
             self._sequences.told = None
 

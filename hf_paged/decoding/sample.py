@@ -17,6 +17,7 @@ from hf_paged._transformers import arguments_of_generate, cache_in, is_synced
 from hf_paged.decoding.ends import Ends
 from hf_paged.decoding.passes import Passes
 from hf_paged.decoding.record import Record
+from hf_paged.decoding.stopping import leave_models_alone
 from hf_paged.decoding.surplus import Surplus
 from hf_paged.errors import OutOfPagesError
 
@@ -71,7 +72,9 @@ def sample(
     _check(model, config, synced_gpus or arguments.get("synced_gpus"), arguments.get("assistant_model"))
     streamer = streamer or arguments.get("streamer")
     record = Record(config, model_kwargs["encoder_outputs"] if model.config.is_encoder_decoder else None)
-    passes = Passes(model, config, model_kwargs)
+    called = [logits_processor, *logits_processor, stopping_criteria, *stopping_criteria]
+    is_alone = leave_models_alone(called if streamer is None else [*called, streamer])
+    passes = Passes(model, config, model_kwargs, is_alone=is_alone)
     outputs = passes.first(input_ids, packs=packs_prompt)
     surplus = Surplus(cache_in(outputs), bool(config.return_dict_in_generate), model, input_ids)
     ends = Ends(stopping_criteria, streamer, input_ids, config._pad_token_tensor, surplus.is_possible)

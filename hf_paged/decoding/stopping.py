@@ -1,6 +1,7 @@
 """Criteria that do something to rows, besides saying which have ended, as to give their pages back."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    PrefixConstrainedLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -47,6 +49,17 @@ def waits_for_values(criterion: StoppingCriteria) -> bool:
     if isinstance(criterion, ActingCriterion):
         return any(map(waits_for_values, criterion.criteria))
     return type(criterion) not in _OF_TENSORS
+
+
+def leave_models_alone(called: Iterable[Any]) -> bool:
+    """Whether processors, criteria and streamers leave the model as it is: anybody's own might switch its adapter."""
+    for one in called:
+        if type(one).__module__.partition(".")[0] not in ("transformers", "hf_paged"):
+            return False
+        calls_function = isinstance(one, PrefixConstrainedLogitsProcessor)
+        if calls_function or not leave_models_alone(getattr(one, "criteria", ())):
+            return False
+    return True
 
 
 class ReleaseFinished(ActingCriterion):

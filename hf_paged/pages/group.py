@@ -69,6 +69,10 @@ class PageGroup:
         """Lets so many of the cached pages be free; None where there are none."""
         self.move_idle: Callable[[], bool] | None = None
         """Moves rows to the host that may be; returns whether it did. None without memory of the host."""
+        self.storage_version = object()
+        """Another object whenever the storage of any layer is made or moved."""
+        self.evicts_first = False
+        """Whether cached pages are evicted before pages are taken that nobody has written to yet."""
         self._first_pages = num_pages
         self._holders: WeakSet[PageHolder] = WeakSet()
         self._storages: dict[int, LayerStorage] = {}
@@ -136,6 +140,7 @@ class PageGroup:
                     storage = LayerStorage(keys, values, self.num_pages, self.page_size)
                     self._prepare_others(layer, keys, values)
                 self._storages = self._storages | {layer: storage}  # not in place: other threads may go through it
+                self.storage_version = object()
             return storage
 
     def _make_room(self, device: torch.device) -> None:
@@ -167,6 +172,8 @@ class PageGroup:
         """
         if self.num_pages == self.max_pages:
             return self._allocate(count, admit)
+        if self.evicts_first:
+            self._release_cached(count)
         with self._lock:
             try:
                 return self.allocator.allocate(count, admit=admit)
@@ -294,6 +301,12 @@ class PageGroup:
                 elif self.num_pages != self.max_pages or self.move_idle is None or not self.move_idle():
                     raise
 
+    def _release_cached(self, count: int) -> None:
+        """Let as many pages be free that were written to as are going to be taken, if there are cached ones."""
+        num_written = self.allocator.num_free - (self.num_pages - self.allocator.num_touched)
+        if self.evict is not None and num_written < count and self.allocator.num_cached:
+            self.evict(count - num_written)
+
     def _has_enough_cached(self) -> bool:
         """Whether cached pages take so much memory that they are to be evicted before the group grows."""
         if self.evict is None or not self._storages or not self.allocator.num_cached:
@@ -311,6 +324,7 @@ class PageGroup:
         self.allocator.grow(num_pages)
 
     def _resize(self, num_pages: int) -> None:
+        self.storage_version = object()
         for storage in self._storages.values():
             if storage.num_pages != max(1, num_pages):
                 storage.resize(num_pages)

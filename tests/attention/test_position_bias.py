@@ -15,7 +15,7 @@ from hf_paged.attention.interface import paged_flex_attention
 from hf_paged.batch import handed_on
 from hf_paged.batch.steps.step import KVRanges
 from tests.attention.test_varlen_sdpa import slots_of, storage, table_of
-from tests.models import random_ids, run, tiny_llama
+from tests.models import generate, left_padded, plain_tokens, random_ids, run, tiny_llama
 
 CLOSE = {"atol": 5e-4, "rtol": 1e-4}
 SIZES = {"d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3}
@@ -197,3 +197,18 @@ def test_an_enabled_model_is_never_compiled(monkeypatch):
     with enable(model):
         for _ in range(2):
             assert torch.equal(model.generate(random_ids(2, 9), **settings), expected)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("Mpt", {}), ("Falcon", {"alibi": True})])
+def test_models_that_add_alibi_by_themselves_are_refused_or_handed_copies(family, changes):
+    model_class, config = (getattr(transformers, f"{family}{kind}") for kind in ("ForCausalLM", "Config"))
+    sizes = {"vocab_size": 200, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+    torch.manual_seed(0)
+    model = model_class(config(**sizes, initializer_range=0.3, pad_token_id=0, **changes)).eval()
+    ids, mask = random_ids(3, 40), left_padded(40, [40, 17, 33])
+    cache = PagedCache.from_model(model, page_size=16)
+    expected = plain_tokens(model, ids, attention_mask=mask)
+    assert torch.equal(generate(model, "sdpa", cache, ids, attention_mask=mask), expected)
+    model.config._attn_implementation_internal = "paged_flex"
+    with pytest.raises(ValueError, match="computes attention by itself"):
+        PagedCache.from_model(model)

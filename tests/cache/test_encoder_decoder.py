@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, EncoderDecoderConfig, EncoderDecoderModel, PreTrainedModel
 from transformers import T5GemmaConfig as GemmaConfig
 from transformers import T5GemmaForConditionalGeneration as Gemma
+from transformers.cache_utils import DynamicLayer
 
 from hf_paged import OutOfPagesError, PagedCache, PagedEncoderDecoderCache, PagePool, ReleaseFinished
+from hf_paged.batch.handed_on import RepeatedRows
+from hf_paged.cache.encoder_decoder import EncoderLayer
 from tests.families import ENCODER, SOUND
 from tests.models import left_padded, random_ids
 
@@ -209,6 +212,90 @@ def test_keys_of_the_encoder_are_computed_once_for_all_steps(name, num_beams):
     tokens(model, cache, inputs(name, 3) | {"num_beams": num_beams})
     assert len(projections) == 2
     assert calls == projections
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("BART", {"num_beams": 4}),
+        ("T5", {"do_sample": True, "num_return_sequences": 4}),
+        ("Whisper", {"num_beams": 4}),
+        ("T5Gemma", {"num_beams": 4}),
+    ],
+    ids=str,
+)
+def test_beams_and_samples_share_what_is_kept_of_the_encoder(name, mode, monkeypatch):
+    arguments = inputs(name, 2) | mode | ({"eos_token_id": END} if name == "Whisper" else {})
+    expected = tokens(load(name), None, arguments)
+
+    def refuse(*_):
+        raise AssertionError("rows that are alike were copied")
+
+    monkeypatch.setattr(RepeatedRows, "copies", refuse)
+    model, cache = paged(name)
+    assert torch.equal(tokens(model, cache, arguments), expected)
+    assert cache.batch_size == 8
+    for layer in cache.cross_attention_cache.layers:
+        assert layer.keys.shape[0] == 8
+        _, num_heads, num_columns, head_dim = layer.keys.shape
+        assert layer.num_bytes == 2 * 2 * num_heads * num_columns * head_dim * 4
+
+
+@pytest.mark.parametrize("repeats", [[1, 1, 1], [4], [2, 2], [3, 1, 2]], ids=str)
+def test_a_layer_that_shares_rows_holds_what_one_that_does_not_would(repeats):
+    torch.manual_seed(0)
+    keys, values = (torch.randn(len(repeats), 2, 5, 4).repeat_interleave(torch.tensor(repeats), 0) for _ in range(2))
+    layer, plain = EncoderLayer(), DynamicLayer()
+    generator = torch.Generator().manual_seed(0)
+    for each in (layer, plain):
+        each.update(keys, values)
+    assert layer.num_bytes == (keys.nbytes + values.nbytes) * len(repeats) // sum(repeats)
+
+    def check():
+        assert torch.equal(layer.keys + 0, plain.keys)
+        assert torch.equal(layer.values + 0, plain.values)
+        assert layer.keys.shape == plain.keys.shape
+        assert layer.get_seq_length() == 5
+
+    check()
+    for _ in range(4):
+        index = torch.randint(0, len(plain.keys), (len(plain.keys),), generator=generator)
+        for change, argument in (
+            ("reorder_cache", index),
+            ("batch_repeat_interleave", 2),
+            ("batch_select_indices", index.sort().values),
+            ("batch_select_indices", torch.arange(len(index)) != 1),
+            ("batch_repeat_interleave", 3),
+        ):
+            for each in (layer, plain):
+                getattr(each, change)(argument)
+            check()
+    for each in (layer, plain):
+        each.keys[1].add_(1)  # of one of several rows that are alike
+    check()
+    assert layer.num_bytes == layer.keys.nbytes + layer.values.nbytes
+    for each in (layer, plain):
+        each.batch_repeat_interleave(2)
+        each.values = each.values * 2
+    check()
+
+
+@pytest.mark.parametrize("repeats", [[4], [2, 2], [3, 1, 2], [1, 1]], ids=str)
+def test_graphs_read_every_row(repeats):
+    torch.manual_seed(0)
+    keys, values = (torch.randn(len(repeats), 2, 5, 4).repeat_interleave(torch.tensor(repeats), 0) for _ in range(2))
+    layer, query = EncoderLayer(), torch.randn(sum(repeats), 2, 1, 4)
+    layer.update(keys, values)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend(query):
+        return torch.nn.functional.scaled_dot_product_attention(query, layer.keys, layer.values)
+
+    for order in (torch.arange(len(keys)), torch.arange(len(keys)).flip(0)):
+        layer.reorder_cache(order)
+        keys, values = keys[order], values[order]
+        expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+        torch.testing.assert_close(attend(query), expected)
 
 
 @pytest.mark.parametrize("begin_anew", ["failed pass", "reset", "crop"])

@@ -3,11 +3,14 @@
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from transformers import DynamicCache
 
 from hf_paged import PagedCache, PagePool, compiled
-from tests.models import generate, left_padded, random_ids, tiny_model
+from hf_paged.attention.backends import latents
+from tests.models import generate, left_padded, paged_cache, plain, random_ids, run, tiny_model
 
+CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 RANK, ROTARY, NUM_LAYERS = 24, 8, 2
 LATENT = {
     "num_key_value_heads": 6,
@@ -26,9 +29,19 @@ LATENT = {
 }
 
 
-def deepseek(version: str = "V3"):
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
+
+
+def deepseek(version: str = "V3", **changes):
     model_class = getattr(transformers, f"Deepseek{version}ForCausalLM")
-    return tiny_model(model_class, getattr(transformers, f"Deepseek{version}Config"), **LATENT)
+    return tiny_model(model_class, getattr(transformers, f"Deepseek{version}Config"), **LATENT | changes)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=str)
@@ -51,20 +64,74 @@ def test_a_token_takes_its_latent_and_its_rotary_part_in_each_layer():
     assert stats.live_bytes == 32 * stats.token_bytes == 32 * NUM_LAYERS * (RANK + ROTARY) * 4
 
 
-def test_keys_are_made_of_the_tokens_of_the_rows_alone():
-    """Whatever else the pool holds."""
+def ragged(num_columns: int) -> Tensor:
+    """Rows with padding on the left, in the middle, and without."""
+    mask = torch.ones(3, num_columns, dtype=torch.long)
+    mask[0, :13] = 0
+    mask[1, 20:34] = 0
+    return mask
+
+
+@pytest.mark.parametrize("way", ["absorbed", "expanded"])
+def test_logits_are_those_of_dynamic_cache(way, caplog):
+    """Of single tokens, drafts, and a chunk of so many that keys are made of latents before it by any layer."""
+    model, ids, splits = deepseek(rope_parameters=YARN), random_ids(3, 190), [40, 1, 1, 8, 140]
+    mask = ragged(190)
+    expected = plain(model, ids, splits, mask)
+    if way == "expanded":
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj.register_forward_hook(lambda module, args, output: output.clone())
+    cache = paged_cache(model)
+    latents._tell_once.cache_clear()
+    found = run(model, cache, ids, splits, mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
+    assert ("as long as with DynamicCache" in caplog.text) == (way == "expanded")
+    cache.pool.check_integrity()
+
+
+def test_cached_tokens_may_be_hidden():
+    ids, mask = random_ids(3, 50), torch.ones(3, 50, dtype=torch.long)
+    mask[0, 3:20] = mask[2, 39:41] = 0
+    model, found = deepseek(), []
+    for attention in ("sdpa", "paged_flex"):
+        model.set_attn_implementation(attention)
+        cache = DynamicCache(config=model.config) if attention == "sdpa" else paged_cache(model)
+        run(model, cache, ids[:, :42], [42])
+        with torch.no_grad():
+            for first, stop in ((42, 43), (43, 50)):
+                found.append(model(ids[:, first:stop], past_key_values=cache, attention_mask=mask[:, :stop]).logits)
+    torch.testing.assert_close(torch.cat(found[2:], dim=1), torch.cat(found[:2], dim=1), **CLOSE)
+
+
+def test_a_model_makes_keys_of_new_tokens_alone(monkeypatch):
+    """Whatever the pool holds, of these rows or of others."""
     model = deepseek()
-    model.set_attn_implementation("paged_flex")
     pool = PagePool(model.config, num_pages=64, page_size=16)
     other, cache = PagedCache(pool=pool), PagedCache(pool=pool)
     generate(model, "paged_flex", other, random_ids(4, 100), max_new_tokens=2)
-    sizes = []
-    hook = model.model.layers[0].self_attn.kv_b_proj.register_forward_pre_hook(
-        lambda module, args: sizes.append(tuple(args[0].shape[:-1]))
-    )
+    sizes, layer = [], model.model.layers[0].self_attn
+    whole = type(layer).expand_kv
+
+    def expand_kv(self, kv_nope, k_rot):
+        if self is layer:
+            sizes.append(tuple(kv_nope.shape[:-1]))
+        return whole(self, kv_nope, k_rot)
+
+    monkeypatch.setattr(type(layer), "expand_kv", expand_kv)
     generate(model, "paged_flex", cache, random_ids(2, 9), max_new_tokens=4)
-    hook.remove()
-    assert sizes == [(2, 1, 9), (2, 1, 10), (2, 1, 11), (2, 1, 12)]
+    assert sizes == [(2, 1, 9), (2, 1, 1), (2, 1, 1), (2, 1, 1)]
+
+
+def test_what_is_left_in_pages_counts_for_nothing():
+    model, ids = deepseek(), random_ids(2, 37)
+    expected = plain(model, ids, [20, 1, 16])
+    cache = paged_cache(model)
+    run(model, cache, random_ids(2, 60), [60])
+    for layer in range(NUM_LAYERS):
+        for tensor in cache.pool.storage(layer).tensors:
+            tensor.fill_(torch.nan)
+    cache.reset()
+    torch.testing.assert_close(run(model, cache, ids, [20, 1, 16]), expected, **CLOSE)
 
 
 def test_prompts_are_computed_packed():

@@ -113,7 +113,7 @@ def test_ragged_batches_give_the_tokens_of_dynamic_cache(family, rows):
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"prefill_chunk_size": 9}], ids=str)
-@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Llava", "Gemma3"])
+@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Qwen3VL", "Llava", "Gemma3", "Idefics3"])
 def test_beams_and_chunks_give_the_tokens_of_dynamic_cache(family, settings):
     inputs = batch(family, [(3, IMAGE, 5), (2, IMAGE, 4, IMAGE, 7)])
     model, cache = paged(family)
@@ -264,6 +264,8 @@ def test_a_conversation_refuses_the_positions_of_another_one():
     assert fork.lengths == held
     model.model.rope_deltas = offsets
     assert torch.equal(text_turn(model, fork, answers), expected)
+    fork.crop(-fork.get_seq_length())
+    assert torch.equal(tokens(model, fork, other), plain(QWEN, other))
 
 
 def test_rows_keep_to_their_own_positions():

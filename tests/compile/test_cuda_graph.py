@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from hf_paged import PagedCache, ReleaseFinished
+from hf_paged import PagedCache, ReleaseFinished, sample
 from hf_paged.attention import dispatch
 from hf_paged.attention.backends import flex as kernel
 from hf_paged.compile import api
@@ -98,6 +98,15 @@ def test_steps_are_repeated_until_the_pool_grows(steps, device, make, lengths):
     expected = plain_tokens(model, ids, **settings)
     assert torch.equal(repeated_tokens(model, ids, **settings), expected)
     assert 1 <= steps["recorded"] <= 8
+    assert steps["repeated"] >= 118 - 2 * steps["recorded"]
+
+
+def test_a_loop_that_looks_at_weights_once_repeats_steps_until_the_pool_grows(steps, device):
+    model, ids = tiny_llama(num_layers=1).to(device), random_ids(3, 20).to(device)
+    settings = {"attention_mask": left_padded(20, [20, 7, 13]).to(device), "max_new_tokens": 120}
+    expected = plain_tokens(model, ids, **settings)
+    assert torch.equal(repeated_tokens(model, ids, **settings, custom_generate=sample), expected)
+    assert 2 <= steps["recorded"] <= 8
     assert steps["repeated"] >= 118 - 2 * steps["recorded"]
 
 

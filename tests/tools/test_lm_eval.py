@@ -11,6 +11,8 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
 from hf_paged.batch.prompt.packed_prompt import PackedPrompt
+from hf_paged.decoding.many.answers import generate_many
+from hf_paged.tools import lm_eval
 from hf_paged.tools.lm_eval import PagedLM
 from tests.models import letter_tokenizer, letters, tiny_llama
 
@@ -79,11 +81,22 @@ def test_texts_roll_through_windows_as_by_hf(both):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_answers_are_those_of_hf(both):
-    settings = {"until": ["q"], "max_gen_toks": 12, "do_sample": False}
-    given = requests("generate_until", *((letters(length, length), settings) for length in (30, 7, 50)))
-    expected, found = (model.generate_until(given, disable_tqdm=True) for model in both)
-    assert found == expected
+@pytest.mark.parametrize("changes", [{}, {"num_beams": 2}], ids=str)
+def test_answers_are_those_of_hf_and_refill_one_batch_if_that_can_be(both, changes, monkeypatch, caplog):
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(kwargs["max_rows"])
+        return generate_many(*args, **kwargs)
+
+    monkeypatch.setattr(lm_eval, "generate_many", counting)
+    settings = {"until": ["q", "eb"], "max_gen_toks": 12, "do_sample": False} | changes
+    given = requests("generate_until", *((letters(3 + 7 * number, number), settings) for number in range(9)))
+    expected = both[0].generate_until(given, disable_tqdm=True)
+    assert len({len(answer) for answer in expected}) > 1
+    assert both[1].generate_until(given, disable_tqdm=True) == expected
+    assert calls == [4]
+    assert ("Each batch waits" in caplog.text) == bool(changes)
 
 
 def test_what_cannot_be_packed_is_scored_as_by_hf_and_says_so(caplog):

@@ -259,8 +259,7 @@ class Step(ABC):
             RuntimeError: if another pass has begun meanwhile.
             ValueError: if the keys did not come from this step.
         """
-        if self.is_cancelled:
-            raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
+        self._check_under_way()
         handed = self.handed.get(keys.data_ptr())
         if handed is not None:
             return handed[1:]
@@ -268,11 +267,36 @@ class Step(ABC):
             table = self.placements[group].table
             if any(other is table and held.shape[2] == keys.shape[2] for held, other, _ in self.handed.values()):
                 return table, None
-        raise ValueError(
-            f"Keys of shape {tuple(keys.shape)} were given to the attention function with the mask of a PagedCache "
-            "that did not return them. In training mode Transformers takes the cache away from layers with gradient "
-            "checkpointing: call model.eval() first. Otherwise pass on what cache.update() returned in this pass."
-        )
+        raise _not_returned(keys)
+
+    def rows_of(self, storage: LayerStorage | None, keys: Tensor) -> BlockTable:
+        """Return the rows of a layer that has written this step, and read something else than its storage.
+
+        Args:
+            storage: of the layer; None if it has none yet.
+            keys: what it read.
+
+        Raises:
+            RuntimeError: as `source_of`.
+            ValueError: if it did not write this step.
+        """
+        self._check_under_way()
+        table = next((table for _, table, held in self.handed.values() if held is storage), None)
+        if table is None:
+            raise _not_returned(keys)
+        return table
+
+    def _check_under_way(self) -> None:
+        if self.is_cancelled:
+            raise RuntimeError("This mask belongs to a forward pass that was given up. Make a new one for each pass.")
+
+
+def _not_returned(keys: Tensor) -> ValueError:
+    return ValueError(
+        f"Keys of shape {tuple(keys.shape)} were given to the attention function with the mask of a PagedCache "
+        "that did not return them. In training mode Transformers takes the cache away from layers with gradient "
+        "checkpointing: call model.eval() first. Otherwise pass on what cache.update() returned in this pass."
+    )
 
 
 class Placement:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from transformers import Cache, PreTrainedModel
 
-from hf_paged._transformers import CACHE, decoder_of, recurrent_layer
+from hf_paged._transformers import CACHE, decoder_of, mixes_tokens, recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.errors import NotPackable
 
@@ -58,6 +58,8 @@ def check_model(model: PreTrainedModel, *, packs: bool = True) -> torch.nn.Modul
     layer = recurrent_layer(model.config)
     if packs and layer is not None:
         raise NotPackable(f"{layer}, and what it makes of one row would go on in the next")
+    if mixes_tokens(model):
+        raise NotPackable("its quantised layers round a token by what else is in a pass")
     decoder = decoder_of(model)
     if decoder is not model.base_model:
         raise NotPackable(f"its {type(decoder).__name__} is within a {type(model.base_model).__name__}")

@@ -15,9 +15,10 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.prompt.checks import check_fits
 from hf_paged.decoding.many.result import ManyStats, Result
 from hf_paged.decoding.many.schedule import Schedule
+from hf_paged.decoding.speculate.lookup import PromptLookup
 from hf_paged.pages.pool import PagePool, check_count, usual_page_size
 
-_NOT_TAKEN = ("inputs", "input_ids", "attention_mask", "past_key_values", "cache", "custom_generate", "streamer")
+_NOT_TAKEN = ("inputs", "input_ids", "attention_mask", "past_key_values", "cache", "streamer")
 
 
 class Answers(Iterator[Result]):
@@ -97,9 +98,12 @@ def generate_many(
             a `seed` and arguments of `generate()`, such as `max_new_tokens`, `stop_strings` or `logits_processor`.
             Any iterable, maybe without end; the next one is taken when there may be room for it.
         generation_config: for all prompts; None for that of the model.
-        pool: whose pages are used; None for one of its own, which grows as needed.
+        pool: whose pages are used; None for one of its own, which grows as rows need it, and keeps what they leave
+            for prompts to come until others need the pages.
         max_rows: rows of the batch, at most.
-        **generate_kwargs: arguments of `generate()` for all prompts.
+        **generate_kwargs: arguments of `generate()` for all prompts. With `custom_generate=hf_paged.prompt_lookup()`
+            rows go on by several tokens a step where they repeat what they have said; tokens are the same, drawn ones
+            too.
 
     Returns:
         An iterator over results, as they come. Its `in_order()` waits for all of them.
@@ -118,13 +122,30 @@ def generate_many(
             f"generate_many() was given a {type(prompts).__name__} as prompts, but it takes a list of them, or "
             "anything that gives one after the other, each a list of token ids or a tensor (num_tokens,)."
         )
-    owns_pool = pool is None
     if pool is None:
         page_size = usual_page_size(model.device)
         pool = PagePool.from_model(model, page_size=page_size, prefix_cache=recurrent_layer(model.config) is None)
+        for group in pool.groups:
+            group.evicts_first = True
     check_fits(model, PagedCache(pool=pool)._sequences)
-    schedule = Schedule(model, prompts, generation_config, generate_kwargs, pool, max_rows, owns_pool)
+    lookup = _checked_lookup(model, generate_kwargs.pop("custom_generate", None))
+    schedule = Schedule(model, prompts, generation_config, generate_kwargs, pool, max_rows, lookup)
     return Answers(schedule, len(prompts) if isinstance(prompts, Sized) else None)
+
+
+def _checked_lookup(model: PreTrainedModel, given: Any) -> PromptLookup | None:
+    if given is not None and not isinstance(given, PromptLookup):
+        raise ValueError(
+            f"generate_many() was given custom_generate={given!r}, but its batches have a loop of their own. Leave it "
+            "out, or pass hf_paged.prompt_lookup() for drafts."
+        )
+    recurrent = recurrent_layer(model.config)
+    if given is not None and recurrent is not None:
+        raise ValueError(
+            f"Drafts need rows of which tokens can be taken back, but of this {type(model).__name__} {recurrent}. "
+            "Leave out custom_generate."
+        )
+    return given
 
 
 def _checked(model: Any) -> PreTrainedModel:

@@ -4,17 +4,22 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_paged._transformers import CACHE
+from hf_paged.batch.known_ids import KnownIds
+from hf_paged.batch.padding import Columns
 from hf_paged.batch.prompt.prefixes import is_findable, let_be_found
 from hf_paged.cache.joining import take_over
 from hf_paged.cache.paged import PagedCache
 from hf_paged.decoding.many.filling import padded
 from hf_paged.decoding.many.row import Row
 from hf_paged.decoding.passes import Passes
+from hf_paged.decoding.ragged_passes import RaggedPasses
+from hf_paged.decoding.speculate.budget import Budget
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.pool import PagePool
 
@@ -36,19 +41,25 @@ class Batch:
     Args:
         model: that computes it.
         pool: where its pages are.
+        num_drafted: tokens of a row that a step computes beside the last one, at most.
 
     Attributes:
         rows: in the order in which they came.
+        drafts: the tokens of each row that `draft` has guessed for the next step.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool) -> None:
+    def __init__(self, model: PreTrainedModel, pool: PagePool, num_drafted: int = 0) -> None:
         self.rows: list[Row] = []
+        self.drafts: list[list[int]] = []
         self.cache = PagedCache(pool=pool)
         self._model = model
         self._takes = inspect.signature(model.forward).parameters
         self._ids = torch.empty((0, 0), dtype=torch.int64)
         self._num_empty = 0  # rows of the cache behind those, without a token
         self._passes: Passes | None = None  # until other rows are in the batch
+        self._num_drafted = num_drafted
+        self._ragged: RaggedPasses | None = None  # likewise
+        self._budget: Budget | None = None
 
     def join(self, rows: Sequence[Row], cache: PagedCache) -> None:
         """Take rows on.
@@ -60,6 +71,7 @@ class Batch:
         Raises:
             OutOfPagesError: if they were in memory of the host, and the pool has too few pages; nothing has changed.
         """
+        self._level()
         num_before = max(0, self.cache.batch_size)
         take_over(self.cache, cache)
         kept = [*range(len(self.rows)), *range(num_before, num_before + len(rows))]
@@ -68,6 +80,7 @@ class Batch:
 
     def keep(self, indices: Sequence[int]) -> None:
         """Let all rows but these leave; their pages are free at once."""
+        self._level()
         self.rows = [self.rows[index] for index in indices]
         if self.rows:
             self._shape(indices)
@@ -81,6 +94,7 @@ class Batch:
         If the pool has memory of the host with room, what was computed of it goes there; else it is forgotten, but
         can be found by its tokens as long as nobody takes the pages.
         """
+        self._level()
         last = max(range(len(self.rows)), key=lambda index: self.rows[index].prompt.index)
         row = self.rows[last]
         part = self.cache.fork()
@@ -102,9 +116,25 @@ class Batch:
         part.reset()
         return row
 
+    def draft(self) -> None:
+        """Guess the next tokens of each row, as many as pay."""
+        self.drafts = [[] for _ in self.rows]
+        if not self._num_drafted:
+            return
+        if self._budget is None:
+            count, device = len(self.rows), self._model.device
+            self._budget = Budget(count, self._num_drafted, count, device, cost=0.0)
+            self._budget.hits = np.array([row.hits for row in self.rows])
+        available = np.array([row.num_foreseen() for row in self.rows])
+        counts = self._budget.choose(available, np.ones(len(self.rows), dtype=bool))
+        self.drafts = [row.foreseen(count) for row, count in zip(self.rows, counts.tolist(), strict=True)]
+
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Compute the last token of each row; return `(num_rows, vocab_size)` float32 scores of the next ones.
+        """Compute the last token of each row, and its drafts.
+
+        Returns:
+            `(num_rows, num_new, vocab_size)` float32 scores of what follows these, valid up to the drafts of each row.
 
         Raises:
             OutOfPagesError: if the pool has too few pages; nothing has changed.
@@ -113,16 +143,64 @@ class Batch:
         if self._passes is None:
             self._passes = self._begin()
         with model._optimize_model_for_decode():
-            outputs = self._passes.next(self._ids)
-        self._passes.update(outputs)
-        scores: Tensor = outputs.logits[: len(self.rows), -1].to(torch.float32, copy=True)
+            if self._num_drafted:
+                logits = self._step_ragged(self._passes)
+            else:
+                outputs = self._passes.next(self._ids)
+                self._passes.update(outputs)
+                logits = outputs.logits[:, -1:]
+        scores: Tensor = logits[: len(self.rows)].to(torch.float32, copy=True)
         return scores
 
-    def add_column(self) -> None:
-        """Go on by the last of the `ids` of each row, which is new."""
-        tokens = [row.ids[-1:] for row in self.rows] + [[0]] * self._num_empty
-        column = torch.tensor(tokens, device=self._ids.device)
-        self._ids = torch.cat([self._ids, column], dim=1)
+    def _step_ragged(self, passes: Passes) -> Tensor:
+        if self._ragged is None:
+            sequences = self.cache._sequences
+            self._ragged = RaggedPasses(self._model, passes.forward, sequences, passes.inputs, self._ids)
+            self._ragged.__enter__()
+        counts = np.zeros(len(self._ids), dtype=np.int64)
+        counts[: len(self.rows)] = [1 + len(draft) for draft in self.drafts]
+        tokens = np.zeros((len(counts), int(counts.max())), dtype=np.int64)
+        for row, (own, draft) in enumerate(zip(self.rows, self.drafts, strict=True)):
+            tokens[row, : counts[row]] = [own.ids[-1], *draft]
+        return self._ragged.run(tokens, counts)
+
+    def go_on(self, num_tokens: Sequence[int]) -> None:
+        """Go on by the last of the `ids` of each row, which are new, and take back the drafts that are not in there.
+
+        Args:
+            num_tokens: that each row has got by the step: one at least, or none if it is going to leave.
+        """
+        if self._ragged is None or self._budget is None:
+            tokens = [row.ids[-1:] for row in self.rows] + [[0]] * self._num_empty
+            self._ids = torch.cat([self._ids, torch.tensor(tokens, device=self._ids.device)], dim=1)
+            return
+        drafted = np.array([len(draft) for draft in self.drafts])
+        accepted = np.maximum(np.array(num_tokens) - 1, 0)
+        ends = self._ragged.ends
+        ends[: len(self.rows)] -= drafted - accepted
+        self._ragged.cut(ends)
+        is_right = [row.is_as_foreseen(count) for row, count in zip(self.rows, num_tokens, strict=True)]
+        self._budget.note(drafted, accepted, np.array(is_right))
+        for row, hits in zip(self.rows, self._budget.hits.tolist(), strict=True):
+            row.hits = hits
+
+    def _level(self) -> None:
+        """Let rows that are not equally far end in one column, as padding on the left is stored as little."""
+        self._budget = None
+        if self._ragged is None:
+            return
+        sequences = self.cache._sequences
+        sequences.end_step()
+        rows = sequences.rows
+        width = max(1, int(rows.lengths.max()))
+        ids = np.zeros((rows.count, width), dtype=np.int64)
+        for own, row, length in zip(ids, self.rows, rows.lengths.tolist(), strict=False):  # none for empty ones
+            own[width - length :] = row.ids[:length]
+        is_token = np.arange(width) >= width - rows.lengths[:, None]
+        rows.columns, rows.known_ids = Columns(width, is_token, rows.columns.released), KnownIds()
+        rows.known_ids.note(torch.from_numpy(ids).to(self._ids), 0, width)
+        self._ragged.__exit__(None, None, None)  # from here on windows end where the last column does
+        self._ragged = self._passes = None
 
     def _shape(self, indices: Sequence[int]) -> None:
         """Let the cache have these rows, and behind them so many without a token that steps of as many are captured.

@@ -1,8 +1,10 @@
 """A prompt that is being answered."""
 
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -24,6 +26,9 @@ from hf_paged._transformers import CACHE
 from hf_paged.cache.paged import PagedCache
 from hf_paged.decoding.many.prompt import Prompt
 from hf_paged.decoding.many.result import FinishReason, Result
+from hf_paged.decoding.speculate.budget import FIRST_HITS
+from hf_paged.decoding.speculate.lookup import Lookup
+from hf_paged.decoding.speculate.text import Text
 from hf_paged.pages.pool import PagePool
 
 # They look at nothing but the scores of a row, so that rows may be processed together.
@@ -48,6 +53,7 @@ class Row:
         ids: all tokens.
         likeness: the same for rows whose scores may be processed together; None for those that are processed alone.
         parked: what was computed of it, while it waits and that is in memory of the host.
+        hits: the share of its drafts that is taken for right.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class Row:
         self.ids = list(prompt.ids)
         self.likeness = _likeness(processors)
         self.parked: PagedCache | None = None
+        self.hits = FIRST_HITS
+        self._lookup: Lookup | None = None
         lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
         self._max_length = min(lengths) if lengths else None
         ends = [one.eos_token_id for one in criteria if type(one) is EosTokenCriteria]
@@ -83,9 +91,35 @@ class Row:
             return "eos"
         if self._criteria:
             ids = torch.tensor([self.ids], device=device)
-            if any(bool(criterion(ids, None).all()) for criterion in self._criteria):
+            if any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self._criteria):  # or a bool
                 return "stop"
         return "length" if self._max_length is not None and len(self.ids) >= self._max_length else None
+
+    # Drafts
+
+    def draft_by(self, make: Callable[[Text], Lookup]) -> None:
+        """Let what this makes guess the next tokens."""
+        self._text = Text(torch.tensor([self.ids]))
+        self._lookup = make(self._text)
+
+    def num_foreseen(self) -> int:
+        """Tokens that could be guessed, but for the last one that the answer may have."""
+        assert self._lookup is not None
+        new = np.array([self.ids[int(self._text.known[0]) :]], dtype=np.int64)
+        self._text.add(new, np.array([new.shape[1]]))
+        count, self._next = int(self._lookup.available()[0]), int(self._lookup.foreseen()[0])
+        left = count if self._max_length is None else self._max_length - len(self.ids) - 1
+        return max(0, min(count, left))
+
+    def foreseen(self, count: int) -> list[int]:
+        """The next so many tokens, as far as they could be guessed."""
+        assert self._lookup is not None
+        drafted: list[int] = self._lookup.draft(np.array([count])).tokens[0].tolist()
+        return drafted
+
+    def is_as_foreseen(self, num_new: int) -> float:
+        """1 or 0: whether the first of so many new tokens is the one that could be guessed; NaN if there is none."""
+        return math.nan if self._next < 0 or not num_new else float(self.ids[-num_new] == self._next)
 
     def result(self, reason: FinishReason, error: Exception | None = None) -> Result:
         """What has come of it."""

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_paged.cache.paged import PagedCache
@@ -15,6 +16,7 @@ from hf_paged.decoding.many.prompt import Prompt
 from hf_paged.decoding.many.result import ManyStats, Result
 from hf_paged.decoding.many.room import Room
 from hf_paged.decoding.many.row import Row, prepare
+from hf_paged.decoding.speculate.lookup import PromptLookup
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.pool import PagePool
 
@@ -31,7 +33,7 @@ class Schedule:
         settings: arguments of `generate()` for all prompts.
         pool: where the pages are.
         max_rows: rows of the batch, at most.
-        owns_pool: whether nobody else uses the pool. Then it keeps no more pages for prompts to come than rows hold.
+        lookup: where drafts come from; None: none are made.
     """
 
     def __init__(
@@ -42,19 +44,19 @@ class Schedule:
         settings: dict[str, Any],
         pool: PagePool,
         max_rows: int,
-        owns_pool: bool,
+        lookup: PromptLookup | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._settings = settings
         self._pool = pool
         self._max_rows = max_rows
-        self._owns_pool = owns_pool
         self._chunk = usual_chunk(model.device)
         self._prompts: Iterator[tuple[int, Any]] = enumerate(prompts)
         self._waiting: deque[Row] = deque()  # in the order of their prompts
         self._filling: Filling | None = None
-        self._batch = Batch(model, pool)
+        self._lookup = lookup
+        self._batch = Batch(model, pool, 0 if lookup is None else lookup.num_tokens)
         self._is_full = False  # whether pages have run short since a row left
         self._results: list[Result] = []
         self._counts = dict.fromkeys(("num_prompt_tokens", "num_new_tokens", "num_steps", "num_preempted"), 0)
@@ -161,6 +163,8 @@ class Schedule:
                 self._results.append(Result(index, given, [], "error", error))
                 continue
             self._counts["num_prompt_tokens"] += len(row.ids)
+            if self._lookup is not None:
+                row.draft_by(self._lookup.of)
             return row
         return None
 
@@ -168,29 +172,47 @@ class Schedule:
 
     def _step(self) -> None:
         batch = self._batch
+        batch.draft()
         while True:
             try:
                 scores = batch.step()
                 break
             except OutOfPagesError as error:
                 self._is_full = True
-                if self._filling is not None:
+                if any(batch.drafts):
+                    batch.drafts = [[] for _ in batch.rows]
+                elif self._filling is not None:
                     self._abandon(self._filling)
                 elif len(batch.rows) > 1:
                     self._wait([batch.take_newest()])
+                    batch.draft()
                     self._counts["num_preempted"] += 1
                 else:
                     self._fail(batch.rows[0], error)
                     batch.keep([])
                     return
         self._counts["num_steps"] += 1
-        kept = [index for index, token in enumerate(choose(batch.rows, scores)) if self._goes_on(index, token)]
-        if len(kept) == len(batch.rows):
-            batch.add_column()
-        else:
+        kept = self._go_on(scores)
+        if len(kept) < len(batch.rows):
             batch.keep(kept)
             self._is_full = False
-            self._forget_some()
+
+    def _go_on(self, scores: Tensor) -> list[int]:
+        """Give rows the tokens that a step has made, and return which go on."""
+        batch = self._batch
+        before, ended = [len(row.ids) for row in batch.rows], set[int]()
+        running, place = list(range(len(batch.rows))), 0  # those whose draft was right up to this place
+        while running:
+            tokens = choose([batch.rows[index] for index in running], scores[running, place])
+            ended |= {index for index, token in zip(running, tokens, strict=True) if not self._goes_on(index, token)}
+            running = [
+                index
+                for index, token in zip(running, tokens, strict=True)
+                if index not in ended and batch.drafts[index][place : place + 1] == [token]
+            ]
+            place += 1
+        batch.go_on([len(row.ids) - count for row, count in zip(batch.rows, before, strict=True)])
+        return [index for index in range(len(batch.rows)) if index not in ended]
 
     def _goes_on(self, index: int, token: int | Exception) -> bool:
         """Give a row its token; return whether it goes on."""
@@ -220,13 +242,3 @@ class Schedule:
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._results.append(row.result("error", error))
-
-    def _forget_some(self) -> None:
-        """Let a pool that may grow keep no more for prompts to come than rows hold."""
-        index = self._pool.prefix_index
-        if not self._owns_pool or index is None:
-            return
-        for place, group in enumerate(self._pool.groups):
-            surplus = group.allocator.num_cached - group.allocator.num_active
-            if surplus > 0:
-                index.evict(place, surplus)

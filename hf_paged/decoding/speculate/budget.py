@@ -11,7 +11,8 @@ Floats = npt.NDArray[np.float64]
 _WIDTHS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # tokens of each row that a pass has: few, as kernels are made for them
 # Tokens over which a pass takes twice as long as over none, since it computes as long as it reads weights.
 _BALANCE_ON_CPU, _BALANCE = 40, 256
-_FIRST = 0.8  # the share of drafted tokens that is taken for right as long as nothing is known
+FIRST_HITS = 0.8
+"""The share of drafted tokens that is taken for right as long as nothing is known."""
 _NEWS = 0.3  # weight of one pass in what is known of a row
 _FORGETTING = 0.005  # weight of knowing nothing, in each pass that tells nothing
 
@@ -30,10 +31,13 @@ class Budget:
         batch_size: rows of a pass.
         device: of the model.
         cost: of drafting one token, as `Drafter.cost`.
+
+    Attributes:
+        hits: `(num_rows,)` the share of drafted tokens that is taken for right.
     """
 
     def __init__(self, num_rows: int, num_tokens: int, batch_size: int, device: torch.device, cost: float) -> None:
-        self._hits = np.full(num_rows, _FIRST)
+        self.hits = np.full(num_rows, FIRST_HITS)
         self._widths = np.array([width for width in _WIDTHS if width <= num_tokens + 1])
         balance = _BALANCE_ON_CPU if device.type == "cpu" else _BALANCE
         self._forgetting = _FORGETTING if cost > 0 else 0.0
@@ -55,7 +59,7 @@ class Budget:
         available = np.minimum(np.where(is_going, available, 0), self.max_drafted)
         if not available.any():
             return np.zeros_like(available)
-        powers = self._hits[:, None] ** np.arange(self.max_drafted + 1)
+        powers = self.hits[:, None] ** np.arange(self.max_drafted + 1)
         expected = powers.cumsum(axis=1)  # tokens of a row with 0, 1, ... drafted ones
         drafted = np.minimum(available[:, None], self._widths - 1)
         gained = (np.take_along_axis(expected, drafted, axis=1) * is_going[:, None]).sum(axis=0)
@@ -72,8 +76,8 @@ class Budget:
         """
         share = accepted / np.maximum(np.minimum(drafted, accepted + 1), 1)
         share = np.where(drafted > 0, share, is_foreseen)
-        if len(self._hits) == 1 and not np.isnan(share).all():
+        if len(self.hits) == 1 and not np.isnan(share).all():
             share = np.nanmin(share, keepdims=True)  # as far as the slowest row
-        is_known = ~np.isnan(share[: len(self._hits)])
-        news = np.where(is_known, _NEWS * (share - self._hits), self._forgetting * (_FIRST - self._hits))
-        self._hits = self._hits + news
+        is_known = ~np.isnan(share[: len(self.hits)])
+        news = np.where(is_known, _NEWS * (share - self.hits), self._forgetting * (FIRST_HITS - self.hits))
+        self.hits = self.hits + news

@@ -1,10 +1,11 @@
 """Drafts that are found in what a row has said before."""
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_paged.batch.padding import BoolMatrix, Counts
 from hf_paged.decoding.speculate.drafts import Drafts, check_positive, prompt_mask
@@ -83,7 +84,7 @@ class Lookup:
         return len(own)
 
 
-def prompt_lookup(num_tokens: int = 10, max_ngram: int = 3) -> Callable[..., Any]:
+def prompt_lookup(num_tokens: int = 10, max_ngram: int = 3) -> "PromptLookup":
     """Decode with drafts that are found in what each row has said: `generate(..., custom_generate=prompt_lookup())`.
 
     Where a row repeats its prompt or itself, one pass gives several of its tokens, in batches of any size: each row
@@ -109,7 +110,23 @@ def prompt_lookup(num_tokens: int = 10, max_ngram: int = 3) -> Callable[..., Any
     check_positive("num_tokens", num_tokens)
     check_positive("max_ngram", max_ngram)
 
-    def make(model: Any, text: Text, inputs: dict[str, Any], *args: Any) -> Lookup:
-        return Lookup(text, prompt_mask(text, inputs), max_ngram)
+    return PromptLookup(num_tokens, max_ngram)
 
-    return partial(speculate, make, num_tokens)
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """What `prompt_lookup` returns, with its arguments."""
+
+    num_tokens: int
+    max_ngram: int
+
+    def __call__(self, model: PreTrainedModel, input_ids: Tensor, **arguments: Any) -> Any:
+        """Decode as `hf_paged.sample` does, with drafts."""
+        return speculate(self._make, self.num_tokens, model, input_ids, **arguments)
+
+    def of(self, text: Text) -> Lookup:
+        """What drafts for rows without padding."""
+        return Lookup(text, None, self.max_ngram)
+
+    def _make(self, model: Any, text: Text, inputs: dict[str, Any], *args: Any) -> Lookup:
+        return Lookup(text, prompt_mask(text, inputs), self.max_ngram)

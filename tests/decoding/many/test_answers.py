@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -20,6 +21,7 @@ import hf_paged
 from hf_paged import OutOfPagesError, PagedCache, PagePool
 from hf_paged.compile import api
 from hf_paged.decoding.many.batch import captured_count
+from hf_paged.decoding.speculate.budget import Budget
 from tests.families import ENCODER
 from tests.models import letter_tokenizer, tiny_gemma, tiny_llama, tiny_model
 
@@ -119,6 +121,28 @@ def test_layers_with_a_window_drop_pages_of_rows_that_came_at_different_times(wi
     assert answers(model, prompts, max_rows=4)[0] == expected
 
 
+@pytest.mark.parametrize("num_pages", [None, 12])
+def test_drafts_change_nothing_but_the_number_of_steps(num_pages, monkeypatch):
+    def choose(self, available, is_going):  # all there are, whatever came of them
+        return np.minimum(available, self.max_drafted)
+
+    monkeypatch.setattr(Budget, "choose", choose)
+    model = tiny_gemma(window=7)
+    prompts = random_prompts(24, most=60, seed=3)
+    for index, prompt in enumerate(prompts):
+        prompt["input_ids"] += [7, 8, 9] * 4
+        if index % 3 == 0:
+            prompt |= {"do_sample": True, "temperature": 0.3, "seed": index}
+    expected = [alone(model, prompt, eos_token_id=EOS) for prompt in prompts]
+    settings = {"max_rows": 4, "eos_token_id": EOS}
+    _, without = answers(model, prompts, **settings)
+    pool = PagePool.from_model(model, num_pages, page_size=16)
+    found, stats = answers(model, prompts, pool=pool, custom_generate=hf_paged.prompt_lookup(), **settings)
+    assert found == expected
+    assert stats.num_steps < 0.8 * without.num_steps
+    assert (stats.num_preempted > 0) == (num_pages is not None)
+
+
 def test_prompts_that_are_alike_share_their_pages_and_part_when_they_are_drawn(model):
     prompts = [{"input_ids": list(range(10, 43)), "seed": seed} for seed in range(4)] * 2
     settings = {"do_sample": True, "max_new_tokens": 20, "temperature": 2.0}
@@ -185,10 +209,12 @@ def test_an_answer_ends_by_a_token_its_length_or_another_criterion_and_says_so(m
     ids = list(range(100, 120))
     plain = alone(model, {"input_ids": ids}, max_new_tokens=8, eos_token_id=None)
     stop = {"stop_strings": [tokenizer.decode([90])], "logits_processor": [Always(90)]}
-    prompts = [{"input_ids": ids, **own} for own in ({"eos_token_id": plain[3]}, {"eos_token_id": None}, stop)]
+    short = {"stopping_criteria": [lambda ids, scores: ids.shape[1] == 22]}  # true or false, no tensor
+    ways = ({"eos_token_id": plain[3]}, {"eos_token_id": None}, stop, {"eos_token_id": None} | short)
+    prompts = [{"input_ids": ids, **own} for own in ways]
     results = hf_paged.generate_many(model, prompts, max_new_tokens=8, tokenizer=tokenizer, do_sample=False).in_order()
-    assert [result.finish_reason for result in results] == ["eos", "length", "stop"]
-    assert [result.tokens for result in results] == [plain[: plain.index(plain[3]) + 1], plain, [90]]
+    assert [result.finish_reason for result in results] == ["eos", "length", "stop", "stop"]
+    assert [result.tokens for result in results] == [plain[: plain.index(plain[3]) + 1], plain, [90], plain[:2]]
     assert [result.prompt for result in results] == prompts
 
 
@@ -409,20 +435,34 @@ def test_stats_count_what_was_done(model, prompts, expected):
     assert stats.num_new_tokens / 4 <= stats.num_steps < stats.num_new_tokens
 
 
-def test_a_pool_of_its_own_keeps_no_more_for_prompts_to_come_than_rows_hold(model):
+def test_a_pool_of_its_own_has_no_more_pages_written_than_rows_have_held_at_once(model):
     many = hf_paged.generate_many(
         model, random_prompts(40), max_rows=2, do_sample=False, eos_token_id=None, max_new_tokens=20
     )
-    pool = many._schedule._pool
+    (group,) = many._schedule._pool.groups
+    most = 0
+    step = many._schedule.advance
+
+    def advance():
+        nonlocal most
+        results = step()
+        most = max(most, group.allocator.num_active)
+        return results
+
+    many._schedule.advance = advance
+    kept = 0
     for _ in many:
-        stats = pool.stats()
-        assert stats.num_cached_pages <= max(stats.num_active_pages, 1) + 4
+        assert group.allocator.num_touched <= most + 4  # and what rows held that left within a step
+        kept = max(kept, group.allocator.num_cached)
+    assert kept
 
 
 # What is no use
 
 
 def test_mistakes_of_the_call_are_errors_at_once(model):
+    with pytest.raises(ValueError, match=r"have a loop of their own.*prompt_lookup\(\) for drafts"):
+        hf_paged.generate_many(model, [[1]], custom_generate=hf_paged.sample)
     with pytest.raises(ValueError, match="takes a model of Transformers"):
         hf_paged.generate_many("model", [[1]])
     with pytest.raises(ValueError, match="attn_implementation='sdpa', but its batches need 'paged_flex'"):

@@ -116,10 +116,10 @@ class BatchMachine(RuleBasedStateMachine):
             except OutOfPagesError:
                 assert self.pool.max_pages is not None
                 return
-            for row, token in zip(self.rows, scores.argmax(dim=-1).tolist(), strict=True):
+            for row, token in zip(self.rows, scores[:, 0].argmax(dim=-1).tolist(), strict=True):
                 assert token == self.answers[row.prompt.index][len(row.ids)]
                 row.ids.append(token)
-            self.batch.add_column()
+            self.batch.go_on([1] * len(self.rows))
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())

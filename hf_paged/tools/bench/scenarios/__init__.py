@@ -13,6 +13,8 @@ SCENARIOS = {
         beam.BEAM,
         prefix.PREFIX,
         many.MANY,
+        many.MANY_ALIKE,
+        many.MANY_SHORT,
         speculate.SPECULATE,
         mixed.PAGE_SIZE,
         profile.PROFILE,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
@@ -197,47 +198,46 @@ WAYS: dict[str, Callable[[PreTrainedModel, int], Way]] = {
 _OF_CASE = {PLAIN: tuple(WAYS)[:4], ALIKE: tuple(WAYS)[:4], SHORT: ("many", "many-short")}
 
 
-def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def measure(case: str, settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Answer prompts in several ways, in turn.
 
     Args:
+        case: of `_OF_CASE`.
         settings: as given; `caches` names ways, `prompt_lengths` prompts.
-        rows: gets one for each case and way: medians of `total_s` and `tokens_per_s`, new ones over it;
-            `total_s_speed`, how many times as fast as the first way of the case; `same_tokens`, the part of the
-            answers that are those of the first way; `peak_bytes` beyond the loaded model, in a process of its own.
+        rows: gets one for each way: `first_s`, a first run over three prompts, with whatever is compiled in it or
+            found on disk; medians of `total_s` and `tokens_per_s`, new ones over it; `total_s_speed`, how many times
+            as fast as the first way; `same_tokens`, the part of the answers that are those of the first way;
+            `peak_bytes` beyond the loaded model, in a process of its own.
 
     Raises:
         ValueError: for a way that there is not.
     """
     measured = load(settings)
+    ways = _OF_CASE[case]
     unknown = [name for name in settings.caches or () if name not in WAYS]
-    if unknown:
-        raise ValueError(f"caches={unknown} were asked for; many has {', '.join(WAYS)}.")
-    asked = {
-        case: names
-        for case, ways in _OF_CASE.items()
-        if (names := [name for name in ways if name in (settings.caches or ways)])
-    }
-    for case, names in progress(asked.items(), "many"):
-        own = _race(measured, settings, case, names)
-        for row in own:
-            if "error" not in row:
-                found = in_new_process(peak, settings, case, row["baseline"])
-                row |= {"peak_error": found["error"]} if "error" in found else found
-        rows += own
+    names = [name for name in ways if name in (settings.caches or ways)]
+    if unknown or not names:
+        raise ValueError(
+            f"caches={unknown or list(settings.caches or ())} were asked for; there are {', '.join(ways)}."
+        )
+    rows += _race(measured, settings, case, names)
+    for row in progress(rows, "memory"):
+        if "error" not in row:
+            found = in_new_process(peak, settings, case, row["baseline"])
+            row |= {"peak_error": found["error"]} if "error" in found else found
     return {}
 
 
 def _race(measured: MeasuredModel, settings: Settings, case: str, names: Sequence[str]) -> list[dict[str, Any]]:
     work = _work_of(measured, settings, case)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}  # the first one warms up
     tokens: dict[str, list[list[int]]] = {}
     errors: dict[str, str] = {}
     with ExitStack() as stack:
         ways = {name: WAYS[name](measured.model, settings.page_size) for name in names}
         for way in ways.values():
             stack.callback(way.close)
-        for turn in range(-1, settings.rounds):  # the first one warms up
+        for turn in range(-1, settings.rounds):
             for name in list(names)[:: 1 if turn % 2 else -1]:
                 if name in errors:
                     continue
@@ -247,8 +247,7 @@ def _race(measured: MeasuredModel, settings: Settings, case: str, names: Sequenc
                 except Exception as error:
                     errors[name] = f"{type(error).__name__}: {error}"
                 synchronize(measured.device)
-                if turn >= 0:
-                    times[name].append(time.perf_counter() - start)
+                times[name].append(time.perf_counter() - start)
     first = names[0]
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -256,10 +255,11 @@ def _race(measured: MeasuredModel, settings: Settings, case: str, names: Sequenc
         if name in errors:
             rows.append(row | {"error": errors[name]})
             continue
-        total_s = statistics.median(times[name])
-        row |= {"total_s": total_s, "tokens_per_s": sum(work.answers) / total_s}
+        first_s, *others = times[name]
+        total_s = statistics.median(others)
+        row |= {"first_s": first_s, "total_s": total_s, "tokens_per_s": sum(work.answers) / total_s}
         if first not in errors:
-            row["total_s_speed"] = statistics.median(times[first]) / total_s
+            row["total_s_speed"] = statistics.median(times[first][1:]) / total_s
             same = [one == other for one, other in zip(tokens[first], tokens[name], strict=True)]
             row["same_tokens"] = sum(same) / len(same)
         rows.append(row)
@@ -291,20 +291,21 @@ def _warm_up(work: Work) -> Work:
     return Work([list(ids) for ids in chosen], [3, 3, 6])
 
 
-MANY = Scenario(
-    "many",
-    f"{NUM_PROMPTS} prompts through batches of {MAX_ROWS} rows, their answers few of which are long",
-    measure,
-    (
-        "model",
-        "case",
-        "baseline",
-        "total_s",
-        "total_s_speed",
-        "tokens_per_s",
-        "peak_bytes",
-        "same_tokens",
-        "error",
-        "peak_error",
-    ),
+_COLUMNS = (
+    "model",
+    "baseline",
+    "first_s",
+    "total_s",
+    "total_s_speed",
+    "tokens_per_s",
+    "peak_bytes",
+    "same_tokens",
+    "error",
+    "peak_error",
 )
+
+_WHAT = f"{NUM_PROMPTS} prompts through batches of {MAX_ROWS} rows, their answers few of which are long"
+
+MANY = Scenario("many", _WHAT, partial(measure, PLAIN), _COLUMNS)
+MANY_ALIKE = Scenario("many-alike", f"the same, {ALIKE}", partial(measure, ALIKE), _COLUMNS)
+MANY_SHORT = Scenario("many-short", f"the same, with {SHORT}", partial(measure, SHORT), _COLUMNS)

@@ -48,7 +48,11 @@ def measure(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
         ("answers that repeat their prompt", begun, {"do_sample": False}, (PLAIN, LOOKUP, RANDOM)),
         ("nothing repeats (sampled)", prose, {"do_sample": True, "top_k": 0}, (PLAIN, LOOKUP)),
     ]
-    loops = {PLAIN: sample, LOOKUP: prompt_lookup(), RANDOM: assisted(_random_model(model))}
+    loops: dict[str, Callable[..., Any]] = {
+        PLAIN: sample,
+        LOOKUP: prompt_lookup(),
+        RANDOM: assisted(_random_model(model)),
+    }
     gather_weights(model)
     with compiled(model):
         for case, ids, options, names in progress(cases, "speculate"):
