@@ -38,6 +38,7 @@ FAMILIES = [
 CHOSEN = ["Qwen3NextForCausalLM", "FalconH1ForCausalLM", "Lfm2ForCausalLM", "jamba that ends in Mamba"]
 ENDS_IN_MAMBA = {"num_hidden_layers": 3}  # attention in every second layer
 ATTENTIONS = ["paged_flex", "sdpa"]
+FAILING = [*((name, "paged_flex") for name in CHOSEN), (CHOSEN[3], "sdpa")]
 
 
 @once
@@ -221,8 +222,7 @@ def modules_of(model):
     return layers + [child for layer in layers for child in layer.children()]
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize(("name", "attention"), FAILING)
 @pytest.mark.parametrize("num_new", [1, 3])
 def test_a_pass_that_failed_leaves_states_bit_equal(name, attention, num_new):
     model = model_of(name, attention)
@@ -266,8 +266,7 @@ def test_a_pass_that_failed_leaves_states_bit_equal(name, attention, num_new):
     cache.pool.check_integrity()
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize(("name", "attention"), FAILING)
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_pass_that_failed_is_never_gone_on_from(name, attention, is_first):
     model = model_of(name, attention)
