@@ -207,6 +207,8 @@ def compile_obstacle(config: PreTrainedConfig) -> str | None:
         return "adds a position bias to its scores"
     if has_latents(config):
         return "makes keys and values of the latents that are cached"
+    if "hybrid_sliding" in (getattr(_of_decoder(config), "layer_types", None) or ()):
+        return "has layers with a state and a window, of which generate() makes a mask without the window"
     return None
 
 

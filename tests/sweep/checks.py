@@ -83,7 +83,7 @@ class Subject:
     """
 
     name: str
-    load: Callable[[str], PreTrainedModel]
+    load: Callable[[str | dict[str, str]], PreTrainedModel]
     attention: str
     inputs: dict[str, dict[str, Any]]
     expected: dict[str, "Generated"] = field(default_factory=dict)
@@ -301,15 +301,28 @@ def check(subject: Subject, mode: str) -> dict[str, Finding]:
     """Compare the cases of a mode with what the oracle made of them; those that it refuses count if we do, too."""
     attention, cases = MODES[mode]
     try:
-        model = subject.load(attention or subject.attention)
+        model, note = load(subject, attention or subject.attention)
     except Exception as error:
         return {"load": judged(error)}
     findings = {case: attempt(partial(find, subject, model, case, mode)) for case in cases if case in subject.inputs}
+    for finding in findings.values():
+        finding.message = finding.message or note
     return {
         case: finding
         for case, finding in findings.items()
         if case in subject.expected or finding.outcome == Outcome.REFUSED
     }
+
+
+def load(subject: Subject, attention: str) -> tuple[PreTrainedModel, str]:
+    """Make the model; where its eye looks its attention up by name, with another one there, and say so."""
+    try:
+        return subject.load(attention), ""
+    except KeyError:
+        model = subject.load({"text_config": attention})
+        if model.config.get_text_config(decoder=True)._attn_implementation != attention:
+            raise
+        return model, f'loaded with `attn_implementation={{"text_config": "{attention}"}}`'
 
 
 def find(subject: Subject, model: PreTrainedModel, case: str, mode: str) -> Finding:

@@ -57,6 +57,8 @@ def page(results: Results) -> str:
         ).rstrip("\n"),
         "",
         *_counts(built),
+        "",
+        _over_pages([entry for entry in built.values() if entry["kind"] == "causal" and entry["cases"]]),
     ]
     for kind, title in KINDS.items():
         rows = {name: entry for name, entry in built.items() if entry["kind"] == kind}
@@ -107,6 +109,17 @@ def _counts(models: dict[str, Any]) -> list[str]:
     lines = _row([f"{len(models)} classes, at worst", *COLUMNS.values()]), _row(["---"] * (1 + len(COLUMNS)))
     rows = [[what, *(str(counts[mode][what]) for mode in COLUMNS)] for what in outcomes]
     return [*lines, *(_row(row) for row in rows if any(cell != "0" for cell in row[1:]))]
+
+
+def _over_pages(models: list[dict[str, Any]]) -> str:
+    """How many causal language models keep their tokens in pages, and how many of them read these in place."""
+    found = [[entry.get("modes", {}).get(mode) for mode in ("uncompiled", "gathered")] for entry in models]
+    works = [[bool(cases) and set(map(_outcome, cases.values())) == {SAME} for cases in each] for each in found]
+    in_place, at_all = sum(first for first, _ in works), sum(map(any, works))
+    return (
+        f"{at_all} of the {len(models)} causal language models that could be compared work over pages, {in_place} of "
+        "them with `paged_flex`, the others with `sdpa` or `eager`."
+    )
 
 
 def _worst(entry: dict[str, Any], mode: str, outcomes: list[str]) -> str:

@@ -44,7 +44,7 @@ def subject_of(name: str, kind: str) -> Subject:
     config_class = config_class_of(model_class)
     decodes = {"is_decoder": True} if kind == "causal" and hasattr(config_class(), "is_decoder") else {}
 
-    def load(attention: str) -> PreTrainedModel:
+    def load(attention: str | dict[str, str]) -> PreTrainedModel:
         model = tiny_model(model_class, attention, tiny_config(config_class, decodes))
         model.generation_config = greedy(model)
         return model

@@ -81,7 +81,9 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def tiny_model(model_class: type[PreTrainedModel], attention: str, config: PreTrainedConfig) -> PreTrainedModel:
+def tiny_model(
+    model_class: type[PreTrainedModel], attention: str | dict[str, str], config: PreTrainedConfig
+) -> PreTrainedModel:
     """Make the model as `from_pretrained(..., attn_implementation=attention)` does; same weights each time."""
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
