@@ -5,6 +5,7 @@ a small model drafts from it, for one. In pages that would be the whole pool, ot
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 from weakref import WeakSet
 
@@ -140,6 +141,12 @@ class RepeatedRows:
         self._are_in_order = not num_missing and torch.equal(rows, in_order)
         self._copies: tuple[Tensor, Tensor] | None = None
         self._versions = 0, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RepeatedRows":
+        other = RepeatedRows(deepcopy(self.held, memo), self.rows)
+        if self.are_changed:  # which versions of tensors that are copied don't show
+            other._copies, other._versions = deepcopy(self._copies, memo), (-1, -1)
+        return other
 
     def tensors(self) -> tuple["HandedOnTensor", "HandedOnTensor"]:
         """Return keys and values to hand out."""

@@ -199,6 +199,12 @@ def _explained(model: torch.nn.Module) -> Iterator[None]:
     except Exception as error:
         if not is_from_dynamo(error) or not _passed_through(error.__traceback__, model):
             raise
+        if type(error).__name__ == "FailOnRecompileLimitHit":
+            raise ValueError(
+                f"torch has compiled steps of {type(model).__name__} as often as it does. Threads that begin at the "
+                "same time compile one each: let one of them generate first. Leave settings of the model as they are "
+                "between steps, or leave out compiled(): the same cache works uncompiled."
+            ) from error
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise ValueError(
             f"torch.compile can't make one graph of a step of {type(model).__name__}, as compiled() wants it to. "

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged._transformers import keeps_to
 from hf_paged.attention.dispatch import reads_pages
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.padding import Counts
@@ -45,7 +46,7 @@ class RaggedPasses:
         token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
         step_inputs = inputs_after(model, sequences, inputs, prepared, token)
         if step_inputs is None or step_inputs.position_ids is None:
-            raise refused(model)
+            raise _refused(model)
         self._inputs: StepInputs = step_inputs
         self._device = input_ids.device
 
@@ -81,7 +82,7 @@ class RaggedPasses:
         inputs = self._inputs.ragged(step, *sent)
         if inputs is None:
             self._sequences.roll_back(step)
-            raise refused(self._model)
+            raise _refused(self._model)
         logits: Tensor = self._forward(**inputs, return_dict=True).logits
         self._rows.end(counts)
         return logits
@@ -95,7 +96,14 @@ class RaggedPasses:
         self._rows.give_up(ends + self._first - self._num_ids)
 
 
-def refused(model: Any) -> ValueError:
+def check_prepares_alike(model: Any) -> None:
+    """Refuse a model that prepares its inputs in a way of its own."""
+    is_own = not keeps_to(model, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    if is_own or hasattr(model, "create_masks_for_generate"):
+        raise _refused(model)
+
+
+def _refused(model: Any) -> ValueError:
     """Say that rows of a model can't go on from different columns."""
     return ValueError(
         f"Drafts need passes in which each row goes on from its own end, but {type(model).__name__} prepares its "

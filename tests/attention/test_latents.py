@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from hf_paged.attention.backends import latents as backend
 from hf_paged.attention.backends.latents import (
@@ -114,6 +115,10 @@ def test_only_a_projection_alone_is_absorbed_and_by_few_queries():
     assert [chosen(layer) for layer in (plain, moved)] == [Absorbed] * 2
     assert [chosen(layer) for layer in (Layer(power=2), hooked, adapted)] == [Expanded] * 3
     assert chosen(plain, num_queries=500) is Expanded
+    with register_module_forward_hook(lambda module, args, output: None):
+        assert chosen(plain) is Expanded
+    plain.expand_kv = lambda latents, rotary: (Layer.expand_kv(plain, latents, rotary)[0], 2 * latents)
+    assert chosen(plain) is Expanded
 
 
 def test_queries_are_counted_by_row():

@@ -1,5 +1,7 @@
 """Keys that several rows have in common are attended to as if each row had its own."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -28,3 +30,16 @@ def test_rows_attend_to_what_they_share(rows, mask):
             found, _ = paged_flex_attention(module, query, *shared, MASKS[mask], **options)
             expected, _ = paged_flex_attention(module, query, *own, MASKS[mask], **options)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_copy_shares_its_rows_again_and_keeps_what_was_changed():
+    held = tuple(torch.randn(2, 2, 5, 4) for _ in "kv")
+    shared = RepeatedRows(held, torch.tensor([0, 0, 1]))
+    keys, _ = shared.copies()
+    for is_changed in (False, True):
+        if is_changed:
+            keys[1] = 0
+        copy = deepcopy(shared)
+        assert copy.are_changed is is_changed
+        assert torch.equal(copy.copies()[0], keys)
+        assert copy.held[0] is not held[0]

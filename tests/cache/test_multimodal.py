@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from hf_paged import PagedCache, PagePool, enable
+from hf_paged import PagedCache, PagePool, enable, generate_many, prompt_lookup
 from tests.sweep.checks import greedy
 from tests.sweep.media import media_inputs
 from tests.sweep.subjects import words
@@ -21,7 +21,10 @@ CONTINUED = [name for name in FAMILIES if name not in ("Qwen2_5_VL", "Qwen3VL")]
 KINDS = ("token_type_ids", "mm_token_type_ids")
 MEDIA = ("pixel_values", "input_features")
 NO_SDPA = {"PaliGemma": "eager"}  # with "sdpa" Transformers computes something else
-SHORT_SOUND = {"audio_config": {"max_source_positions": 30}}
+CHANGES = {
+    "Qwen2Audio": {"audio_config": {"max_source_positions": 30}},
+    "Qwen3VL": {"vision_config": {"deepstack_visual_indexes": [0]}},  # without any Transformers has no beams
+}
 
 Parts = tuple[int | str, ...]
 IMAGE = "an image, or a sound"
@@ -30,7 +33,7 @@ IMAGE = "an image, or a sound"
 @cache
 def load(family: str, attention: str) -> PreTrainedModel:
     model_class = getattr(transformers, f"{family}ForConditionalGeneration")
-    changes = SHORT_SOUND if family == "Qwen2Audio" else {}
+    changes = CHANGES.get(family, {})
     model = tiny_model(model_class, attention, tiny_config(config_class_of(model_class), changes))
     model.generation_config = greedy(model)
     return model
@@ -215,6 +218,19 @@ def test_prompts_with_other_images_share_no_pages(family):
     with enable(model, prefix_cache=True):
         for turn in (0, 1, 0):
             assert torch.equal(model.generate(**prompts[turn], **SETTINGS), expected[turn])
+
+
+@pytest.mark.parametrize("family", ["Llava", "Gemma3"])
+def test_many_prompts_without_images_are_answered(family):
+    model, ids = load(family, "paged_flex"), words(1, 12)
+    (result,) = generate_many(model, [ids[0]], **SETTINGS).in_order()
+    assert result.error is None
+    assert result.tokens == plain(family, {"input_ids": ids})[0, 12:].tolist()
+
+
+def test_drafts_of_models_that_prepare_inputs_in_their_own_way_are_refused_at_once():
+    with pytest.raises(ValueError, match="prepares its inputs in a way of its own"):
+        generate_many(load("Gemma3", "paged_flex"), [[7, 8]], custom_generate=prompt_lookup(), **SETTINGS)
 
 
 def test_embeddings_beside_ids_share_no_pages_with_those_ids():

@@ -132,3 +132,18 @@ def test_of_a_model_that_begins_anew_nothing_is_found(caplog):
             assert torch.equal(tokens_of(model, cache, prompt), plain_tokens(CHOSEN[3], prompt))
     assert found_in(pool) == 0
     assert "its recurrent layers begin anew where several tokens come behind others" in caplog.text
+
+
+def test_a_prompt_that_ends_in_padding_is_computed_by_generate_alone():
+    """A token that comes alone goes into the state, hidden or not."""
+    name = CHOSEN[1]
+    model, ids, mask = model_of(name), words(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, -1] = 0
+    pool = pool_of(model)
+    with PagedCache(pool=pool) as cache:
+        tokens = tokens_of(model, cache, ids, mask, custom_generate=hf_paged.sample)
+    assert torch.equal(tokens, plain_tokens(name, ids, mask))
+    for cache in (PagedCache(pool=pool), PagedCache.from_model(model, page_size=16)):
+        with pytest.raises(ValueError, match="last column is 0 in some row"):
+            cache.prefill(model, ids, mask)
+        assert cache.get_seq_length() == 0

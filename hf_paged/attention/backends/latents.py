@@ -283,7 +283,14 @@ def _projection(module: Any, query: Tensor) -> Tensor | None:
     linear: Any = getattr(module, "kv_b_proj", None)
     if type(linear) not in _PLAIN or linear.bias is not None or ("forward" in vars(linear) and not _is_moved(linear)):
         return None  # quantized, adapted, offloaded
-    if linear._forward_hooks or linear._forward_pre_hooks or type(linear.weight) not in _PLAIN:
+    of_all = torch.nn.modules.module
+    hooks = (
+        linear._forward_hooks,
+        linear._forward_pre_hooks,
+        of_all._global_forward_hooks,
+        of_all._global_forward_pre_hooks,
+    )
+    if any(hooks) or type(linear.weight) not in _PLAIN:
         return None
     weight: Tensor = linear.weight.detach()
     # Their dtypes differ under `torch.autocast`.
@@ -297,12 +304,13 @@ def _is_moved(linear: Any) -> bool:
     return is_known and not hook.offload  # type: ignore[union-attr]
 
 
-_MODULES: "weakref.WeakKeyDictionary[torch.nn.Module, bool]" = weakref.WeakKeyDictionary()
+_MODULES: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, bool]]" = weakref.WeakKeyDictionary()
 
 
 def _is_all_there_is(module: Any, weight: Tensor, nope_dim: int, rotary_dim: int) -> bool:
-    """Whether a layer makes keys and values by this projection alone, as two latents show the first time."""
-    if module not in _MODULES:
+    """Whether a layer makes keys and values by this projection alone, as two latents show once for a method."""
+    method = getattr(module.expand_kv, "__func__", module.expand_kv)
+    if module not in _MODULES or _MODULES[module][0] is not method:
         rank = weight.shape[2]
         latents = torch.linspace(-1, 1, 2 * rank, device=weight.device).to(weight.dtype).view(1, 1, 2, rank)
         rotary = torch.linspace(-1, 1, 2 * rotary_dim, device=weight.device).to(weight.dtype).view(1, 1, 2, rotary_dim)
@@ -310,11 +318,12 @@ def _is_all_there_is(module: Any, weight: Tensor, nope_dim: int, rotary_dim: int
         both = latents @ weight.mT
         made = torch.cat([both[..., :nope_dim], rotary.expand(-1, len(weight), -1, -1)], -1), both[..., nope_dim:]
         bound = 1e-2 * float(both.abs().amax())
-        _MODULES[module] = all(
+        is_all = all(
             found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=bound)
             for found, expected in zip((keys, values), made, strict=True)
         )
-    return _MODULES[module]
+        _MODULES[module] = method, is_all
+    return _MODULES[module][1]
 
 
 @functools.cache

@@ -50,6 +50,15 @@ def check_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         )
 
 
+def check_tensor(input_ids: Any) -> None:
+    """Refuse ids that are no tensor."""
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"prefill() was given a {type(input_ids).__name__} as input_ids, but it takes a tensor of token ids: "
+            "cache.prefill(model, **tokenizer(text, return_tensors='pt'))."
+        )
+
+
 def check_ids(input_ids: Tensor, attention_mask: Tensor | None, max_tokens: int) -> None:
     """Refuse ids, a mask or a number of tokens that make no prompt."""
     if max_tokens < 1:
@@ -92,3 +101,19 @@ def check_rotary(decoder: torch.nn.Module, longest: int) -> None:
                         f"a row is longer than the {limit} tokens from which on the rotary embedding ({kind!r}) "
                         "depends on the longest row of each pass"
                     )
+
+
+def ends_in_padding(inputs: dict[str, Any]) -> bool:
+    """Whether the last column of a prompt is padding in some row."""
+    mask: Tensor | None = inputs.get("attention_mask")
+    return mask is not None and not mask[:, -1].all()
+
+
+def check_end(sequences: Sequences, attention_mask: Tensor | None) -> None:
+    """Refuse a prompt whose last column hides a token, if it is to come alone to layers that would take it in."""
+    if sequences.pool.has_states and ends_in_padding({"attention_mask": attention_mask}):
+        raise ValueError(
+            "prefill() was given an attention_mask whose last column is 0 in some row, but it leaves this column to "
+            "generate(), and recurrent layers take in a token that comes alone, hidden or not. Pad on the left, or "
+            "leave out prefill()."
+        )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hf_paged.batch.prompt.prefixes import is_findable, let_be_found
 from hf_paged.batch.sequences import Sequences
+from hf_paged.cache.prompt.checks import ends_in_padding
 from hf_paged.cache.prompt.origin import origin_of
 from hf_paged.cache.prompt.packable import check_model, check_prompt
 from hf_paged.errors import NotPackable
@@ -32,12 +33,6 @@ def goes_on_alike(sequences: Sequences, model: Any, input_ids: Any, inputs: dict
     except NotPackable:
         return False
     return sequences.rows.origin == origin_of(model, sequences)
-
-
-def ends_in_padding(inputs: dict[str, Any]) -> bool:
-    """Whether the last column of a prompt is padding in some row."""
-    mask: Tensor | None = inputs.get("attention_mask")
-    return mask is not None and not mask[:, -1].all()
 
 
 def commit(sequences: Sequences, ids: Tensor) -> None:

@@ -25,9 +25,9 @@ from hf_paged.batch.prompt.packed_prompt import PackedPrompt
 from hf_paged.batch.sequences import Sequences
 from hf_paged.batch.steps.packed import Chunk
 from hf_paged.cache.layer import layers_over
+from hf_paged.cache.prompt import checks
 from hf_paged.cache.prompt.by_row import compute_by_row
-from hf_paged.cache.prompt.checks import check_arguments, check_fits, check_ids, check_is_longer, check_rotary
-from hf_paged.cache.prompt.known_prefix import ends_in_padding
+from hf_paged.cache.prompt.checks import check_rotary, ends_in_padding
 from hf_paged.cache.prompt.origin import origin_of_prompt
 from hf_paged.cache.prompt.packable import check_model, check_prompt
 from hf_paged.cache.prompt.resume import is_other_prompt, keep_columns, kept_lengths, note_generating
@@ -79,20 +79,17 @@ def prefill(
     """
     model = model_in(model, "prefill()")
     sequences = cache._sequences
-    if not isinstance(input_ids, Tensor):
-        raise ValueError(
-            f"prefill() was given a {type(input_ids).__name__} as input_ids, but it takes a tensor of token ids: "
-            "cache.prefill(model, **tokenizer(text, return_tensors='pt'))."
-        )
+    checks.check_tensor(input_ids)
     if max_tokens is None:
         max_tokens = usual_chunk(input_ids.device)
-    check_fits(model, sequences)
-    check_arguments(model, inputs)
+    checks.check_fits(model, sequences)
+    checks.check_arguments(model, inputs)
     sequences.end_step()
-    check_ids(input_ids, attention_mask, max_tokens)
+    checks.check_ids(input_ids, attention_mask, max_tokens)
+    checks.check_end(sequences, attention_mask)
     is_other = is_other_prompt(sequences, input_ids, attention_mask, must_know=resumes)
     num_cached, num_columns = 0 if is_other else sequences.rows.columns.count, input_ids.shape[1]
-    check_is_longer(input_ids, num_cached)
+    checks.check_is_longer(input_ids, num_cached)
     if num_columns == num_cached + 1:
         if is_other:
             sequences.clear()
@@ -181,6 +178,8 @@ def prefill_prepared(
     sequences.end_step()
     if not sequences.rows.are_empty or input_ids.shape[1] == 1 or not _pays(sequences, input_ids, inputs, packs):
         return
+    if sequences.pool.has_states and ends_in_padding(inputs):
+        return  # a state takes a token in that comes alone, hidden or not
     filled = Sequences(sequences.pool)
     filled.become_fork_of(sequences)
     try:

@@ -15,6 +15,7 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.prompt.checks import check_fits
 from hf_paged.decoding.many.result import ManyStats, Result
 from hf_paged.decoding.many.schedule import Schedule
+from hf_paged.decoding.ragged_passes import check_prepares_alike
 from hf_paged.decoding.speculate.lookup import PromptLookup
 from hf_paged.pages.pool import PagePool, check_count, usual_page_size
 
@@ -145,6 +146,8 @@ def _checked_lookup(model: PreTrainedModel, given: Any) -> PromptLookup | None:
             f"Drafts need rows of which tokens can be taken back, but of this {type(model).__name__} {recurrent}. "
             "Leave out custom_generate."
         )
+    if given is not None:
+        check_prepares_alike(model)
     return given
 
 

@@ -213,7 +213,8 @@ def _check(config: Any, inputs: dict[str, Any]) -> None:
             f"generate_many() gives tokens, computed with a cache, but {', '.join(shown) or 'use_cache=False'} was "
             "asked for. Leave it out, or use generate()."
         )
-    others = {name for name, value in inputs.items() if value is not None and value is not False}
+    # From 5.23 on there is a dictionary for what encoders of images give, empty without any.
+    others = {name for name, value in inputs.items() if value is not None and value is not False and value != {}}
     others -= _OF_PLAIN_PROMPTS | _OF_PASSES
     if others:
         raise ValueError(

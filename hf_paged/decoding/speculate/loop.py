@@ -12,12 +12,12 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from hf_paged._transformers import CACHE, arguments_of_generate, cache_in, is_synced, keeps_to, recurrent_layer
+from hf_paged._transformers import CACHE, arguments_of_generate, cache_in, is_synced, recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.padding import Counts
 from hf_paged.batch.sequences import Sequences
 from hf_paged.decoding.passes import Passes
-from hf_paged.decoding.ragged_passes import RaggedPasses, refused
+from hf_paged.decoding.ragged_passes import RaggedPasses, check_prepares_alike
 from hf_paged.decoding.speculate.budget import Budget
 from hf_paged.decoding.speculate.drafts import Drafter, Drafts
 from hf_paged.decoding.speculate.ends import Ends
@@ -236,7 +236,5 @@ def _check(model: Any, config: Any, synced_gpus: Any, arguments: Any, inputs: di
             f"different lengths, but {type(model).__name__} was given {type(cache).__name__}. Pass "
             f"past_key_values=PagedCache.from_model(model), of a model loaded with attn_implementation={NAME!r}."
         )
-    is_own = not keeps_to(model, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    if is_own or hasattr(model, "create_masks_for_generate"):
-        raise refused(model)
+    check_prepares_alike(model)
     return sequences
