@@ -140,6 +140,13 @@ def depends_on_sizes_only() -> bool:
         return False
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether anything is called before or behind the forward pass of a module, its own or of all modules."""
+    of_all = torch.nn.modules.module
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
+
+
 def unguarded(method: types.MethodType) -> types.FunctionType | None:
     """From within a graph, return what dynamo has made of a module's method, to be called without its guards.
 
@@ -154,14 +161,7 @@ def unguarded(method: types.MethodType) -> types.FunctionType | None:
     """
     module, function = method.__self__, method.__func__
     assert isinstance(module, torch.nn.Module)
-    of_all = torch.nn.modules.module
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        of_all._global_forward_hooks,
-        of_all._global_forward_pre_hooks,
-    )
-    if any(hooks) or type(module).__call__ is not torch.nn.Module.__call__:
+    if has_hooks(module) or type(module).__call__ is not torch.nn.Module.__call__:
         return None
     captured = function.__code__
     place = captured.co_filename, captured.co_firstlineno, captured.co_name

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged._torch.dynamo import has_hooks
 from hf_paged.batch.padding import BoolMatrix, Counts
 from hf_paged.batch.steps.step import KVRanges
 from hf_paged.pages.block_table import BlockTable
@@ -283,14 +284,7 @@ def _projection(module: Any, query: Tensor) -> Tensor | None:
     linear: Any = getattr(module, "kv_b_proj", None)
     if type(linear) not in _PLAIN or linear.bias is not None or ("forward" in vars(linear) and not _is_moved(linear)):
         return None  # quantized, adapted, offloaded
-    of_all = torch.nn.modules.module
-    hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        of_all._global_forward_hooks,
-        of_all._global_forward_pre_hooks,
-    )
-    if any(hooks) or type(linear.weight) not in _PLAIN:
+    if has_hooks(linear) or type(linear.weight) not in _PLAIN:
         return None
     weight: Tensor = linear.weight.detach()
     # Their dtypes differ under `torch.autocast`.
