@@ -36,6 +36,14 @@ def speed_lines() -> list[str]:
     for context in (128, 2048, 8000):
         cells = [format(latency[context, name]["ms_per_step"], ".1f") for name in names]
         lines.append(f"| one row: ms per token after {context} tokens | {' | '.join(cells)} |")
+    many, _ = rows("many", "many")
+    assert all(row["same_tokens"] for row in many.values())
+    for label, key, unit, form in (
+        ("64 prompts: all, by `generate_many`, s", "total_s", 1, ".1f"),
+        ("64 prompts: peak memory beyond the model, MiB", "peak_bytes", 2**20, ".0f"),
+    ):
+        cells = [format(many[None, name][key] / unit, form) for name in ("dynamic", "many", "many-compiled")]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
 

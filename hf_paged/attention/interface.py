@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -229,8 +230,13 @@ def _attend_to_columns(
         return blockwise_attention(query, key, value, mask, is_causal, scale, softcap, sinks)
     heads: Any = _Heads(query.shape[1] // key.shape[1])
     options: Any = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
+    # Values narrower than keys, as latents are expanded to, SDPA attends to on a CPU with all scores in memory at once.
+    value_dim = value.shape[3]
+    num_missing = query.shape[3] - value_dim if query.device.type == "cpu" and query.shape[2] > 1 else 0
+    if num_missing > 0:
+        value = pad(value, (0, num_missing))
     output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, **options)[0]
-    return output
+    return output[..., :value_dim].contiguous() if num_missing > 0 else output
 
 
 def _attend_to_repeated(

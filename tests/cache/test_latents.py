@@ -55,6 +55,16 @@ def test_ragged_batches_give_the_tokens_of_dynamic_cache(version, settings):
     cache.pool.check_integrity()
 
 
+@torch.inference_mode()
+def test_on_a_cpu_a_prompt_has_its_scores_in_memory_a_few_at_a_time():
+    model, ids = deepseek(), random_ids(1, 600)
+    model.set_attn_implementation("paged_flex")
+    with torch.profiler.profile(profile_memory=True) as profile:
+        model(ids, past_key_values=PagedCache.from_model(model, page_size=16), logits_to_keep=1)
+    num_heads = model.config.num_attention_heads
+    assert max(event.cpu_memory_usage for event in profile.events()) < num_heads * 600 * 600 * 4
+
+
 def test_a_token_takes_its_latent_and_its_rotary_part_in_each_layer():
     model = deepseek()
     cache = PagedCache.from_model(model, page_size=16)

@@ -14,7 +14,7 @@ from hf_paged.tools.cli import main
 from hf_paged.tools.evaluation.audit import MemoryAudit, agreement
 from hf_paged.tools.evaluation.audited_batch import audit_batch
 from hf_paged.tools.lab.memory import token_bytes
-from hf_paged.tools.lab.model import random_llama
+from hf_paged.tools.lab.model import random_model
 from tests.models import generate, left_padded, paged_cache, random_ids, run, tiny_gemma, tiny_llama
 
 WINDOW = 24
@@ -279,7 +279,7 @@ def test_the_summary_says_how_the_overhead_went(llama):
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_a_batch_gives_all_of_its_memory_back(num_beams):
-    model = random_llama()
+    model = random_model()
     size = token_bytes(model.model)
     audit = audit_batch(model, [5, 40, 18], page_size=16, max_new_tokens=3, num_beams=num_beams)
     passes = [step for step in audit.steps if step.event == "pass"]
@@ -302,7 +302,7 @@ def test_a_batch_gives_all_of_its_memory_back(num_beams):
 def test_a_batch_that_makes_no_sense_is_refused(changes, message):
     settings = {"prompt_lengths": [5, 3], "page_size": 16, "max_new_tokens": 3} | changes
     with pytest.raises(ValueError, match=message):
-        audit_batch(random_llama(), settings.pop("prompt_lengths"), **settings)
+        audit_batch(random_model(), settings.pop("prompt_lengths"), **settings)
 
 
 def test_the_command_prints_writes_and_draws(tmp_path, capsys):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_paged.tools.cli import main
-from hf_paged.tools.lab.model import MeasuredModel, load_model, random_llama
+from hf_paged.tools.lab.model import MeasuredModel, load_model, random_model
 from hf_paged.tools.long_context import TASKS, Settings, evaluate_long_context, evaluation, tasks
 from hf_paged.tools.long_context.example import Prompt, Task, compose, fill, truncate
 from hf_paged.tools.long_context.longbench import choice_accuracy
@@ -381,7 +381,7 @@ def test_an_unknown_cache_is_an_error(model):
 
 def test_a_model_without_a_tokenizer_is_an_error():
     with pytest.raises(ValueError, match="random Llama has no tokenizer"):
-        evaluate_long_context(random_llama(), settings())
+        evaluate_long_context(random_model(), settings())
 
 
 # Command line

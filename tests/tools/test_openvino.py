@@ -9,7 +9,7 @@ import torch
 
 from hf_paged.packaged import load_packaged_model
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "openvino_genai.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "beside_openvino.py"
 
 
 @pytest.mark.real_model

@@ -12,7 +12,7 @@ from hf_paged.pages.pool import check_page_size
 from hf_paged.tools.bench.whole import WHOLE
 from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.baselines import BASELINES, line_up
-from hf_paged.tools.lab.model import SHAPES, MeasuredModel, load_model, random_llama
+from hf_paged.tools.lab.model import SHAPES, MeasuredModel, load_model, random_model
 from hf_paged.tools.lab.options import count, counts, names, option
 
 
@@ -76,7 +76,7 @@ def load(settings: Settings) -> MeasuredModel:
 
 @lru_cache(maxsize=1)
 def _load(model: str | None, shape: str | None, dtype: str, device: str) -> MeasuredModel:
-    return load_model(model, dtype, device) if shape is None else random_llama(dtype, device, shape)
+    return load_model(model, dtype, device) if shape is None else random_model(dtype, device, shape)
 
 
 def line_up_for(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,6 +22,7 @@ from hf_paged.packaged import load_packaged_model, prompts
 _SEED = 0
 _LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
 _LLAMA_3 = _LLAMA | {"vocab_size": 128256, "intermediate_size": 14336}
+_ATTENTION_OF_LFM2 = 2, 5, 8, 10, 12, 14
 
 SHAPES: dict[str, dict[str, Any]] = {
     # Small enough for prompts of 100,000 tokens on a CPU; its weights keep the logits apart.
@@ -33,8 +34,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "llama-3-8b": _LLAMA_3,
     "llama-2-7b": _LLAMA | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32},
+    # Layers that convolve beside layers of attention.
+    "lfm2-350m": {"model_type": "lfm2", "vocab_size": 65536, "hidden_size": 1024, "intermediate_size": 6656}
+    | {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    | {"layer_types": ["full_attention" if layer in _ATTENTION_OF_LFM2 else "conv" for layer in range(16)]}
+    | {"num_hidden_layers": 16},
+    # A recurrent state and attention in each layer.
+    "falcon-h1-0.5b": {"model_type": "falcon_h1", "vocab_size": 32784, "hidden_size": 1024, "intermediate_size": 2048}
+    | {"num_hidden_layers": 36, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    | {"mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1},
+    # Latent attention as large as DeepSeek-V3's, in two layers with a small MLP.
+    "deepseek-v3-2-layers": {"model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 7168}
+    | {"intermediate_size": 2048, "num_hidden_layers": 2, "first_k_dense_replace": 2, "num_attention_heads": 128}
+    | {"num_key_value_heads": 128},
 }
-"""Configurations of models that are measured with random weights; `tiny` is for trying out."""
+"""Configurations of models that are measured with random weights, Llamas unless they say otherwise; `tiny` is for
+trying out."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +150,10 @@ def load_model(name: str | None = None, dtype: str = "float32", device: str | to
     return MeasuredModel(Path(name).name, _place(model, device), tokenizer)
 
 
-def random_llama(dtype: str = "float32", device: str | torch.device = "cpu", shape: str = "tiny") -> MeasuredModel:
-    """Make a Llama of 131,072 positions on a device; its random weights are the same in all runs there."""
-    config = LlamaConfig(max_position_embeddings=131072, pad_token_id=0, **SHAPES[shape])
+def random_model(dtype: str = "float32", device: str | torch.device = "cpu", shape: str = "tiny") -> MeasuredModel:
+    """Make a model of 131,072 positions on a device; its random weights are the same in all runs there."""
+    sizes = {"model_type": "llama", "max_position_embeddings": 131072, "pad_token_id": 0} | SHAPES[shape]
+    config = AutoConfig.for_model(**sizes)
     torch_dtype = _read_dtype(dtype)
     torch.manual_seed(_SEED)
     with torch.device(device):

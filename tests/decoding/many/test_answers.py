@@ -96,6 +96,25 @@ def test_an_answer_does_not_depend_on_what_runs_beside_it(model, prompts, expect
     assert found == [expected[index] for index in indices]
 
 
+@torch.no_grad()
+def test_in_16_bit_an_answer_differs_only_where_two_tokens_score_alike():
+    model = tiny_llama().to(torch.bfloat16)
+    prompts = random_prompts(60)
+    found, _ = answers(model, prompts)
+    num_different = 0
+    for prompt, tokens in zip(prompts, found, strict=True):
+        expected = alone(model, prompt)
+        place = next((i for i, pair in enumerate(zip(tokens, expected, strict=True)) if pair[0] != pair[1]), None)
+        if place is None:
+            continue
+        num_different += 1
+        model.set_attn_implementation("sdpa")
+        scores = model(torch.tensor([prompt["input_ids"] + expected[:place]])).logits[0, -1].float()
+        # A few times what one of 8 bits is worth.
+        assert scores[expected[place]] - scores[tokens[place]] <= 2**-5 * scores.abs().max()
+    assert num_different < len(prompts) / 4
+
+
 def test_compiled_steps_are_one_graph_for_any_number_of_rows(monkeypatch):
     graphs = []
     monkeypatch.setattr(api, "compile_graph", lambda graph, *arguments: graphs.append(graph) or graph)

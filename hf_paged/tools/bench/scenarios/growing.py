@@ -10,7 +10,7 @@ from hf_paged.tools.bench.race import Lap, Race, summarize, warm_up
 from hf_paged.tools.bench.scenario import LAP, WHOLE, Scenario
 from hf_paged.tools.bench.settings import Settings, line_up_for, load
 from hf_paged.tools.lab.memory import PeakMemory, token_bytes
-from hf_paged.tools.lab.model import MeasuredModel, random_llama
+from hf_paged.tools.lab.model import MeasuredModel, random_model
 from hf_paged.tools.progress import progress
 
 _LONG = (1000, 4000, 8000, 16000, 32000, 64000, 100000)
@@ -96,7 +96,7 @@ def reaching(
     own = [context for context in chosen if context + settings.max_new_tokens <= model.max_length]
     reached = [(model, own)] if own else []
     if own != chosen:
-        tiny = random_llama(settings.dtype, settings.device)
+        tiny = random_model(settings.dtype, settings.device)
         reached.append((tiny, tiny.contexts(chosen, (), settings.max_new_tokens)))
     return reached
 
