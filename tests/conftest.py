@@ -2,6 +2,7 @@ import gc
 import importlib.util
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+
+def pytest_collection_finish():
+    """Let nothing look for garbage in what was imported by now: torch and Transformers are most of what there is."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -42,8 +49,41 @@ def restless_threads():
 
 @pytest.fixture(scope="module")
 def quick_collection():
-    """Let `gc.collect()` look at what the tests make only, not at all of torch and Transformers."""
+    """Let `gc.collect()` look at what the tests of a module make only, not at what was there before."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
+
+
+@pytest.fixture
+def few_layers(monkeypatch):
+    """Let the packaged model have 3 of its 30 layers: what is done with it takes less time, and is the same."""
+    from hf_paged import packaged
+    from hf_paged.tools.lab import model as lab
+
+    load = packaged.load_packaged_model
+
+    def load_few_layers(*args, **kwargs):
+        model, tokenizer = load(*args, **kwargs)
+        del model.model.layers[3:]
+        model.config.num_hidden_layers = 3
+        return model, tokenizer
+
+    for module in (packaged, lab):
+        monkeypatch.setattr(module, "load_packaged_model", load_few_layers)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The folder of the documentation's pages."""
+    pytest.importorskip("material", reason="building the site takes the extra docs")
+    folder = tmp_path_factory.mktemp("site")
+    build = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert build.returncode == 0, build.stderr
+    assert "WARNING" not in build.stderr
+    return folder

@@ -40,6 +40,7 @@ def numbers(pattern: str, text: str) -> list[tuple[float, ...]]:
     return [tuple(map(float, row if isinstance(row, tuple) else (row,))) for row in found]
 
 
+@pytest.mark.usefixtures("few_layers")
 def test_a_chat_from_a_pipe_finds_its_history_when_it_goes_on_back_and_in_a_fork(example, monkeypatch, capsys):
     lines = (
         "Name a colour.",
@@ -64,6 +65,7 @@ def test_a_chat_from_a_pipe_finds_its_history_when_it_goes_on_back_and_in_a_fork
     assert "/back, /fork, /switch and a number below 2, /save or /load and a file" in printed
 
 
+@pytest.mark.usefixtures("few_layers")
 def test_a_chat_that_was_saved_is_resumed_without_computing_its_history(example, monkeypatch, capsys, tmp_path):
     for lines in (f"Name a colour.\nAnother one.\n/save {tmp_path / 'chat'}", f"/load {tmp_path / 'chat'}\nA third?"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -73,6 +75,7 @@ def test_a_chat_that_was_saved_is_resumed_without_computing_its_history(example,
     assert turns[1][1] // 16 * 16 <= turns[2][0] < turns[2][1]
 
 
+@pytest.mark.usefixtures("few_layers")
 def test_a_chat_goes_on_where_a_file_can_t_be_read_or_written(example, monkeypatch, capsys, tmp_path):
     damaged = tmp_path / "damaged"
     damaged.write_bytes(b"no cache")
@@ -87,6 +90,7 @@ def test_a_chat_goes_on_where_a_file_can_t_be_read_or_written(example, monkeypat
     assert len(numbers("[# of # tokens found]", printed)) == 2
 
 
+@pytest.mark.usefixtures("few_layers")
 def test_requests_behind_a_system_prompt_find_it(example, monkeypatch, capsys):
     module = example("shared_prefix")
     monkeypatch.setattr(module, "QUESTIONS", module.QUESTIONS[:2])

@@ -230,7 +230,7 @@ def _attend_to_columns(
         return blockwise_attention(query, key, value, mask, is_causal, scale, softcap, sinks)
     heads: Any = _Heads(query.shape[1] // key.shape[1])
     options: Any = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
-    # Values narrower than keys, as latents are expanded to, SDPA attends to on a CPU with all scores in memory at once.
+    # Values narrower than keys, as of latents, SDPA attends to on a CPU with all scores in memory at once.
     value_dim = value.shape[3]
     num_missing = query.shape[3] - value_dim if query.device.type == "cpu" and query.shape[2] > 1 else 0
     if num_missing > 0:

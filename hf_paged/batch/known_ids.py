@@ -36,6 +36,23 @@ _SEQUENCES = {
 }
 
 
+class _Mark:
+    """Where a `generate()` was given the cache.
+
+    Args:
+        count: columns that there were.
+
+    Attributes:
+        thread: that generates.
+        is_disturbed: whether another thread has begun a pass since.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.thread = get_ident()
+        self.count = count
+        self.is_disturbed = False
+
+
 class KnownIds:
     """The ids of consecutive columns of a cache, as they were given when the columns were computed.
 
@@ -49,8 +66,9 @@ class KnownIds:
         self._rows: list[int] | None = None  # for each row of the cache, which of `_ids` it is; None: the same
         self._first, self._end = 0, 0  # columns that are known
         self._pass: tuple[Tensor, int, int] | None = None  # what the pass under way will make known
-        self._marking: int | None = None  # the thread whose generate() was the last one to be given the cache
-        self._generating: int | None = None  # and the last one that made a pass
+        self._mark: _Mark | None = None  # of the generate() that was the last one to be given the cache
+        self._generating: int | None = None  # the thread whose generate() was the last one to make a pass
+        self._passing: int | None = None  # the thread that began the last pass
 
     def fork(self) -> "KnownIds":
         """Return a record of its own that says the same."""
@@ -96,6 +114,11 @@ class KnownIds:
             ValueError: if the model has positions for another prompt by now.
         """
         end, self._pass = begin + num_new, None
+        thread, mark = get_ident(), self._mark
+        if mark is not None and mark.thread != thread:
+            mark.is_disturbed = True
+        passed, self._passing = self._passing, thread
+        is_handed_on = passed not in (None, thread)
         if begin:
             self.offsets.check()
         else:
@@ -112,7 +135,7 @@ class KnownIds:
             local = frame.f_locals
             if not _is_given(sequences, local.get("model_kwargs")):
                 return
-            self._check_thread()
+            self._check_thread(begin if is_handed_on else None)
             ids, is_prompt = local.get(name), frame.f_code.co_name == "_prefill"
             if not isinstance(ids, Tensor) or ids.ndim != 2:
                 return
@@ -124,11 +147,17 @@ class KnownIds:
                 self._pass = ids, begin, end
             return
 
-    def _check_thread(self) -> None:
-        """Let the thread generate that calls this, if it has begun to, or nobody else has since."""
-        thread = get_ident()
-        if thread == self._marking:
-            self._marking, self._generating = None, thread
+    def _check_thread(self, begin: int | None = None) -> None:
+        """Let the thread generate that calls this, if it has begun to, or nobody else has since.
+
+        Args:
+            begin: columns before its pass, where the pass before it was another thread's.
+        """
+        thread, mark = get_ident(), self._mark
+        if mark is not None and thread == mark.thread:
+            if mark.is_disturbed or begin not in (None, mark.count):
+                raise another_thread()
+            self._mark, self._generating = None, thread
         elif self._generating not in (None, thread):
             raise another_thread()
 
@@ -198,7 +227,7 @@ class KnownIds:
         call = next((frame for frame in _frames() if _is_generate(frame)), None)
         if call is None:
             return None
-        self._marking = get_ident()
+        self._mark = _Mark(columns.count)
         _check_checkpointing(call.f_locals.get("self"))
         local = call.f_locals
         ids, config = local.get("input_ids"), local.get("generation_config")

@@ -211,11 +211,10 @@ class Sequences(BetweenSteps):
         if self._captured_layers is not None:
             self._captured_layers.append(layer)
             return
-        progress = self.progress
-        progress.missing.discard(layer)
-        progress.last = max(layer, progress.last)
-        if not progress.missing and self.rows.states.are_complete(self.rows.absent):
-            self._commit()
+        self.progress.missing.discard(layer)
+        self.progress.last = max(layer, self.progress.last)
+        if not self.progress.missing and self.rows.states.are_complete(self.rows.absent):
+            self.commit_first()
 
     @in_turn
     def open_state(self, state: State, *, updates: bool) -> None:
@@ -298,6 +297,7 @@ class Sequences(BetweenSteps):
 
     # then committed or rolled back
 
+    @in_turn
     def commit_first(self) -> None:
         """Commit the first step, if it is over: its last layer says that those not written are passed over.
 
@@ -313,14 +313,14 @@ class Sequences(BetweenSteps):
             self._commit()
 
     def _commit(self) -> None:
-        step = self.step
-        assert step is not None
+        assert (step := self.step) is not None
         self.rows.commit(step.counts, step.next_columns, is_plain=step.is_plain, hides_tokens=step.hides_tokens)
         self._writers.clear()
         self.edits.copies.clear()  # they are out of date
         self.progress.end()
         self.step = None
 
+    @in_turn
     def roll_back(self, step: Step | None = None) -> None:
         """Forget a step that did not go through all layers.
 
@@ -361,6 +361,7 @@ class Sequences(BetweenSteps):
         self._close_step()
         self.drop_past()
 
+    @in_turn
     def _close_step(self) -> None:
         """Forget the step under way if it wrote nothing, since another one begins."""
         self.commit_first()

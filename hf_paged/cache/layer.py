@@ -344,10 +344,6 @@ class RecurrentLayer(_Layer, LinearAttentionLayer):
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Take what a recurrence has come to, as Transformers' layer does."""
         self._open("recurrent", state_idx, updates=True)
-        if not self._is_in_graph and _can_replace(self.recurrent_states[state_idx], recurrent_states):
-            # Kept, not copied: the model has a copy already of what it began with.
-            self.recurrent_states[state_idx] = recurrent_states
-            return recurrent_states
         state: Tensor = super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
         return state
 
@@ -375,14 +371,3 @@ class HybridLayer(PagedLayer, RecurrentLayer):  # type: ignore[no-untyped-call]
 _open = outside_of_graphs(Sequences.open_state)
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _write = outside_of_graphs(Sequences.write)
-
-
-def _can_replace(held: Tensor | None, other: Tensor) -> bool:
-    """Whether a tensor is like the one that is held, and all that is in its memory."""
-    return (
-        held is not None
-        and not other.requires_grad
-        and (held.shape, held.dtype, held.device) == (other.shape, other.dtype, other.device)
-        and other.is_contiguous()
-        and other.untyped_storage().nbytes() == other.nbytes
-    )

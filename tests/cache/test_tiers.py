@@ -18,6 +18,8 @@ from tests.cache.test_prefix_cache import MODELS, go_on, paged, prefilled
 from tests.cache.test_random_prefixes import NUM_PAGES, RANDOM, PrefixMachine, WindowedPrefixMachine
 from tests.models import left_padded, plain_tokens, random_ids, tiny_gemma, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("quick_collection")
+
 MIB = 2**20
 NUM_NEW = 12
 

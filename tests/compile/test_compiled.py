@@ -110,10 +110,10 @@ def test_a_model_that_looks_at_its_mask_before_it_makes_one():
 
 
 def test_a_loop_of_one_s_own_is_one_graph_with_the_inputs_that_generate_prepares():
-    model, ids, splits = tiny_llama(), random_ids(2, 40), [20] + [1] * 10 + [10]
-    expected = plain(tiny_llama(), ids, splits)
+    model, ids, splits = tiny_llama(num_layers=1), random_ids(2, 40), [20] + [1] * 10 + [10]
+    expected = plain(tiny_llama(num_layers=1), ids, splits)
     model.set_attn_implementation("paged_flex")
-    graphs = compiled(model, fullgraph=True)
+    graphs = compiled(model, "eager", fullgraph=True)
     cache, logits, start = PagedCache.from_model(model, page_size=16), [], 0
     with torch.no_grad():
         for size in splits:
@@ -130,10 +130,10 @@ def test_a_loop_of_one_s_own_is_one_graph_with_the_inputs_that_generate_prepares
 
 
 def test_without_them_only_the_making_of_the_mask_is_outside_of_graphs():
-    model, ids, splits = tiny_llama(), random_ids(2, 26), [20] + [1] * 6
-    expected = plain(tiny_llama(), ids, splits)
+    model, ids, splits = tiny_llama(num_layers=1), random_ids(2, 26), [20] + [1] * 6
+    expected = plain(tiny_llama(num_layers=1), ids, splits)
     model.set_attn_implementation("paged_flex")
-    compiled(model)
+    compiled(model, "eager")
     torch.testing.assert_close(run(model, PagedCache.from_model(model, page_size=16), ids, splits), expected, **FP32)
     breaks = "\n".join(counters["graph_break"])
     assert "_mask_sizes_between_graphs" in breaks
@@ -144,7 +144,7 @@ def test_without_them_only_the_making_of_the_mask_is_outside_of_graphs():
 def test_any_other_attention_writes_between_graphs():
     model, ids, mask = tiny_llama(num_layers=1), random_ids(2, 20), left_padded(20, [20, 9])
     expected = plain_tokens(tiny_llama(num_layers=1), ids, attention_mask=mask, max_new_tokens=6)
-    compiled(model)
+    compiled(model, "eager")
     cache = PagedCache.from_model(model, page_size=16)
     actual = generate(model, "sdpa", cache, ids, attention_mask=mask, max_new_tokens=6)
     assert torch.equal(actual, expected)
@@ -169,7 +169,7 @@ def test_tokens_are_written_though_nobody_looks_at_the_output():
 
 
 def test_keys_that_want_gradients_are_refused():
-    model = tiny_llama()
+    model = tiny_llama(num_layers=1)
     model.set_attn_implementation("paged_flex")
     compiled(model)
     with pytest.raises(ValueError, match=r"can't be differentiated. Run the model under torch.no_grad\(\)"):

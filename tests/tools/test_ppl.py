@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,22 +16,10 @@ import torch
 from hf_paged.tools.cli import main
 from hf_paged.tools.evaluation.journal import Journal
 from tests.models import letter_tokenizer, letters, tiny_llama
+from tests.processes import PROCESSES
 
 SETTINGS = ["--page-size", "16", "--max-length", "24", "--chunk-size", "7", "--batch-size", "2", "--num-threads", "1"]
 NUM_BATCHES = 5
-INTERRUPTED = """
-from hf_paged.tools.cli import main
-from hf_paged.tools.evaluation.journal import Journal
-
-append = Journal.append
-
-def once(self, *batch):
-    append(self, *batch)
-    raise KeyboardInterrupt
-
-Journal.append = once
-raise SystemExit(main())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +57,44 @@ def run_alone(arguments):
         torch.set_num_threads(num_threads)
 
 
-def launch(command, num_processes=2):
-    """Start processes on free ports, as a user would."""
+def launch(arguments):
+    """Start two processes on a free port, as a user would."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
-    settings = ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
+    settings = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "-m", "hf_paged"]
     root = Path(__file__).parents[2]
     return subprocess.run(
-        [*launcher, *settings, *command],
+        [*launcher, *settings, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         cwd=root,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def take_part(rank, port, told, limit, arguments):
+    """Be one of two processes as they are launched; interrupted after so many batches, if any."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    if limit is not None:
+        interrupt_after(pytest.MonkeyPatch(), limit)
+    with Path(told, str(rank)).open("w") as file, contextlib.redirect_stderr(file):
+        status = main(arguments)
+    raise SystemExit(status)
+
+
+def run_together(arguments, told, limit=None):
+    """Exit statuses of two processes, and what both say, in files of a folder, too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [PROCESSES.Process(target=take_part, args=(rank, port, told, limit, arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    said = "".join(path.read_text() for path in sorted(told.iterdir()))
+    return [process.exitcode for process in processes], said
 
 
 def figures_in(path):
@@ -174,7 +188,7 @@ def test_a_mistake_is_said_without_a_traceback(asked, arguments, message, capsys
 
 
 def test_two_processes_give_the_figures_of_one_to_the_last_bit(asked, expected, path):
-    finished = launch(["-m", "hf_paged", *asked, "--json", str(path)])
+    finished = launch([*asked, "--json", str(path)])
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert figures_in(path) == expected
     assert json.loads(path.read_text())["num_processes"] == 2
@@ -182,17 +196,16 @@ def test_two_processes_give_the_figures_of_one_to_the_last_bit(asked, expected, 
     assert not journal_of(path).exists()
 
 
-def test_what_two_processes_began_one_finishes(asked, expected, path, tmp_path):
-    script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED)
-    assert launch([str(script), *asked, "--json", str(path)]).returncode != 0
-    assert num_finished(journal_of(path)) in (1, 2)
+def test_what_two_processes_began_one_finishes(asked, expected, path, tmp_path_factory):
+    statuses, said = run_together([*asked, "--json", str(path)], tmp_path_factory.mktemp("told"), limit=1)
+    assert statuses == [130, 130], said
+    assert num_finished(journal_of(path)) == 2
     assert run_alone([*asked, "--json", str(path), "--resume"]) == 0
     assert figures_in(path) == expected
 
 
-def test_a_mistake_ends_all_processes(asked, path):
+def test_a_mistake_ends_all_processes(asked, path, tmp_path_factory):
     journal_of(path).write_text("left\n")
-    finished = launch(["-m", "hf_paged", *asked, "--json", str(path)])
-    assert finished.returncode != 0
-    assert finished.stderr.count("did not get to its end. Go on from there") == 2
+    statuses, said = run_together([*asked, "--json", str(path)], tmp_path_factory.mktemp("told"))
+    assert statuses == [2, 2]
+    assert said.count("did not get to its end. Go on from there") == 2

@@ -78,6 +78,7 @@ class RaggedRows:
     def __init__(self, sequences: "Sequences") -> None:
         self._sequences = sequences
         self.ends: Counts = np.full(sequences.rows.count, sequences.rows.columns.count)
+        self._settled = self.ends  # behind these, tokens may be taken back
 
     def __enter__(self) -> "RaggedRows":
         # All rows are taken to end in the last column where windows are left without being told.
@@ -103,7 +104,7 @@ class RaggedRows:
         rows = sequences.rows
         if not self._recorded_before:
             sequences.handed_on.unshare()
-            rows.drop_past(self.ends)
+            rows.drop_past(self._settled)
         try:
             step = RaggedStep(rows.tables, rows.columns, self.ends, counts, num_new, reads_pages)
         except BaseException:
@@ -117,10 +118,11 @@ class RaggedRows:
         self.ends = self.ends + counts
 
     def cut(self, ends: Counts) -> None:
-        """Take tokens back: let the rows end before these columns."""
+        """Take tokens back: let the rows end before these columns. What is kept is not taken back later."""
         if (ends < self.ends).any():
             cut(self._sequences, ends)
             self.ends = ends.copy()
+        self._settled = self.ends
 
     def give_up(self, ends: Counts) -> None:
         """Take tokens back after a failure, wherever it was: of a step that is over, or of none.

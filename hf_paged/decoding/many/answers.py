@@ -13,9 +13,14 @@ from hf_paged._transformers import model_in, recurrent_layer
 from hf_paged.attention.mask import NAME
 from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.prompt.checks import check_fits
+from hf_paged.decoding.many.drafts.decoded import Decoded
+from hf_paged.decoding.many.drafts.drafter import RowDrafter
+from hf_paged.decoding.many.drafts.looked_up import LookedUp
 from hf_paged.decoding.many.result import ManyStats, Result
+from hf_paged.decoding.many.room import growing_pool
 from hf_paged.decoding.many.schedule import Schedule
 from hf_paged.decoding.ragged_passes import check_prepares_alike
+from hf_paged.decoding.speculate.assistant import Assisted
 from hf_paged.decoding.speculate.lookup import PromptLookup
 from hf_paged.pages.pool import PagePool, check_count, usual_page_size
 
@@ -103,8 +108,9 @@ def generate_many(
             for prompts to come until others need the pages.
         max_rows: rows of the batch, at most.
         **generate_kwargs: arguments of `generate()` for all prompts. With `custom_generate=hf_paged.prompt_lookup()`
-            rows go on by several tokens a step where they repeat what they have said; tokens are the same, drawn ones
-            too.
+            rows go on by several tokens a step where they repeat what they have said, and with
+            `hf_paged.assisted(draft_model)` where a smaller model says the same; tokens are those that come without,
+            drawn ones too.
 
     Returns:
         An iterator over results, as they come. Its `in_order()` waits for all of them.
@@ -124,31 +130,33 @@ def generate_many(
             "anything that gives one after the other, each a list of token ids or a tensor (num_tokens,)."
         )
     if pool is None:
-        page_size = usual_page_size(model.device)
-        pool = PagePool.from_model(model, page_size=page_size, prefix_cache=recurrent_layer(model.config) is None)
-        for group in pool.groups:
-            group.evicts_first = True
+        pool = growing_pool(model, usual_page_size(model.device))
     check_fits(model, PagedCache(pool=pool)._sequences)
-    lookup = _checked_lookup(model, generate_kwargs.pop("custom_generate", None))
-    schedule = Schedule(model, prompts, generation_config, generate_kwargs, pool, max_rows, lookup)
+    drafter = _drafter(model, generate_kwargs.pop("custom_generate", None), pool.page_size)
+    schedule = Schedule(model, prompts, generation_config, generate_kwargs, pool, max_rows, drafter)
     return Answers(schedule, len(prompts) if isinstance(prompts, Sized) else None)
 
 
-def _checked_lookup(model: PreTrainedModel, given: Any) -> PromptLookup | None:
-    if given is not None and not isinstance(given, PromptLookup):
+def _drafter(model: PreTrainedModel, given: Any, page_size: int) -> RowDrafter | None:
+    if given is None:
+        return None
+    if not isinstance(given, PromptLookup | Assisted):
         raise ValueError(
             f"generate_many() was given custom_generate={given!r}, but its batches have a loop of their own. Leave it "
-            "out, or pass hf_paged.prompt_lookup() for drafts."
+            "out, or pass hf_paged.prompt_lookup() or hf_paged.assisted(draft_model) for drafts."
         )
     recurrent = recurrent_layer(model.config)
-    if given is not None and recurrent is not None:
+    if recurrent is not None:
         raise ValueError(
             f"Drafts need rows of which tokens can be taken back, but of this {type(model).__name__} {recurrent}. "
             "Leave out custom_generate."
         )
-    if given is not None:
-        check_prepares_alike(model)
-    return given
+    check_prepares_alike(model)
+    if isinstance(given, PromptLookup):
+        return LookedUp(given)
+    given.check(model)
+    check_prepares_alike(given.draft_model)
+    return Decoded(given, model, page_size)
 
 
 def _checked(model: Any) -> PreTrainedModel:

@@ -11,15 +11,16 @@ from transformers import PreTrainedModel
 
 from hf_paged._transformers import CACHE
 from hf_paged.batch.known_ids import KnownIds
-from hf_paged.batch.padding import Columns
+from hf_paged.batch.padding import Columns, Counts
 from hf_paged.batch.prompt.prefixes import is_findable, let_be_found
 from hf_paged.cache.joining import take_over
 from hf_paged.cache.paged import PagedCache
+from hf_paged.decoding.many.drafts.drafter import RowDrafter
 from hf_paged.decoding.many.filling import padded
 from hf_paged.decoding.many.row import Row
 from hf_paged.decoding.passes import Passes
 from hf_paged.decoding.ragged_passes import RaggedPasses
-from hf_paged.decoding.speculate.budget import Budget
+from hf_paged.decoding.speculate.budget import FIRST_HITS, Budget
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.pool import PagePool
 
@@ -36,19 +37,19 @@ def captured_count(num_rows: int, device_type: str) -> int:
 
 
 class Batch:
-    """Rows of one cache that joins others, and whose rows leave. It holds all tokens of each but the last.
+    """Rows of one cache that joins others, and whose rows leave. It holds tokens of each, all but the last at most.
 
     Args:
         model: that computes it.
         pool: where its pages are.
-        num_drafted: tokens of a row that a step computes beside the last one, at most.
+        drafter: guesses the next tokens; None: nobody.
 
     Attributes:
         rows: in the order in which they came.
         drafts: the tokens of each row that `draft` has guessed for the next step.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, num_drafted: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, pool: PagePool, drafter: RowDrafter | None = None) -> None:
         self.rows: list[Row] = []
         self.drafts: list[list[int]] = []
         self.cache = PagedCache(pool=pool)
@@ -57,9 +58,12 @@ class Batch:
         self._ids = torch.empty((0, 0), dtype=torch.int64)
         self._num_empty = 0  # rows of the cache behind those, without a token
         self._passes: Passes | None = None  # until other rows are in the batch
-        self._num_drafted = num_drafted
+        self._lengths = np.zeros(0, dtype=np.int64)  # of rows and empty ones when these passes began
         self._ragged: RaggedPasses | None = None  # likewise
+        self._drafter = drafter
         self._budget: Budget | None = None
+        self._hits = FIRST_HITS  # of rows of which nothing is known
+        self._foreseen = np.zeros(0, dtype=np.int64)
 
     def join(self, rows: Sequence[Row], cache: PagedCache) -> None:
         """Take rows on.
@@ -87,6 +91,15 @@ class Batch:
         else:
             self.cache.reset()
             self._passes = None
+        if self._drafter is not None:
+            self._drafter.keep(self.rows)
+
+    def close(self) -> None:
+        """Let all rows leave, whatever was under way."""
+        self.rows, self._passes, self._ragged = [], None, None
+        self.cache.reset()
+        if self._drafter is not None:
+            self._drafter.close()
 
     def take_newest(self) -> Row:
         """Let the row of the last prompt leave.
@@ -119,15 +132,19 @@ class Batch:
     def draft(self) -> None:
         """Guess the next tokens of each row, as many as pay."""
         self.drafts = [[] for _ in self.rows]
-        if not self._num_drafted:
+        drafter = self._drafter
+        if drafter is None:
             return
         if self._budget is None:
             count, device = len(self.rows), self._model.device
-            self._budget = Budget(count, self._num_drafted, count, device, cost=0.0)
-            self._budget.hits = np.array([row.hits for row in self.rows])
-        available = np.array([row.num_foreseen() for row in self.rows])
+            self._budget = Budget(count, drafter.num_tokens, count, device, drafter.cost)
+            self._budget.hits = np.array([self._hits if row.hits is None else row.hits for row in self.rows])
+        left = np.array([row.num_left - 1 for row in self.rows])  # the last token is not drafted
+        available = np.clip(drafter.available(self.rows), 0, left).astype(np.int64)
+        self._foreseen = drafter.foreseen(self.rows)
         counts = self._budget.choose(available, np.ones(len(self.rows), dtype=bool))
-        self.drafts = [row.foreseen(count) for row, count in zip(self.rows, counts.tolist(), strict=True)]
+        if counts.any():
+            self.drafts = drafter.draft(self.rows, counts)
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -139,30 +156,22 @@ class Batch:
         Raises:
             OutOfPagesError: if the pool has too few pages; nothing has changed.
         """
-        model: Any = self._model
-        if self._passes is None:
-            self._passes = self._begin()
-        with model._optimize_model_for_decode():
-            if self._num_drafted:
-                logits = self._step_ragged(self._passes)
-            else:
+        if self._drafter is None:
+            model: Any = self._model
+            if self._passes is None:
+                self._passes = self._begin()
+            with model._optimize_model_for_decode():
                 outputs = self._passes.next(self._ids)
-                self._passes.update(outputs)
-                logits = outputs.logits[:, -1:]
-        scores: Tensor = logits[: len(self.rows)].to(torch.float32, copy=True)
+            self._passes.update(outputs)
+            logits = outputs.logits[: len(self.rows), -1:]
+        else:
+            counts = np.array([1 + len(draft) for draft in self.drafts])
+            tokens = np.zeros((len(counts), int(counts.max())), dtype=np.int64)
+            for own, row, draft in zip(tokens, self.rows, self.drafts, strict=True):
+                own[: 1 + len(draft)] = [row.ids[-1], *draft]
+            logits = self.run(tokens, counts)
+        scores: Tensor = logits.to(torch.float32, copy=True)
         return scores
-
-    def _step_ragged(self, passes: Passes) -> Tensor:
-        if self._ragged is None:
-            sequences = self.cache._sequences
-            self._ragged = RaggedPasses(self._model, passes.forward, sequences, passes.inputs, self._ids)
-            self._ragged.__enter__()
-        counts = np.zeros(len(self._ids), dtype=np.int64)
-        counts[: len(self.rows)] = [1 + len(draft) for draft in self.drafts]
-        tokens = np.zeros((len(counts), int(counts.max())), dtype=np.int64)
-        for row, (own, draft) in enumerate(zip(self.rows, self.drafts, strict=True)):
-            tokens[row, : counts[row]] = [own.ids[-1], *draft]
-        return self._ragged.run(tokens, counts)
 
     def go_on(self, num_tokens: Sequence[int]) -> None:
         """Go on by the last of the `ids` of each row, which are new, and take back the drafts that are not in there.
@@ -170,19 +179,55 @@ class Batch:
         Args:
             num_tokens: that each row has got by the step: one at least, or none if it is going to leave.
         """
-        if self._ragged is None or self._budget is None:
+        if self._budget is None:
             tokens = [row.ids[-1:] for row in self.rows] + [[0]] * self._num_empty
             self._ids = torch.cat([self._ids, torch.tensor(tokens, device=self._ids.device)], dim=1)
             return
         drafted = np.array([len(draft) for draft in self.drafts])
         accepted = np.maximum(np.array(num_tokens) - 1, 0)
-        ends = self._ragged.ends
-        ends[: len(self.rows)] -= drafted - accepted
-        self._ragged.cut(ends)
-        is_right = [row.is_as_foreseen(count) for row, count in zip(self.rows, num_tokens, strict=True)]
-        self._budget.note(drafted, accepted, np.array(is_right))
+        self.cut(self.ends - drafted + accepted)
+        is_known = (self._foreseen >= 0) & (np.array(num_tokens) > 0)
+        came = np.array([row.ids[-max(1, count)] for row, count in zip(self.rows, num_tokens, strict=True)])
+        self._budget.note(drafted, accepted, np.where(is_known, came == self._foreseen, np.nan))
         for row, hits in zip(self.rows, self._budget.hits.tolist(), strict=True):
             row.hits = hits
+        if self._drafter is not None and self._drafter.cost > 0:  # else it costs nothing to learn it of each
+            self._hits = float(self._budget.hits.mean())
+
+    # Each row from its own end
+
+    @property
+    def ends(self) -> Counts:
+        """`(num_rows,)` tokens of each row that are computed."""
+        ends = self._apart().ends - self._ids.shape[1] + 1 + self._lengths
+        return ends[: len(self.rows)]
+
+    @torch.no_grad()
+    def run(self, tokens: Counts, counts: Counts) -> Tensor:
+        """Compute the next `counts[row]` of `(num_rows, num_new)` tokens; `(num_rows, num_new, vocab_size)` scores.
+
+        Raises:
+            OutOfPagesError: if the pool has too few pages; nothing has changed.
+        """
+        model: Any = self._model
+        passes, empty = self._apart(), self._num_empty
+        with model._optimize_model_for_decode():
+            logits = passes.run(np.pad(tokens, ((0, empty), (0, 0))), np.pad(counts, (0, empty)))
+        return logits[: len(self.rows)]
+
+    def cut(self, ends: Counts) -> None:
+        """Take back what was computed of each row from its token of `ends`, `(num_rows,)`, on."""
+        passes, count = self._apart(), len(self.rows)
+        passes.cut(np.concatenate([passes.ends[:count] - self.ends + ends, passes.ends[count:]]))
+
+    def _apart(self) -> RaggedPasses:
+        if self._ragged is None:
+            if self._passes is None:
+                self._passes = self._begin()
+            sequences, passes = self.cache._sequences, self._passes
+            self._ragged = RaggedPasses(self._model, passes.forward, sequences, passes.inputs, self._ids)
+            self._ragged.__enter__()
+        return self._ragged
 
     def _level(self) -> None:
         """Let rows that are not equally far end in one column, as padding on the left is stored as little."""
@@ -217,7 +262,9 @@ class Batch:
         self._passes = None
 
     def _begin(self) -> Passes:
-        self._ids, mask = padded(self.rows, self._model.device, self._num_empty)
+        self._lengths = np.array(self.cache.lengths)
+        ids = [row.ids[: length + 1] for row, length in zip(self.rows, self._lengths, strict=False)]  # none for empty
+        self._ids, mask = padded(ids, self._model.device, self._num_empty)
         lengths = mask.sum(dim=1, keepdim=True)
         inputs: dict[str, Any] = {CACHE: self.cache, "attention_mask": None if mask.all() else mask, "use_cache": True}
         if "position_ids" in self._takes:

@@ -10,16 +10,16 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.decoding.many.row import Row
 
 
-def padded(rows: Sequence[Row], device: torch.device, num_empty: int = 0) -> tuple[Tensor, Tensor]:
-    """Lay out the tokens of rows as a batch, and behind them rows of padding alone.
+def padded(rows: Sequence[Sequence[int]], device: torch.device, num_empty: int = 0) -> tuple[Tensor, Tensor]:
+    """Lay out the tokens of each row as a batch, and behind them rows of padding alone.
 
     Returns:
         `(num_rows, num_columns)` ids, padded on the left to two columns at least, so that the last token of none is
         all that there is, and like it 0 for padding and 1 for tokens.
     """
-    width = max(2, *(len(row.ids) for row in rows))
-    ids = [[0] * (width - len(row.ids)) + row.ids for row in rows]
-    mask = [[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows]
+    width = max(2, *map(len, rows))
+    ids = [[0] * (width - len(row)) + [*row] for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     empty = [[0] * width] * num_empty
     return torch.tensor(ids + empty, device=device), torch.tensor(mask + empty, device=device)
 
@@ -42,7 +42,7 @@ class Filling:
         self.rows = list(rows)
         self._model = model
         self._max_tokens = max_tokens
-        self._ids, self._mask = padded(self.rows, model.device)
+        self._ids, self._mask = padded([row.ids for row in self.rows], model.device)
         # Some recurrent layers of Transformers go on from a state by single tokens alone.
         is_whole = len(self.rows) > 1 or cache.pool.has_states
         self._end = self._ids.shape[1] if is_whole else 1

@@ -4,9 +4,19 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from hf_paged._transformers import recurrent_layer
 from hf_paged.pages.group import PageGroup
 from hf_paged.pages.pool import PagePool
+
+
+def growing_pool(model: PreTrainedModel, page_size: int) -> PagePool:
+    """Make a pool that grows as rows need it, and keeps what they leave until others need the pages."""
+    pool = PagePool.from_model(model, page_size=page_size, prefix_cache=recurrent_layer(model.config) is None)
+    for group in pool.groups:
+        group.evicts_first = True
+    return pool
 
 
 class Room:

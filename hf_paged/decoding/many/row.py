@@ -1,10 +1,10 @@
 """A prompt that is being answered."""
 
+import copy
 import math
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -26,9 +26,7 @@ from hf_paged._transformers import CACHE
 from hf_paged.cache.paged import PagedCache
 from hf_paged.decoding.many.prompt import Prompt
 from hf_paged.decoding.many.result import FinishReason, Result
-from hf_paged.decoding.speculate.budget import FIRST_HITS
-from hf_paged.decoding.speculate.lookup import Lookup
-from hf_paged.decoding.speculate.text import Text
+from hf_paged.decoding.speculate.processing import of_scores
 from hf_paged.pages.pool import PagePool
 
 # They look at nothing but the scores of a row, so that rows may be processed together.
@@ -53,7 +51,7 @@ class Row:
         ids: all tokens.
         likeness: the same for rows whose scores may be processed together; None for those that are processed alone.
         parked: what was computed of it, while it waits and that is in memory of the host.
-        hits: the share of its drafts that is taken for right.
+        hits: the share of its drafts that is taken for right; None as long as nothing is known.
     """
 
     def __init__(
@@ -71,10 +69,9 @@ class Row:
         self.ids = list(prompt.ids)
         self.likeness = _likeness(processors)
         self.parked: PagedCache | None = None
-        self.hits = FIRST_HITS
-        self._lookup: Lookup | None = None
+        self.hits: float | None = None
         lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
-        self._max_length = min(lengths) if lengths else None
+        self._max_length: float = min(lengths, default=math.inf)
         ends = [one.eos_token_id for one in criteria if type(one) is EosTokenCriteria]
         self._ends = {token for tensor in ends for token in tensor.tolist()}
         self._criteria = [one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
@@ -83,6 +80,11 @@ class Row:
     def tokens(self) -> list[int]:
         """The new ones."""
         return self.ids[len(self.prompt.ids) :]
+
+    @property
+    def num_left(self) -> float:
+        """Tokens that the answer may still get."""
+        return self._max_length - len(self.ids)
 
     def add(self, token: int, device: torch.device) -> FinishReason | None:
         """Go on by a token; return why the answer ends with it, None if it doesn't."""
@@ -93,33 +95,22 @@ class Row:
             ids = torch.tensor([self.ids], device=device)
             if any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self._criteria):  # or a bool
                 return "stop"
-        return "length" if self._max_length is not None and len(self.ids) >= self._max_length else None
+        return "length" if self.num_left <= 0 else None
 
-    # Drafts
+    def ahead(self) -> Self:
+        """Return a row that chooses tokens as this one is going to, as far as their scores alone say.
 
-    def draft_by(self, make: Callable[[Text], Lookup]) -> None:
-        """Let what this makes guess the next tokens."""
-        self._text = Text(torch.tensor([self.ids]))
-        self._lookup = make(self._text)
+        It draws the same numbers in advance: of scores that are alike, both choose the same token.
 
-    def num_foreseen(self) -> int:
-        """Tokens that could be guessed, but for the last one that the answer may have."""
-        assert self._lookup is not None
-        new = np.array([self.ids[int(self._text.known[0]) :]], dtype=np.int64)
-        self._text.add(new, np.array([new.shape[1]]))
-        count, self._next = int(self._lookup.available()[0]), int(self._lookup.foreseen()[0])
-        left = count if self._max_length is None else self._max_length - len(self.ids) - 1
-        return max(0, min(count, left))
-
-    def foreseen(self, count: int) -> list[int]:
-        """The next so many tokens, as far as they could be guessed."""
-        assert self._lookup is not None
-        drafted: list[int] = self._lookup.draft(np.array([count])).tokens[0].tolist()
-        return drafted
-
-    def is_as_foreseen(self, num_new: int) -> float:
-        """1 or 0: whether the first of so many new tokens is the one that could be guessed; NaN if there is none."""
-        return math.nan if self._next < 0 or not num_new else float(self.ids[-num_new] == self._next)
+        Source:
+            Drafter-invariant speculative decoding: Daliri et al., 2024.
+        """
+        other = copy.copy(self)
+        other.generator = None if self.generator is None else self.generator.clone_state()
+        if self.likeness is None:  # others may keep a state
+            other.processors = list(of_scores(self.processors))
+            other.likeness = _likeness(other.processors)
+        return other
 
     def result(self, reason: FinishReason, error: Exception | None = None) -> Result:
         """What has come of it."""

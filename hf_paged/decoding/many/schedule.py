@@ -11,12 +11,12 @@ from hf_paged.cache.paged import PagedCache
 from hf_paged.cache.prompt.prefill import usual_chunk
 from hf_paged.decoding.many.batch import Batch
 from hf_paged.decoding.many.choice import choose
+from hf_paged.decoding.many.drafts.drafter import RowDrafter
 from hf_paged.decoding.many.filling import Filling
 from hf_paged.decoding.many.prompt import Prompt
 from hf_paged.decoding.many.result import ManyStats, Result
 from hf_paged.decoding.many.room import Room
 from hf_paged.decoding.many.row import Row, prepare
-from hf_paged.decoding.speculate.lookup import PromptLookup
 from hf_paged.errors import OutOfPagesError
 from hf_paged.pages.pool import PagePool
 
@@ -33,7 +33,7 @@ class Schedule:
         settings: arguments of `generate()` for all prompts.
         pool: where the pages are.
         max_rows: rows of the batch, at most.
-        lookup: where drafts come from; None: none are made.
+        drafter: makes drafts; None: none are made.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Schedule:
         settings: dict[str, Any],
         pool: PagePool,
         max_rows: int,
-        lookup: PromptLookup | None = None,
+        drafter: RowDrafter | None = None,
     ) -> None:
         self._model = model
         self._config = config
@@ -55,8 +55,7 @@ class Schedule:
         self._prompts: Iterator[tuple[int, Any]] = enumerate(prompts)
         self._waiting: deque[Row] = deque()  # in the order of their prompts
         self._filling: Filling | None = None
-        self._lookup = lookup
-        self._batch = Batch(model, pool, 0 if lookup is None else lookup.num_tokens)
+        self._batch = Batch(model, pool, drafter)
         self._is_full = False  # whether pages have run short since a row left
         self._results: list[Result] = []
         self._counts = dict.fromkeys(("num_prompt_tokens", "num_new_tokens", "num_steps", "num_preempted"), 0)
@@ -77,7 +76,8 @@ class Schedule:
 
     def give_back(self) -> None:
         """Give all pages back, whatever was under way."""
-        caches = [self._batch.cache, *(row.parked for row in self._waiting)]
+        self._batch.close()
+        caches = [row.parked for row in self._waiting]
         if self._filling is not None:
             caches.append(self._filling.cache)
         for cache in caches:
@@ -163,8 +163,6 @@ class Schedule:
                 self._results.append(Result(index, given, [], "error", error))
                 continue
             self._counts["num_prompt_tokens"] += len(row.ids)
-            if self._lookup is not None:
-                row.draft_by(self._lookup.of)
             return row
         return None
 

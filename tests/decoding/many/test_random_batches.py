@@ -1,21 +1,25 @@
 """Random sequences of rows that join a batch, take steps, leave and wait, beside a plain list of them."""
 
+import copy
 import random
 from contextlib import ExitStack
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hf_paged import OutOfPagesError, PagedCache, PagePool
+from hf_paged import OutOfPagesError, PagedCache, PagePool, assisted
 from hf_paged.decoding.many import batch
 from hf_paged.decoding.many.batch import Batch
+from hf_paged.decoding.many.drafts.decoded import Decoded
 from hf_paged.decoding.many.filling import Filling
 from hf_paged.decoding.many.prompt import Prompt
 from hf_paged.decoding.many.row import prepare
+from hf_paged.decoding.speculate.budget import Budget
 from tests.models import tiny_gemma, tiny_llama
 from tests.reference import table_of
 
@@ -44,7 +48,17 @@ class Answered:
         return self.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
 
 
+def noisy(model):
+    """A copy whose greedy tokens are sometimes the same."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(1)
+    for weight in other.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    return other
+
+
 LLAMA, GEMMA = Answered(tiny_llama()), Answered(tiny_gemma(window=7))
+DRAFT = noisy(GEMMA.model)
 
 
 class BatchMachine(RuleBasedStateMachine):
@@ -52,6 +66,7 @@ class BatchMachine(RuleBasedStateMachine):
 
     answered = LLAMA
     rounds_up = False  # as for steps that are captured
+    drafter = None
 
     def num_rows(self, num_running):
         return num_running if not self.rounds_up else -(-num_running // 4) * 4
@@ -74,11 +89,15 @@ class BatchMachine(RuleBasedStateMachine):
         self.pool = PagePool.from_model(
             self.model, num_pages, page_size=16, prefix_cache=prefix_cache, host_bytes=host_bytes
         )
-        self.batch = Batch(self.model, self.pool)
+        self.start_drafting()
+        self.batch = Batch(self.model, self.pool, self.drafter)
         self.rows = []  # those of the batch
         self.waiting = []
         self.count = 0
         self.answers = {}  # what each row becomes
+
+    def start_drafting(self):
+        pass
 
     @rule(
         which=st.lists(st.integers(0, len(LENGTHS) - 1), min_size=1, max_size=3), max_tokens=st.sampled_from([8, 99])
@@ -111,15 +130,20 @@ class BatchMachine(RuleBasedStateMachine):
         for _ in range(times):
             if any(len(row.tokens) == NUM_NEW for row in self.rows):
                 return
+            self.batch.draft()
             try:
                 scores = self.batch.step()
             except OutOfPagesError:
                 assert self.pool.max_pages is not None
                 return
-            for row, token in zip(self.rows, scores[:, 0].argmax(dim=-1).tolist(), strict=True):
-                assert token == self.answers[row.prompt.index][len(row.ids)]
-                row.ids.append(token)
-            self.batch.go_on([1] * len(self.rows))
+            counts = []
+            for row, draft, own in zip(self.rows, self.batch.drafts, scores.argmax(dim=-1).tolist(), strict=True):
+                is_wrong = [token != guess for token, guess in zip(own, draft, strict=False)]
+                counts.append(1 + [*is_wrong, True].index(True))
+                for token in own[: counts[-1]]:
+                    assert token == self.answers[row.prompt.index][len(row.ids)]
+                    row.ids.append(token)
+            self.batch.go_on(counts)
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -162,14 +186,16 @@ class BatchMachine(RuleBasedStateMachine):
         assert not any(lengths[len(self.rows) :])
         if self.rows:
             longest = max(len(row.ids) - 1 for row in self.rows)
-            assert self.batch.cache.get_seq_length() in (longest, longest + 1)  # rows without a token have a column
+            width = self.batch.cache.get_seq_length()
+            # Rows without a token have a column, and those that get fewer tokens than others end before the last one.
+            assert width in (longest, longest + 1) or (self.drafter is not None and width > longest)
         held = sum(len(table_of(self.batch.cache).row_pages(row)) > 0 for row in range(len(self.rows)))
         assert held == sum(len(row.ids) > 1 for row in self.rows)
 
     def teardown(self):
         if hasattr(self, "batch"):
             self.patches.close()
-            self.batch.cache.reset()
+            self.batch.close()
             for row in self.waiting:
                 if row.parked is not None:
                     row.parked.reset()
@@ -189,9 +215,44 @@ class CapturedMachine(BatchMachine):
     rounds_up = True
 
 
+class DraftedMachine(WindowMachine):
+    """The same, with rows that a model drafts for, now these and now those, which is sometimes right."""
+
+    rounds_up = True
+
+    def start_drafting(self):
+        turns = []
+
+        def choose(budget, available, is_going):
+            turns.append(1)
+            return np.minimum(available, (np.arange(len(available)) + len(turns) // 3) % 4 * 2)
+
+        self.patches.enter_context(mock.patch.object(Budget, "choose", choose))
+        self.drafter = Decoded(assisted(DRAFT), self.model, 16)
+
+    @invariant()
+    def drafts_are_of_rows_that_are_there(self):
+        own, pool = self.drafter._batch, self.drafter._pool
+        pool.check_integrity()
+        assert not self.drafter._has_failed
+        assert not self.drafter._failed
+        assert set(own.rows) <= set(self.rows)
+        held = [length for length in own.cache.lengths if length]
+        assert len(held) <= len(own.rows)
+        num_pages = [sum(-(-length // pool.page_size) for length in held)] * len(pool.groups)
+        assert [group.allocator.num_active for group in pool.groups] <= num_pages  # fewer of a window, or shared
+
+    def teardown(self):
+        super().teardown()
+        if self.drafter is not None:
+            assert self.drafter._pool.num_pages == 0
+
+
 TestBatch = BatchMachine.TestCase
 TestBatchOfFewNumbers = CapturedMachine.TestCase
 TestBatchWithWindows = WindowMachine.TestCase
+TestBatchWithDrafts = DraftedMachine.TestCase
 TestBatch.settings = TestBatchWithWindows.settings = TestBatchOfFewNumbers.settings = settings(
-    max_examples=25, stateful_step_count=20, deadline=None, derandomize=True
+    max_examples=20, stateful_step_count=20, deadline=None, derandomize=True
 )
+TestBatchWithDrafts.settings = settings(TestBatch.settings, max_examples=10)

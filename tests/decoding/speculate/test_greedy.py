@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_paged import assisted, prompt_lookup
+from hf_paged.decoding.speculate.budget import Budget
 from tests.decoding.speculate.drafting import assert_as_without_drafts, decode, draft_whatever_there_is, oracle
 from tests.models import left_padded, random_ids, tiny_gemma, tiny_llama
 
@@ -51,13 +53,27 @@ def test_a_draft_model_changes_nothing(family, is_right, monkeypatch):
     model.set_attn_implementation("paged_flex")
     draft = copy.deepcopy(model)
     if not is_right:
-        torch.manual_seed(1)
-        for weight in draft.parameters():
-            weight.data = torch.randn_like(weight) * 0.3
+        draft.lm_head.register_forward_hook(lambda module, args, scores: scores.roll(1, -1))
     without, with_drafts = assert_as_without_drafts(
         model, lambda answers: assisted(draft), ids, mask, eos_token_id=ENDS["rows_that_end"]
     )
     assert with_drafts < 0.4 * without if is_right else with_drafts <= without
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_guesses_that_were_wrong_are_forgotten_though_nothing_is_drafted_for_a_while(family, monkeypatch):
+    model, turns = MODELS[family](), []
+    model.set_attn_implementation("paged_flex")
+    draft = copy.deepcopy(model)
+
+    def choose(self, available, is_going):
+        turns.append(1)
+        return np.minimum(available, 5 if len(turns) == 1 or len(turns) > 8 else 0)
+
+    monkeypatch.setattr(Budget, "choose", choose)
+    draft.lm_head.register_forward_hook(lambda module, args, scores: scores.roll(1, -1) if len(turns) == 1 else None)
+    _, with_drafts = assert_as_without_drafts(model, lambda answers: assisted(draft), random_ids(2, 20))
+    assert with_drafts == 1 + 8 + 6  # the prompt, 8 more tokens, and 31 by 6 at a time
 
 
 @pytest.mark.parametrize("page_size", [16, 256])

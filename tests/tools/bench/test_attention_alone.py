@@ -38,7 +38,7 @@ def test_its_pages_are_shuffled(monkeypatch):
 
 
 def test_a_case_is_measured_beside_what_its_bytes_need():
-    (row,) = attention.ATTENTION.measure(Settings(prompt_lengths=(40, 5)))["rows"]
+    (row,) = attention.ATTENTION.measure(Settings(prompt_lengths=(40, 5), page_size=16))["rows"]
     assert row["us"] > 0 < row["limit_us"]
     assert row["bandwidth_share"] == pytest.approx(row["limit_us"] / row["us"])
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hf_paged.compile import api
 from hf_paged.tools.bench import report
 from hf_paged.tools.bench.scenarios import SCENARIOS
 from hf_paged.tools.bench.whole import WHOLE
+
+pytestmark = pytest.mark.usefixtures("quick_collection")  # a bench collects before it measures memory
 
 TRIAL = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -67,9 +70,11 @@ def test_a_case_that_fails_is_a_row_and_the_next_one_is_measured(script, run, mo
     assert measured == {"model": "llama-2-7b", "context": "7b-100000", "baseline": "dynamic"}
 
 
-def test_a_trial_gives_rows_that_a_page_can_show(run, monkeypatch, tmp_path):
+def test_a_trial_gives_rows_that_a_page_can_show(script, run, monkeypatch, tmp_path):
     torch._dynamo.reset()
     monkeypatch.setattr(api, "compile_graph", lambda graph, *arguments: graph)
+    cases = [replace(case, more=case.more | {"max_new_tokens": 4, "rounds": 1}) for case in script.CASES[1:]]
+    monkeypatch.setattr(script, "CASES", (script.CASES[0], *cases))
     results = run("--seconds", "1000", "--cases", "attention,8b-8192,135m-32-rows")
     assert "versions" in results
     assert list(results["seconds"]) == ["attention", "8b-8192", "135m-32-rows"]

@@ -9,6 +9,8 @@ from hf_paged.compile import api
 from hf_paged.tools.bench.scenarios import SCENARIOS, many
 from hf_paged.tools.bench.settings import Settings, load
 
+pytestmark = pytest.mark.usefixtures("quick_collection")  # a bench collects before it measures memory
+
 TINY = Settings(random_llama=True, page_size=16, rounds=1, prompt_lengths=(5, 18, 33, 9, 2))
 
 
@@ -23,11 +25,16 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "case"), [("many", many.PLAIN), ("many-alike", many.ALIKE), ("many-short", many.SHORT)]
+    ("name", "case", "ways"),
+    [
+        ("many", many.PLAIN, many._OF_CASE[many.PLAIN]),
+        ("many-alike", many.ALIKE, ("dynamic", "many")),
+        ("many-short", many.SHORT, many._OF_CASE[many.SHORT]),
+    ],
 )
-def test_every_way_answers_all_prompts_by_the_same_tokens(name, case):
-    rows = SCENARIOS[name].measure(TINY)["rows"]
-    assert [(row["case"], row["baseline"]) for row in rows] == [(case, way) for way in many._OF_CASE[case]]
+def test_every_way_answers_all_prompts_by_the_same_tokens(name, case, ways):
+    rows = SCENARIOS[name].measure(dataclasses.replace(TINY, caches=ways))["rows"]
+    assert [(row["case"], row["baseline"]) for row in rows] == [(case, way) for way in ways]
     for row in rows:
         assert "error" not in row, row
         assert row["same_tokens"] == 1

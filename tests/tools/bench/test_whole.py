@@ -18,6 +18,8 @@ from hf_paged.tools.lab.baseline import Baseline
 from hf_paged.tools.lab.baselines import PagedRagged, line_up
 from hf_paged.tools.lab.memory import token_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_collection")  # a bench collects before it measures memory
+
 TINY = Settings(shape="tiny", whole=True, page_size=16, rounds=1, max_new_tokens=5)
 
 

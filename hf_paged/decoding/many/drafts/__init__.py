@@ -1,0 +1,1 @@
+"""Drafts for rows that come and go."""
