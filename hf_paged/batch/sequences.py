@@ -82,7 +82,7 @@ class Sequences(BetweenSteps):
             return  # a layer wants to know, in mid-pass
         self.rows.states.restore()
         self._is_reserved_by_mask = False
-        self.progress.own(begins=True)
+        self.progress.announce(self.rows.columns.count)
         self.rows.known_ids.begin_pass(self, self.rows.columns.count, num_new, self.told)
 
     @in_turn
@@ -114,7 +114,7 @@ class Sequences(BetweenSteps):
         self.apply_edits()
         if num_layers is not None and num_layers > len(self.pool.layers):
             raise too_deep(num_layers, len(self.pool.layers))
-        self.progress.own()
+        self.progress.own(self.rows.columns.count)
         _, new, past_is_visible = self.rows.split(num_rows, num_new, mask_on_host(attention_mask, self.told))
         self._is_reserved_by_mask = True
         if self.step is not None and self.step.matches(num_rows, num_new, new):
@@ -280,7 +280,7 @@ class Sequences(BetweenSteps):
         if layer in self.rows.absent:
             raise progress.left_out(layer)
         if step is None or not progress.has_begun:
-            progress.own()
+            progress.own(self.rows.columns.count)
             fits = step is not None and (num_rows, num_new) == (step.num_rows, step.num_new)
             if step is None or not fits or not self._is_reserved_by_mask or not step.masks:
                 # Another attention than paged_flex keeps its mask to itself, so that every column counts as a token.
@@ -304,16 +304,15 @@ class Sequences(BetweenSteps):
         Any later step is committed as soon as its last layer is written, unless that is a recurrent one, of which
         only its states say that it is over.
         """
-        if self.step is None or not self.rows.states.are_done:
+        if (step := self.step) is None or not self.rows.states.are_done:
             return
         if not self.progress.missing and self.rows.states.are_complete(self.rows.absent):
-            self._commit()
+            self._commit(step)
         elif self.progress.has_reached_the_end and self.rows.are_empty:
             self.rows.absent = frozenset(self.progress.missing | self.rows.states.missing(()))
-            self._commit()
+            self._commit(step)
 
-    def _commit(self) -> None:
-        assert (step := self.step) is not None
+    def _commit(self, step: Step) -> None:
         self.rows.commit(step.counts, step.next_columns, is_plain=step.is_plain, hides_tokens=step.hides_tokens)
         self._writers.clear()
         self.edits.copies.clear()  # they are out of date

@@ -64,6 +64,7 @@ class Progress:
         self._last_awaited = -1
         self.lock = threading.RLock()
         self._thread: int | None = None  # that makes the pass under way
+        self._announced: dict[int, int] = {}  # by thread, columns before the pass that it is about to make
 
     def begin(self, absent: frozenset[int], num_layers: int | None) -> None:
         """Begin a step.
@@ -83,18 +84,25 @@ class Progress:
         self.missing.clear()
         self.touched = -1
         self._thread = None
+        self._announced.pop(threading.get_ident(), None)
 
-    def own(self, *, begins: bool = False) -> None:
+    def announce(self, count: int) -> None:
+        """Let the pass be of this thread that comes behind so many columns; one that no layer has written is over."""
+        self._thread = thread = threading.get_ident()
+        self._announced[thread] = count
+
+    def own(self, count: int | None = None) -> None:
         """Let the pass under way be that of this thread.
 
         Args:
-            begins: whether it begins, so that another one which no layer has written is over.
+            count: columns before it, if it begins.
 
         Raises:
-            UnclearPassError: if it is another thread's.
+            UnclearPassError: if it is another thread's, or would come behind other columns than was announced.
         """
         thread = threading.get_ident()
-        if self._thread not in (None, thread) and not begins:
+        is_elsewhere = count is not None and count != self._announced.get(thread, count)
+        if self._thread not in (None, thread) or is_elsewhere:
             raise another_thread()
         self._thread = thread
 

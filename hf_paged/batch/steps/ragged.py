@@ -100,7 +100,7 @@ class RaggedRows:
         sequences = self._sequences
         sequences.begin_pass(0, num_new)
         sequences.end_step()
-        sequences.progress.own(begins=True)
+        sequences.progress.announce(sequences.rows.columns.count)
         rows = sequences.rows
         if not self._recorded_before:
             sequences.handed_on.unshare()

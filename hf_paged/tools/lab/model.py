@@ -152,8 +152,8 @@ def load_model(name: str | None = None, dtype: str = "float32", device: str | to
 
 def random_model(dtype: str = "float32", device: str | torch.device = "cpu", shape: str = "tiny") -> MeasuredModel:
     """Make a model of 131,072 positions on a device; its random weights are the same in all runs there."""
-    sizes = {"model_type": "llama", "max_position_embeddings": 131072, "pad_token_id": 0} | SHAPES[shape]
-    config = AutoConfig.for_model(**sizes)
+    sizes: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 131072, "pad_token_id": 0}
+    config = AutoConfig.for_model(**sizes | SHAPES[shape])
     torch_dtype = _read_dtype(dtype)
     torch.manual_seed(_SEED)
     with torch.device(device):
