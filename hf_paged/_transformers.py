@@ -4,7 +4,7 @@ import copy
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -96,11 +96,15 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
     ]
 
 
+def layer_kinds(config: PreTrainedConfig) -> Sequence[str]:
+    """What a configuration calls each layer of a decoder; none if it says nothing."""
+    return getattr(_of_decoder(config), "layer_types", None) or ()
+
+
 def recurrent_layer(config: PreTrainedConfig) -> str | None:
     """Say in words which layer of a decoder keeps a state of each row; None if there is none."""
     # Not `layer_specs`: while `generate()` drafts by early exit, the configuration counts fewer layers than it lists.
-    kinds = getattr(_of_decoder(config), "layer_types", None) or ()
-    recurrent = ((index, kind) for index, kind in enumerate(kinds) if kind in _RECURRENT)
+    recurrent = ((index, kind) for index, kind in enumerate(layer_kinds(config)) if kind in _RECURRENT)
     return next((f"layer {index} is a {kind!r} layer, which keeps a state" for index, kind in recurrent), None)
 
 
@@ -207,7 +211,7 @@ def compile_obstacle(config: PreTrainedConfig) -> str | None:
         return "adds a position bias to its scores"
     if has_latents(config):
         return "makes keys and values of the latents that are cached"
-    if "hybrid_sliding" in (getattr(_of_decoder(config), "layer_types", None) or ()):
+    if "hybrid_sliding" in layer_kinds(config):
         return "has layers with a state and a window, of which generate() makes a mask without the window"
     return None
 

@@ -232,7 +232,9 @@ def _attend_to_columns(
     options: Any = {"dropout": dropout, "scaling": scale, "is_causal": is_causal}
     # Values narrower than keys, as of latents, SDPA attends to on a CPU with all scores in memory at once.
     value_dim = value.shape[3]
-    num_missing = query.shape[3] - value_dim if query.device.type == "cpu" and query.shape[2] > 1 else 0
+    is_trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    is_blockwise = query.device.type == "cpu" and query.shape[2] > 1 and not is_trained  # with no second derivatives
+    num_missing = query.shape[3] - value_dim if is_blockwise else 0
     if num_missing > 0:
         value = pad(value, (0, num_missing))
     output: Tensor = sdpa_attention_forward(heads, query, key, value, mask, **options)[0]

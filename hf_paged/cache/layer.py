@@ -235,7 +235,9 @@ class PagedLayer(_Layer, CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         """Columns before the forward pass under way, padding included."""
         if torch.compiler.is_dynamo_compiling():
-            return self._sequences.rows.columns.count
+            sequences = self._sequences
+            # Only states show that the pass before is over, and no graph looks at them.
+            return _count(sequences, self.index) if sequences.pool.has_states else sequences.rows.columns.count
         return PastLength(self._sequences.edits.count(self._sequences, self.index))
 
     def get_max_length(self) -> int:
@@ -371,3 +373,8 @@ class HybridLayer(PagedLayer, RecurrentLayer):  # type: ignore[no-untyped-call]
 _open = outside_of_graphs(Sequences.open_state)
 _HAS_OPERATIONS = OPAQUE_INPUTS.is_on  # a constant in graphs
 _write = outside_of_graphs(Sequences.write)
+
+
+@outside_of_graphs
+def _count(sequences: Sequences, layer: int) -> int:
+    return sequences.edits.count(sequences, layer)

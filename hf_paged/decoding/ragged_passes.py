@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_paged._transformers import keeps_to
+from hf_paged._transformers import compile_obstacle, keeps_to, layer_kinds
 from hf_paged.attention.dispatch import reads_pages
 from hf_paged.attention.mask import NAME
 from hf_paged.batch.padding import Counts
@@ -97,7 +97,15 @@ class RaggedPasses:
 
 
 def check_prepares_alike(model: Any) -> None:
-    """Refuse a model that prepares its inputs in a way of its own."""
+    """Refuse a model that prepares its inputs in a way of its own, or whose attention wants more than ends of rows."""
+    obstacle = compile_obstacle(model.config)
+    if obstacle is None and "chunked_attention" in layer_kinds(model.config):
+        obstacle = "has layers that attend to chunks"
+    if obstacle is not None:
+        raise ValueError(
+            f"Drafts need passes in which each row goes on from its own end, but this {type(model).__name__} "
+            f"{obstacle}. Leave out custom_generate."
+        )
     is_own = not keeps_to(model, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
     if is_own or hasattr(model, "create_masks_for_generate"):
         raise _refused(model)

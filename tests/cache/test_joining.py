@@ -284,6 +284,6 @@ def test_caches_that_hold_other_layers_are_not_joined():
     other.update(*random_layers(1, 5, generator)[0], 0)  # of a model that passes over the others
     other._sequences.progress.missing.clear()
     other._sequences.rows.absent = frozenset({1})
-    other._sequences._commit()
+    other._sequences._commit(other._sequences.step)
     with pytest.raises(ValueError, match="caches that hold different layers"):
         PagedCache.concatenate([cache, other])

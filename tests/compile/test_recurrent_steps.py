@@ -36,6 +36,21 @@ def test_all_batches_have_the_tokens_of_dynamic_cache_and_few_graphs(name, graph
     assert len(graphs) <= 3, "for three rows, for any number, and for one"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["FalconH1ForCausalLM", "Qwen3NextForCausalLM"])
+def test_a_model_that_is_compiled_by_hand_knows_where_it_is_without_positions(name):
+    torch._dynamo.reset()
+    model, ids = model_of(name), words(2, 13)
+    forward = torch.compile(model.forward, backend="eager")
+    caches = [PagedCache.from_model(model, page_size=16) for _ in range(2)]
+    for begin, end in ((0, 9), (9, 10), (10, 11), (11, 12), (12, 13)):
+        expected, found = (
+            run(ids[:, begin:end], past_key_values=cache).logits
+            for run, cache in zip((model, forward), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Lfm2ForCausalLM"])
 def test_rows_are_forked_and_chosen_between_compiled_steps(name, graphs):
     model = model_of(name)

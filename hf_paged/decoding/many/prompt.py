@@ -38,7 +38,7 @@ class Prompt:
                 `input_ids`, maybe with an `attention_mask`, 0 for padding, a `seed`, and arguments of `generate()`.
 
         Raises:
-            ValueError: if these are no tokens, or no seed.
+            ValueError: if these are no tokens, or no seed, or what is for all prompts.
         """
         if not isinstance(given, Mapping):
             return cls(index, given, _tokens(given))
@@ -46,6 +46,11 @@ class Prompt:
             raise ValueError(
                 f"A prompt was given as a {type(given).__name__} of {', '.join(map(str, given)) or 'nothing'}, but it "
                 'needs its tokens: {"input_ids": [...]}.'
+            )
+        if "custom_generate" in given:
+            raise ValueError(
+                "custom_generate was given with a prompt, but all rows of a batch are drafted for in one way. Give it "
+                "to generate_many()."
             )
         ids, mask, seed = _tokens(given["input_ids"]), given.get("attention_mask"), given.get("seed")
         if mask is not None:

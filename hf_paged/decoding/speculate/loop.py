@@ -230,11 +230,12 @@ def _check(model: Any, config: Any, synced_gpus: Any, arguments: Any, inputs: di
             f"Drafts need rows that can end in columns of their own, but of this {type(model).__name__} "
             f"{recurrent_layer(model.config)}, of which no token can be taken back. Leave out custom_generate."
         )
+    if sequences is not None and not model.config.is_encoder_decoder:
+        check_prepares_alike(model)
     if sequences is None or model.config.is_encoder_decoder or not cache.is_compileable:
         raise ValueError(
             f"Drafts need a decoder with attn_implementation={NAME!r} and a PagedCache, whose rows can be of "
             f"different lengths, but {type(model).__name__} was given {type(cache).__name__}. Pass "
             f"past_key_values=PagedCache.from_model(model), of a model loaded with attn_implementation={NAME!r}."
         )
-    check_prepares_alike(model)
     return sequences

@@ -5,16 +5,17 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import Llama4ForCausalLM, Llama4TextConfig, LogitsProcessor
 
 import hf_paged
-from hf_paged import PagePool
+from hf_paged import PagedCache, PagePool
 from hf_paged.decoding.many.drafts import decoded
 from hf_paged.decoding.speculate.assistant import Assisted
 from hf_paged.decoding.speculate.budget import Budget
+from tests.cache.test_latents import deepseek
 from tests.decoding.many.test_answers import EOS, alone, answers, random_prompts
 from tests.decoding.speculate.drafting import draft_whatever_there_is
-from tests.models import tiny_gemma
+from tests.models import tiny_gemma, tiny_model
 
 
 class NoneTwice(LogitsProcessor):
@@ -243,3 +244,27 @@ def test_a_draft_model_with_other_tokens_or_of_another_kind_is_refused(model):
     draft.prepare_inputs_for_generation = lambda *args, **inputs: own(*args, **inputs)
     with pytest.raises(ValueError, match="in a way of its own"):
         hf_paged.generate_many(model, [[1]], custom_generate=hf_paged.assisted(draft))
+
+
+@pytest.mark.parametrize("method", [hf_paged.prompt_lookup(), "a draft model"])
+def test_models_whose_rows_can_not_end_apart_are_refused_before_anything_is_computed(method, model):
+    given = hf_paged.assisted(model) if method == "a draft model" else method
+    latents = deepseek()
+    chunks = {"attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 32}
+    for other, match in (
+        (latents, "makes keys and values of the latents"),
+        (tiny_model(Llama4ForCausalLM, Llama4TextConfig, **chunks), "attend to chunks"),
+    ):
+        other.set_attn_implementation("paged_flex")
+        with pytest.raises(ValueError, match=match):
+            hf_paged.generate_many(other, [[1]], custom_generate=given)
+        cache = PagedCache.from_model(other)
+        with pytest.raises(ValueError, match=match):
+            other.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, custom_generate=given)
+        assert cache.lengths == []
+
+
+def test_a_prompt_has_no_drafts_of_its_own(model):
+    prompt = {"input_ids": [1], "custom_generate": hf_paged.prompt_lookup()}
+    (result,) = hf_paged.generate_many(model, [prompt]).in_order()
+    assert "Give it to generate_many()" in str(result.error)
