@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_paged.packaged import find_gguf
+from hf_paged.packaged import find_gguf, prompts
 from hf_paged.tools.bench.scenarios.many import MAX_ROWS, Work, make_work
 from hf_paged.tools.bench.scenarios.mixed import prompt_lengths
 from hf_paged.tools.lab.model import load_model
@@ -53,9 +53,7 @@ def choose(scenario: str, max_new_tokens: int) -> tuple[Work, int]:
     measured = load_model(None, "float32", "cpu")
     if scenario == "many":
         return make_work(measured, None, 0.0), MAX_ROWS
-    lengths = prompt_lengths()
-    ids, mask = measured.padded(lengths)
-    rows = [row[own.bool()].tolist() for row, own in zip(ids, mask, strict=True)]
+    rows = prompts(measured.tokenizer, prompt_lengths())
     return Work(rows, [max_new_tokens] * len(rows)), len(rows)
 
 

@@ -96,8 +96,8 @@ class RaggedPasses:
         self._rows.give_up(ends + self._first - self._num_ids)
 
 
-def check_prepares_alike(model: Any) -> None:
-    """Refuse a model that prepares its inputs in a way of its own, or whose attention wants more than ends of rows."""
+def check_ends_apart(model: Any) -> None:
+    """Refuse a model whose rows can't end apart: of inputs or attention that want to know more than where they end."""
     obstacle = compile_obstacle(model.config)
     if obstacle is None and "chunked_attention" in layer_kinds(model.config):
         obstacle = "has layers that attend to chunks"

@@ -19,7 +19,7 @@ from hf_paged.decoding.many.drafts.looked_up import LookedUp
 from hf_paged.decoding.many.result import ManyStats, Result
 from hf_paged.decoding.many.room import growing_pool
 from hf_paged.decoding.many.schedule import Schedule
-from hf_paged.decoding.ragged_passes import check_prepares_alike
+from hf_paged.decoding.ragged_passes import check_ends_apart
 from hf_paged.decoding.speculate.assistant import Assisted
 from hf_paged.decoding.speculate.lookup import PromptLookup
 from hf_paged.pages.pool import PagePool, check_count, usual_page_size
@@ -151,11 +151,11 @@ def _drafter(model: PreTrainedModel, given: Any, page_size: int) -> RowDrafter |
             f"Drafts need rows of which tokens can be taken back, but of this {type(model).__name__} {recurrent}. "
             "Leave out custom_generate."
         )
-    check_prepares_alike(model)
+    check_ends_apart(model)
     if isinstance(given, PromptLookup):
         return LookedUp(given)
     given.check(model)
-    check_prepares_alike(given.draft_model)
+    check_ends_apart(given.draft_model)
     return Decoded(given, model, page_size)
 
 

@@ -17,7 +17,7 @@ from hf_paged.attention.mask import NAME
 from hf_paged.batch.padding import Counts
 from hf_paged.batch.sequences import Sequences
 from hf_paged.decoding.passes import Passes
-from hf_paged.decoding.ragged_passes import RaggedPasses, check_prepares_alike
+from hf_paged.decoding.ragged_passes import RaggedPasses, check_ends_apart
 from hf_paged.decoding.speculate.budget import Budget
 from hf_paged.decoding.speculate.drafts import Drafter, Drafts
 from hf_paged.decoding.speculate.ends import Ends
@@ -231,7 +231,7 @@ def _check(model: Any, config: Any, synced_gpus: Any, arguments: Any, inputs: di
             f"{recurrent_layer(model.config)}, of which no token can be taken back. Leave out custom_generate."
         )
     if sequences is not None and not model.config.is_encoder_decoder:
-        check_prepares_alike(model)
+        check_ends_apart(model)
     if sequences is None or model.config.is_encoder_decoder or not cache.is_compileable:
         raise ValueError(
             f"Drafts need a decoder with attn_implementation={NAME!r} and a PagedCache, whose rows can be of "
